@@ -1,0 +1,78 @@
+# The two commands are `make demo` and `make test`. Each first makes $(VENV) and installs into it what is pinned in
+# requirements/; neither needs an activated environment. Another Python:  make test PYTHON=python3.12 VENV=.venv-3.12
+PYTHON ?= python3
+VENV ?= .venv
+# 1: fail where the C++ extension cannot be built. 0: do without it.
+MONOSOFTMAX_CPP ?= 1
+export MONOSOFTMAX_CPP
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+CPP_FILES := $(sort $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp))
+EXTENSION_FILES := csrc/sources.txt $(filter-out csrc/tests/%,$(CPP_FILES))
+
+.PHONY: help demo smoke test lint types test-cpp test-python test-slow install format clean
+
+help:
+	@echo 'make demo       train the demo language models and print the table (6 minutes on 2 cores)'
+	@echo 'make smoke      the same on a slice of the corpus (1 minute)'
+	@echo 'make test       lint, types, C++ tests, Python tests'
+	@echo 'make test-slow  the Python tests that take more than a few seconds, such as installing the package'
+	@echo 'make format     format the Python and C++ sources'
+	@echo 'make install    $(VENV), with the package in development mode'
+	@echo 'make clean      remove what was built; $(VENV) stays'
+
+demo: install $(VENV)/.data
+	$(BIN)/python -m benchmarks.language_model --preset demo
+
+smoke: install $(VENV)/.data
+	$(BIN)/python -m benchmarks.language_model --preset smoke
+
+test: lint types test-cpp test-python
+
+lint: $(VENV)/.requirements
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+types: $(VENV)/.requirements
+	$(BIN)/mypy
+
+test-cpp: $(VENV)/.requirements
+	$(BIN)/cmake -S . -B build/cpp -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_COMPILE_WARNING_AS_ERROR=ON -DMONOSOFTMAX_SANITIZE=ON
+	$(BIN)/cmake --build build/cpp --parallel 2
+	$(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error
+
+test-python: install
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+format: $(VENV)/.requirements
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+install: $(VENV)/.package
+
+$(VENV)/.python:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.requirements: requirements/dev.txt $(VENV)/.python
+	$(PIP) -r requirements/dev.txt
+	touch $@
+
+$(VENV)/.data: requirements/data.txt $(VENV)/.python
+	$(PIP) --no-deps -r requirements/data.txt
+	touch $@
+
+$(VENV)/.package: setup.py pyproject.toml $(EXTENSION_FILES) $(VENV)/.requirements
+	$(PIP) --no-build-isolation --no-deps --editable .
+	$(BIN)/python -m monosoftmax.info
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis monosoftmax/_C.*.so
+	rm -f $(VENV)/.package

@@ -1,0 +1,1 @@
+"""Benchmarks of monosoftmax. They use its public interface only and are not installed with it."""

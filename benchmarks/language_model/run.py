@@ -1,0 +1,401 @@
+"""A whole run: train every layer, measure, write results, tables and pictures; stop and resume anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import matplotlib
+import numpy
+import torch
+from tqdm import tqdm
+
+import monosoftmax as ms
+
+from . import measurements, pictures, report
+from .corpora import Corpus, load
+from .files import write_json, write_text
+from .settings import Run, Settings, difference
+from .training import Budget, Trainer, steps_per_epoch
+
+#: A crash loses at most this much training; Ctrl-C loses none.
+_SECONDS_BETWEEN_CHECKPOINTS = 60.0
+#: Share of a time limit that is kept back, because a calibration of a few steps is off by about as much.
+_SPARE = 0.12
+#: Seconds that a run needs beside training and evaluation, for drawing and to measure memory in other processes, and
+#: those for each layer.
+_SECONDS_BESIDE, _SECONDS_BESIDE_PER_LAYER = 8.0, 1.0
+
+
+class RunError(Exception):
+    """The run cannot start, for a reason that its user can do something about."""
+
+
+class Interrupted(Exception):
+    """The user stopped the run, and everything is saved."""
+
+
+class _StopSignal:
+    """Ctrl-C as a question that is asked between two training steps, instead of an exception in the middle of one."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __call__(self) -> bool:
+        return self.received
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within the block the first SIGINT or SIGTERM is noted; a second one has its usual effect."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.received = True
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+        for number in before:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Session:
+    """A run in its folder: ``run.json`` (what was asked for), ``checkpoints/``, ``results.json``, tables, pictures."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.settings, self.folder = run, run.settings, run.folder
+        self.started = time.monotonic()
+        self.stop = _StopSignal()
+        self.record = self._claim()
+        torch.set_num_threads(self.settings.threads)
+        self.corpus: Corpus = load(
+            self.settings.corpus,
+            style=self.settings.text_style,
+            vocabulary_size=self.settings.vocabulary_size,
+            min_count=self.settings.min_count,
+        )
+
+    def _claim(self) -> dict[str, Any]:
+        """The content of ``run.json``, old or new."""
+        path = self.folder / "run.json"
+        asked = self.settings.to_json()
+        if path.is_file() and not self.run.overwrite:
+            record: dict[str, Any] = json.loads(path.read_text())
+            changed = difference(record["settings"], asked)
+            if changed:
+                raise RunError(
+                    f"{self.folder} holds a run with other settings ({changed}): choose another --run-name or --out, "
+                    "or say --overwrite"
+                )
+            if not self.run.resume:
+                state = "a finished run" if (self.folder / "results.json").is_file() else "an interrupted run"
+                raise RunError(f"{self.folder} holds {state} of these settings: say --resume or --overwrite")
+            if record["environment"]["torch"] != torch.__version__:
+                print(
+                    f"Started with torch {record['environment']['torch']}, resumed with {torch.__version__}: "
+                    "the result may differ from that of an uninterrupted run."
+                )
+            return record
+        if self.run.resume and not self.run.overwrite:
+            raise RunError(f"{self.folder} holds no run to resume")
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        (self.folder / "results.json").unlink(missing_ok=True)
+        record = {"preset": self.run.preset, "settings": asked, "environment": environment(self.settings)}
+        write_json(path, record)
+        return record
+
+    def execute(self) -> dict[str, Any]:
+        """Do what is left to do, and return the results.
+
+        Raises:
+            Interrupted: Ctrl-C; the checkpoints are written.
+            Diverged: a loss is not finite.
+        """
+        if "budget" not in self.record:
+            self.record["budget"] = self._plan()
+            write_json(self.folder / "run.json", self.record)
+        print(self._describe_plan())
+        finished = self._train_all()
+        trainers = [self._trainer(output, self.settings.seeds[0]) for output in self.settings.output]
+        results = self._measure(trainers, finished)
+        drawn = pictures.draw(results, trainers, self.folder)
+        write_text(self.folder / "report.md", report.markdown(results, [path.name for path in drawn]))
+        write_json(self.folder / "results.json", results)
+        print(f"\n{report.tables(results, 'simple')}\n")
+        for path in (*drawn, self.folder / "report.md", self.folder / "results.json"):
+            print(path)
+        return results
+
+    def _plan(self) -> dict[str, Any]:
+        """Steps or seconds to train each layer for, and the seconds that a time limit leaves for all of them."""
+        settings = self.settings
+        if settings.minutes is not None:
+            return {"steps": None, "seconds": settings.minutes * 60, "limit": None, "planned_steps": None}
+        assert settings.epochs is not None
+        planned = max(1, round(settings.epochs * steps_per_epoch(self.corpus, settings)))
+        if settings.time_limit is None:
+            return {"steps": planned, "seconds": None, "limit": None, "planned_steps": planned}
+        step, evaluation = self._calibrate()
+        stretch = settings.batch_size * settings.length
+        evaluated = {
+            name: min(len(split.tokens), settings.evaluation_tokens or len(split.tokens)) / stretch
+            for name, split in self.corpus.splits.items()
+        }
+        reserved = (
+            _SECONDS_BESIDE
+            + _SECONDS_BESIDE_PER_LAYER * len(settings.output)
+            + 17 * sum(step.values())
+            + sum(evaluation.values()) * len(settings.seeds) * sum(evaluated.values())
+        )
+        left = settings.time_limit * 60 * (1 - _SPARE) - (time.monotonic() - self.started) - reserved
+        validation = sum(evaluation.values()) * len(settings.seeds) * evaluated["valid"] * settings.validations
+        steps = int((left - validation) / (sum(step.values()) * len(settings.seeds)))
+        steps = max(steps, settings.validations)
+        return {"steps": min(planned, steps), "seconds": None, "limit": max(0.0, left), "planned_steps": planned}
+
+    def _calibrate(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Seconds that a training step and a stretch of evaluation take with each output layer."""
+        step, evaluation = {}, {}
+        for output in tqdm(self.settings.output, desc="calibrating", unit="layer", leave=False):
+            trainer = Trainer(self.corpus, self.settings, output, 0, Budget(6, None))
+            trainer.train(2 / 6, self.stop, lambda words, loss: None)
+            warm = trainer.seconds
+            trainer.train(1, self.stop, lambda words, loss: None)
+            step[output] = (trainer.seconds - warm) / 4
+            started = time.perf_counter()
+            trainer.perplexity("valid", 2 * self.settings.batch_size * (self.settings.length + 1))
+            evaluation[output] = (time.perf_counter() - started) / 2
+        return step, evaluation
+
+    def _describe_plan(self) -> str:
+        facts = self.corpus.facts()
+        return (
+            f"{self.settings.corpus}: {len(self.corpus.splits['train'].tokens):,} words for training, "
+            f"{facts['vocabulary']:,} known; {self.settings.model}, outputs {', '.join(self.settings.output)}\n"
+            f"{self._describe_training(None)}"
+        )
+
+    def _describe_training(self, rounds: int | None) -> str:
+        """What each layer got, or will get; ``rounds`` is how many validations were done, where that is known."""
+        budget, settings = self.record["budget"], self.settings
+        if budget["seconds"] is not None:
+            return f"every layer trains for {budget['seconds'] / 60:g} minutes, whatever the number of words in them."
+        steps = budget["steps"]
+        if rounds is not None:
+            steps = _steps_of_round(budget["steps"], rounds, settings.validations)
+        words = steps * settings.batch_size * settings.length
+        text = (
+            f"every layer sees the same {words:,} words in the same order "
+            f"({steps / steps_per_epoch(self.corpus, settings):.2f} epochs), so that perplexities compare; "
+            "tokens/s shows what each costs."
+        )
+        if budget["limit"] is not None and steps < budget["planned_steps"]:
+            text += f" The number was set by this machine's speed and the limit of {settings.time_limit:g} minutes"
+            text += "." if steps > settings.validations else ", which is too short here: it is the least that can be."
+        if rounds is not None and rounds < settings.validations:
+            text += (
+                f" The machine became slower, so all stopped after {rounds} of {settings.validations} parts, "
+                "before the learning rate was down."
+            )
+        return text
+
+    def _trainer(self, output: str, seed: int) -> Trainer:
+        budget = Budget(self.record["budget"]["steps"], self.record["budget"]["seconds"])
+        trainer = Trainer(self.corpus, self.settings, output, seed, budget)
+        path = self._checkpoint(output, seed)
+        if path.is_file():
+            trainer.load(path)
+        return trainer
+
+    def _checkpoint(self, output: str, seed: int) -> Path:
+        return self.folder / "checkpoints" / f"{output}-{seed}.pt"
+
+    def _train_all(self) -> dict[tuple[str, int], dict[str, Any]]:
+        """Train what is not trained yet; histories and final perplexities by output layer and seed.
+
+        Under a time limit all models advance together, so that they can be stopped at the same word when time is up.
+        Otherwise one seed is done before the next begins, which takes less memory.
+        """
+        settings = self.settings
+        every = [(output, seed) for seed in settings.seeds for output in settings.output]
+        if self.record["budget"]["limit"] is not None:
+            groups = [every]
+        else:
+            groups = [[pair for pair in every if pair[1] == seed] for seed in settings.seeds]
+        finished = {}
+        for group in groups:
+            trainers = [self._trainer(*pair) for pair in group]
+            with self.stop.watching():
+                self._train_group(trainers)
+            for trainer in trainers:
+                finished[trainer.output, trainer.seed] = {
+                    "seed": trainer.seed,
+                    "tokens": trainer.tokens,
+                    "seconds": trainer.seconds,
+                    "history": trainer.history,
+                    "perplexity": trainer.final,
+                }
+        return finished
+
+    def _train_group(self, trainers: Sequence[Trainer]) -> None:
+        rounds, limit = self.settings.validations, self.record["budget"]["limit"]
+        last_saved = time.monotonic()
+        by_steps = self.record["budget"]["steps"] is not None
+        total = len(trainers) * (
+            self.record["budget"]["steps"] * self.settings.batch_size * self.settings.length
+            if by_steps
+            else self.record["budget"]["seconds"]
+        )
+        done = sum(trainer.tokens if by_steps else trainer.seconds for trainer in trainers)
+        unit = " words" if by_steps else " s"
+        bar = tqdm(total=total, initial=done, unit=unit, unit_scale=by_steps, smoothing=0.05, mininterval=0.5)
+        with bar:
+            for current in range(1, rounds + 1):
+                if self._time_is_up(trainers, current, limit):
+                    break
+                for trainer in trainers:
+                    if len(trainer.history) >= current:
+                        continue
+                    bar.set_description(f"{trainer.output}, seed {trainer.seed}")
+                    before = trainer.seconds
+
+                    def advance(words: int, loss: float, trainer: Trainer = trainer) -> None:
+                        nonlocal before
+                        bar.update(words if by_steps else min(trainer.seconds - before, total - bar.n))
+                        before = trainer.seconds
+
+                    trainer.train(current / rounds, self.stop, advance)
+                    self._stop_if_asked(trainers)
+                    trainer.validate()
+                    bar.set_postfix_str(f"valid ppl {trainer.history[-1]['valid_perplexity']:.1f}")
+                    if time.monotonic() - last_saved > _SECONDS_BETWEEN_CHECKPOINTS:
+                        self._save(trainers)
+                        last_saved = time.monotonic()
+                    self._stop_if_asked(trainers)
+        for trainer in tqdm(trainers, desc="evaluating", unit="model", leave=False):
+            if trainer.final is None:
+                trainer.finish()
+            self._stop_if_asked(trainers)
+        self._save(trainers)
+
+    def _time_is_up(self, trainers: Sequence[Trainer], current: int, limit: float | None) -> bool:
+        """Whether the next round, which no layer has begun, would go over the time limit."""
+        if limit is None or current == 1:
+            return False
+        last_step = _steps_of_round(self.record["budget"]["steps"], current - 1, self.settings.validations)
+        if any(trainer.step > last_step for trainer in trainers):
+            return False
+        spent = sum(trainer.seconds + trainer.evaluation_seconds for trainer in trainers)
+        # What was kept back for a wrong calibration may be used up here.
+        assert self.settings.time_limit is not None
+        return spent * current / (current - 1) > limit + self.settings.time_limit * 60 * _SPARE / 2
+
+    def _save(self, trainers: Sequence[Trainer]) -> None:
+        for trainer in trainers:
+            trainer.save(self._checkpoint(trainer.output, trainer.seed))
+
+    def _stop_if_asked(self, trainers: Sequence[Trainer]) -> None:
+        if self.stop():
+            self._save(trainers)
+            raise Interrupted
+
+    def _measure(self, trainers: Sequence[Trainer], finished: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
+        seconds = measurements.layer_seconds(trainers)
+        peaks, problem = measurements.layer_bytes(self.settings, len(self.corpus.vocabulary))
+        layers: list[dict[str, Any]] = []
+        for trainer, layer_seconds in zip(
+            tqdm(trainers, desc="spectrum", unit="layer", leave=False), seconds, strict=True
+        ):
+            function = measurements.transform(trainer)
+            layers.append(
+                {
+                    "output": trainer.output,
+                    "parameters": measurements.parameters(trainer),
+                    "backend": measurements.backend(trainer),
+                    "layer_seconds": layer_seconds,
+                    "peak_bytes": peaks.get(trainer.output),
+                    "spectrum": measurements.spectrum(trainer),
+                    "transform": None
+                    if function is None
+                    else {name: value.tolist() for name, value in function.state_dict().items()},
+                    "runs": [finished[trainer.output, seed] for seed in self.settings.seeds],
+                }
+            )
+        rounds = len(layers[0]["runs"][0]["history"])
+        return {
+            **self.record,
+            "data": self.corpus.facts(),
+            "training": {"description": self._describe_training(rounds)},
+            "peak_problem": problem,
+            "summary": report.summary(layers),
+            "layers": layers,
+        }
+
+
+def _steps_of_round(total: int, current: int, rounds: int) -> int:
+    """The step at which round ``current`` of ``rounds`` ends."""
+    return -(-total * current // rounds)
+
+
+def environment(settings: Settings) -> dict[str, Any]:
+    """Versions and machine, without its name."""
+    device = torch.device(settings.device)
+    return {
+        "monosoftmax": ms.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "matplotlib": matplotlib.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except FileNotFoundError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def _commit() -> str | None:
+    """The git commit of this file's work tree, with a mark where it was changed; None outside of git."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def resume_command(arguments: Sequence[str]) -> str:
+    """The command line that takes up the run that ``arguments`` started."""
+    kept = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
+    return shlex.join(["python", "-m", "benchmarks.language_model", *kept, "--resume"])

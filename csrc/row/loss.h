@@ -1,0 +1,69 @@
+// The loss of one row and its gradient with respect to the transformed logits y.
+//
+//   loss = sum_j q_j (lse - y_j) + z_loss lse^2,   q_j = (1 - eps) w_t [j = t] + eps / V w_j
+//   dL/dy_j = g (Q p_j - q_j) + (2 z_loss lse g + h) p_j,   Q = sum_j q_j
+//
+// for upstream gradients g of the loss and h of lse: label smoothing eps and class weights w as in
+// torch.nn.functional.cross_entropy.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../transforms/arithmetic.h"
+
+namespace monosoftmax {
+
+template <class S>
+struct LossOptions {
+  int64_t classes;
+  int64_t ignore_index;
+  double label_smoothing;
+  double z_loss;
+  const S* weight;    // [classes], or null for weights of 1
+  double weight_sum;  // of all classes
+
+  MONOSOFTMAX_HD S weight_of(int64_t target) const { return weight == nullptr ? S(1) : weight[target]; }
+  MONOSOFTMAX_HD bool smooths() const { return label_smoothing > 0; }
+};
+
+template <class S>
+class RowLoss {
+ public:
+  MONOSOFTMAX_HD RowLoss(const LossOptions<S>& options, int64_t target)
+      : z_loss_(options.z_loss),
+        target_mass_((1 - options.label_smoothing) * options.weight_of(target)),
+        smooth_mass_(options.label_smoothing / static_cast<double>(options.classes)),
+        weight_sum_(options.weight_sum) {}
+
+  // target_gap is y_t - largest; weighted_gaps is sum_j w_j (y_j - largest), read only where labels are smoothed.
+  MONOSOFTMAX_HD S loss(S target_gap, double weighted_gaps, S log_sum, S lse) const {
+    double result = target_mass_ * (log_sum - target_gap);
+    if (smooth_mass_ > 0) {
+      result += smooth_mass_ * (weight_sum_ * static_cast<double>(log_sum) - weighted_gaps);
+    }
+    if (z_loss_ > 0) result += z_loss_ * static_cast<double>(lse) * lse;
+    return static_cast<S>(result);
+  }
+
+  // dL/dy_j = of_p p_j - (of_target [j = t] + of_weight w_j) + extra_of_p p_j
+  //
+  // Where p is next to 1 the first two terms cancel; the last, which z_loss and lse's own gradient bring, must not be
+  // rounded with them. of_p is the sum of the other parts as the kernel adds them, so that they cancel exactly at p = 1.
+  struct Gradient {
+    S of_p, of_target, of_weight, extra_of_p;
+  };
+  MONOSOFTMAX_HD Gradient gradient(S grad_loss, S grad_lse, S largest, S sum) const {
+    const S of_target = static_cast<S>(grad_loss * target_mass_);
+    const S of_weight = static_cast<S>(grad_loss * smooth_mass_);
+    const S of_p = of_target + of_weight * static_cast<S>(weight_sum_);
+    double extra = grad_lse;
+    if (z_loss_ > 0) extra += 2 * grad_loss * z_loss_ * (largest + std::log(static_cast<double>(sum)));
+    return {of_p, of_target, of_weight, static_cast<S>(extra)};
+  }
+
+ private:
+  double z_loss_, target_mass_, smooth_mass_, weight_sum_;
+};
+
+}  // namespace monosoftmax

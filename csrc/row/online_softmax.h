@@ -1,0 +1,44 @@
+// log-sum-exp of a row that arrives in blocks.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "../transforms/arithmetic.h"
+
+namespace monosoftmax {
+
+// The largest value y seen so far, and sum exp(y - largest). They are what the backward pass is given, rather than lse:
+// p = exp(y - largest) / sum repeats the very exponentials of the sum and rounds once more, so that the p of a row add up
+// to 1 and a p next to 1 keeps its 1 - p; exp(y - lse) carries the rounding of lse, 1e-6 at lse = 20, in every p. The sum
+// is kept in double: it has one addition a block.
+//
+// A block is added in two steps: shift() takes its largest value and returns what to subtract from its values, add()
+// takes the sum of their exponentials. NaN in a block must come out of that sum. -inf contributes zero.
+template <class S>
+class OnlineSoftmax {
+ public:
+  MONOSOFTMAX_HD S shift(S block_largest) {
+    if (largest_ < block_largest) {
+      if (sum_ > 0) sum_ *= std::exp(static_cast<double>(largest_) - block_largest);
+      largest_ = block_largest;
+    }
+    return largest_ == -kInfinity ? S(0) : largest_;
+  }
+  MONOSOFTMAX_HD void add(double block_sum) { sum_ += block_sum; }
+
+  MONOSOFTMAX_HD S largest() const { return largest_; }
+  // 0 for a row of -inf only, which has no distribution: its p and its log_sum are NaN.
+  MONOSOFTMAX_HD S sum() const { return static_cast<S>(sum_); }
+  MONOSOFTMAX_HD S log_sum() const { return sum_ == 0 ? kNaN : static_cast<S>(std::log(sum_)); }
+  MONOSOFTMAX_HD S lse() const { return sum_ == 0 ? -kInfinity : largest_ + log_sum(); }
+
+ private:
+  static constexpr S kInfinity = std::numeric_limits<S>::infinity();
+  static constexpr S kNaN = std::numeric_limits<S>::quiet_NaN();
+
+  S largest_ = -kInfinity;
+  double sum_ = 0;
+};
+
+}  // namespace monosoftmax

@@ -1,0 +1,66 @@
+// The transforms by name. A new transform adds its header and its row here.
+#pragma once
+
+#include <string_view>
+
+#include "gss.h"
+#include "identity.h"
+#include "monotonic_mlp.h"
+#include "plif.h"
+#include "sigmoid_cap.h"
+#include "sigsoftmax.h"
+#include "soft_cap.h"
+#include "spline.h"
+#include "temperature.h"
+
+// name, class, rows of its coefficient table (0: a vector), smallest and largest number of coefficients in a row
+#define MONOSOFTMAX_TRANSFORMS(ROW)             \
+  ROW("identity", Identity, 0, 0, 0)            \
+  ROW("temperature", Temperature, 0, 1, 1)      \
+  ROW("plif", Plif, 2, 1, 1 << 24)              \
+  ROW("sigsoftmax", SigSoftmax, 0, 0, 0)        \
+  ROW("gss", Gss, 0, 2, 2)                      \
+  ROW("soft_cap", SoftCap, 0, 1, 1)             \
+  ROW("sigmoid_cap", SigmoidCap, 0, 3, 3)       \
+  ROW("monotonic_mlp", MonotonicMlp, 0, 4, 64)  \
+  ROW("spline", Spline, 6, 1, 1 << 24)
+
+namespace monosoftmax {
+
+// The most coefficients that a transform without a table has: kernels keep their gradients in registers.
+constexpr int kMostVectorCoefficients = 64;
+
+struct TransformShape {
+  int table_rows;
+  int64_t smallest, largest;
+};
+
+// Whether there is a transform `name`; if so, the shape of its coefficients.
+inline bool find_transform(std::string_view name, TransformShape* shape) {
+#define ROW(NAME, CLASS, ROWS, SMALLEST, LARGEST) \
+  if (name == NAME) {                             \
+    *shape = {ROWS, SMALLEST, LARGEST};           \
+    return true;                                  \
+  }
+  MONOSOFTMAX_TRANSFORMS(ROW)
+#undef ROW
+  return false;
+}
+
+// Calls visitor(f) with the transform `name` over the arithmetic type T; whether there is one.
+template <class T, class Visitor>
+bool with_transform(std::string_view name,
+                    const Coefficients<typename Arithmetic<T>::Scalar>& coefficients,
+                    Visitor&& visitor) {
+#define ROW(NAME, CLASS, ROWS, SMALLEST, LARGEST)                   \
+  if (name == NAME) {                                               \
+    static_assert(CLASS<T>::kTableRows == ROWS, "rows of " NAME);   \
+    visitor(CLASS<T>(coefficients));                                \
+    return true;                                                    \
+  }
+  MONOSOFTMAX_TRANSFORMS(ROW)
+#undef ROW
+  return false;
+}
+
+}  // namespace monosoftmax

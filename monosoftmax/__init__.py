@@ -1,0 +1,25 @@
+"""Learnable monotonic softmax for the output layer of language models: p(x | h) = softmax_x f(<h, w_x>)."""
+
+from __future__ import annotations
+
+from . import analysis, backends, transforms
+from .functional import cross_entropy, linear_cross_entropy, log_softmax
+from .mixtures import MixtureOfContexts, MixtureOfSoftmaxes
+from .modules import MonotonicCrossEntropyLoss, MonotonicSoftmax, OutputAndLoss, parameter_groups
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MixtureOfContexts",
+    "MixtureOfSoftmaxes",
+    "MonotonicCrossEntropyLoss",
+    "MonotonicSoftmax",
+    "OutputAndLoss",
+    "analysis",
+    "backends",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "log_softmax",
+    "parameter_groups",
+    "transforms",
+]

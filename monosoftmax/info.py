@@ -1,0 +1,96 @@
+"""What monosoftmax finds here: versions, machine, backends, and what is missing: ``python -m monosoftmax.info``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from . import __version__, backends
+
+#: Packages that parts of monosoftmax or its benchmarks use where they are installed.
+_OPTIONAL = ("triton", "numpy", "matplotlib", "tqdm")
+
+
+def collect() -> dict[str, Any]:
+    """All that the command prints, as values that ``json`` can write.
+
+    ``extension`` is what the C++ extension was built with, or None where it is missing or cannot be used;
+    ``backends`` says why. ``compiler`` is the path of the C++ compiler that a build would use now, or None.
+    """
+    return {
+        "monosoftmax": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "packages": {name: _version(name) for name in _OPTIONAL},
+        "compiler": shutil.which(_compiler()),
+        "extension": None if backends.extension is None else dict(backends.extension.build_info()),
+        "backends": {
+            name: {"available": status.available, "detail": status.detail}
+            for name, status in backends.available().items()
+        },
+    }
+
+
+def render(info: Mapping[str, Any]) -> str:
+    """The text for people of what :func:`collect` returns."""
+    extension, compiler = info["extension"], info["compiler"]
+    built = "not in use, see the cpu backend" if extension is None else _pairs(extension)
+    rows = {
+        "monosoftmax": info["monosoftmax"],
+        "Python": info["python"],
+        "torch": info["torch"],
+        "platform": info["platform"],
+        "CPU": f"{info['cpu_capability']} (as torch names it), {info['threads']} threads",
+        "GPUs": ", ".join(info["gpus"]) or "none that torch can use",
+        "packages": _pairs({name: version or "not installed" for name, version in info["packages"].items()}),
+        "C++ extension": built,
+        "C++ compiler": compiler or f"not found: there is no {_compiler()} (environment variable CXX, else c++)",
+    }
+    lines = [f"{name:<14} {text}" for name, text in rows.items()]
+    lines += ["", "backends"]
+    for name, status in info["backends"].items():
+        lines.append(f"  {name:<10} {'available' if status['available'] else 'not available':<14} {status['detail']}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command: prints the text, or with ``--json`` the values."""
+    parser = argparse.ArgumentParser(
+        prog="python -m monosoftmax.info", description="What monosoftmax finds here, and what is missing."
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    info = collect()
+    print(json.dumps(info, indent=2) if parser.parse_args(arguments).json else render(info))
+
+
+def _compiler() -> str:
+    # As torch.utils.cpp_extension finds it, which is slow to import.
+    return (shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The definition of right: every operation in plain, differentiable PyTorch, on any device and twice differentiable.
+
+Rows are [N, V] logits z. With y = f(z), lse = logsumexp(y), q the smoothed and weighted target distribution:
+
+    loss_i = sum_j q_ij (lse_i - y_ij) + z_loss * lse_i^2        q_ij = (1 - eps) w_t [j = t] + eps / V * w_j
+
+exactly as ``torch.nn.functional.cross_entropy`` combines ``weight`` and ``label_smoothing``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .transforms.base import MonotonicTransform, arithmetic_dtype
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    transform: MonotonicTransform,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loss [N] and lse [N] of rows ``input`` [N, V]; ignored rows have loss 0, and lse 0 unless ``return_lse``.
+
+    A target outside [0, V) that is not ``ignore_index`` raises on the CPU and gives a NaN row elsewhere.
+    """
+    classes = input.shape[1]
+    valid = target != ignore_index
+    outside = valid & ((target < 0) | (target >= classes))
+    raise_if_any(outside, target, classes, ignore_index)
+    if not return_lse:
+        # An ignored row may hold anything, also NaN: keep it out of the forward and of the backward pass.
+        input = torch.where(valid.unsqueeze(1), input, torch.zeros_like(input))
+
+    y = transformed(input, transform)
+    log_p = F.log_softmax(y, dim=1)
+    index = torch.where(valid & ~outside, target, 0).unsqueeze(1)
+    loss = -log_p.gather(1, index).squeeze(1)
+    if weight is not None:
+        loss = loss * weight[index.squeeze(1)]
+    if label_smoothing > 0:
+        smooth = -(log_p if weight is None else log_p * weight).sum(1)
+        loss = (1 - label_smoothing) * loss + label_smoothing / classes * smooth
+
+    if return_lse or z_loss > 0:
+        lse = torch.logsumexp(y, 1)
+        if z_loss > 0:
+            loss = loss + z_loss * lse.square()
+    else:
+        lse = torch.zeros_like(loss)
+    loss = torch.where(valid, loss, torch.zeros_like(loss))
+    loss = torch.where(outside, torch.full_like(loss, torch.nan), loss)
+    return loss, lse
+
+
+def log_softmax(input: Tensor, transform: MonotonicTransform, dtype: torch.dtype) -> Tensor:
+    """log p of rows ``input`` [N, V], computed in float32 (float64 for float64) and returned as ``dtype``."""
+    return F.log_softmax(transformed(input, transform), dim=1).to(dtype)
+
+
+def transformed(input: Tensor, transform: MonotonicTransform) -> Tensor:
+    """f(input) in the type of the arithmetic, with gradients that stay finite at logits of -inf."""
+    compute = arithmetic_dtype(input.dtype)
+    z = input.to(compute)
+    coefficients = transform.coefficients().to(z.device, compute)
+    if transform.bounded_below:
+        return transform.evaluate(z, coefficients)
+    # Where f(-inf) = -inf the probability is 0, but autograd would form 0 * inf for the gradients of f's parameters.
+    # A row of -inf only keeps them: it has no distribution, and its loss and gradient are NaN.
+    masked = torch.isneginf(z)
+    masked = masked & ~masked.all(-1, keepdim=True)
+    return transform.evaluate(z.masked_fill(masked, 0.0), coefficients).masked_fill(masked, -torch.inf)
+
+
+def raise_if_any(outside: Tensor, target: Tensor, classes: int, ignore_index: int) -> None:
+    """IndexError for the first target that is out of range; nothing where finding out would stop a device or a trace."""
+    if outside.device.type != "cpu" or torch.compiler.is_compiling() or outside.numel() == 0:
+        return
+    if torch._C._functorch.is_batchedtensor(outside):
+        return
+    if bool(outside.any()):
+        row = int(outside.int().argmax())
+        raise IndexError(
+            f"target {int(target[row])} (row {row}) is out of bounds for {classes} classes (ignore_index={ignore_index})"
+        )

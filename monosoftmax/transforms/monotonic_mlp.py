@@ -1,0 +1,89 @@
+"""A monotonic network with one hidden layer of tanh units (Sill, NeurIPS 1998)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .base import SCALE_LIMIT, MonotonicTransform, bounded_exp, bounded_shift, require_count, require_positive, widened
+
+#: Smallest amplitude of a unit. Amplitudes start here, so that f starts as the identity to rounding.
+MIN_AMPLITUDE = 1e-7
+
+
+class MonotonicMLP(MonotonicTransform):
+    r""":math:`f(z) = w_0 z + \sum_{h=1}^{H} a_h \tanh(b_h z + c_h)`, with :math:`w_0, a_h, b_h > 0`.
+
+    The amplitudes are :math:`a_h = \sqrt{\mathrm{raw}_h^2 + 10^{-14}}`: positive, next to 0 at the start, and with a
+    gradient that neither vanishes there (as that of a softplus would) nor dies when an optimiser step overshoots (as
+    that of a clamp would). The units start with their centres spread evenly over [-bound, bound].
+
+    Source: Sill, "Monotonic Networks", NeurIPS 1998; the second family of Ganea et al., ICML 2019.
+
+    Args:
+        num_units: H, at most 21 (the kernels keep the 3H + 1 coefficients in registers).
+        bound: range of the logits over which the units are spread, in [1e-4, 1e4].
+
+    Raises:
+        ValueError: ``num_units`` outside [1, 21], or ``bound`` not positive, not finite or out of range.
+    """
+
+    kernel = "monotonic_mlp"
+
+    def __init__(
+        self,
+        num_units: int = 8,
+        bound: float = 10.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_units = require_count("num_units", num_units, largest=21)
+        self.bound = require_positive("bound", bound)
+        self.log_linear = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.raw_amplitude = nn.Parameter(torch.empty(num_units, device=device, dtype=dtype))
+        self.log_steepness = nn.Parameter(torch.empty(num_units, device=device, dtype=dtype))
+        self.raw_shift = nn.Parameter(torch.empty(num_units, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set f to the identity."""
+        with torch.no_grad():
+            self.log_linear.zero_()
+            self.raw_amplitude.fill_(MIN_AMPLITUDE)
+            # A unit rises over about 4 / b: neighbours overlap. One unit sits at 0.
+            spacing = 2 * self.bound / self.num_units
+            steepness = 4 / (2 * spacing)
+            self.log_steepness.fill_(steepness).log_()
+            places = torch.arange(self.num_units, device=self.raw_shift.device, dtype=torch.float64)
+            centres = (places + 0.5) * spacing - self.bound
+            self.raw_shift.copy_(-steepness * centres)
+
+    def coefficients(self) -> Tensor:
+        """[3H + 1]: w_0, then all a, all b, all c."""
+        raw = widened(self.raw_amplitude)
+        amplitude = torch.hypot(raw, torch.full_like(raw, MIN_AMPLITUDE)).clamp(max=SCALE_LIMIT)
+        linear = bounded_exp(self.log_linear).reshape(1)
+        return torch.cat([linear, amplitude, bounded_exp(self.log_steepness), bounded_shift(self.raw_shift)])
+
+    def evaluate(self, z: Tensor, coefficients: Tensor) -> Tensor:
+        result = coefficients[0] * z
+        # A loop over units: a tensor of shape [..., H] would be H times the logits.
+        for a, b, c in self._units(coefficients):
+            result = result + a * torch.tanh(b * z + c)
+        return result
+
+    def evaluate_derivative(self, z: Tensor, coefficients: Tensor) -> Tensor:
+        result = coefficients[0].expand_as(z)
+        for a, b, c in self._units(coefficients):
+            decay = torch.exp(-2 * (b * z + c).abs())
+            result = result + a * b * (4 * decay / (1 + decay) ** 2)
+        return result
+
+    def _units(self, coefficients: Tensor) -> zip[tuple[Tensor, Tensor, Tensor]]:
+        a, b, c = coefficients[1:].reshape(3, self.num_units).unbind()
+        return zip(a.unbind(), b.unbind(), c.unbind(), strict=True)
+
+    def extra_repr(self) -> str:
+        return f"num_units={self.num_units}, bound={self.bound:g}"

@@ -1,0 +1,136 @@
+"""Piecewise linear increasing function (Ganea et al., ICML 2019)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import SCALE_LIMIT, MonotonicTransform, require_count, require_finite, require_positive, widened
+
+#: softplus of this raw value is 1.
+_RAW_OF_UNIT_SLOPE = math.log(math.e - 1)
+
+
+class PLIF(MonotonicTransform):
+    r"""Piecewise linear increasing function with K pieces of equal width on [-bound, bound].
+
+    .. math:: f(z) = \mathrm{value}_k + \mathrm{slope}_k\,(z - \mathrm{knot}_k), \qquad
+              k = \mathrm{clamp}(\lfloor (z + \mathrm{bound}) / \mathrm{width} \rfloor, 0, K-1)
+
+    with ``slope = min_slope + (1 - min_slope) softplus(raw_slope)``. Beyond the bounds f continues with its first and
+    last slope. It is anchored at f(0) = 0, with the values at the knots summed outwards from there, so that a piece
+    which no logit reaches has a gradient of exactly zero (with f(-bound) = 0, as published, rounding leaves noise in
+    it, which Adam blows up to full-size steps). The offset itself is irrelevant: softmax is shift invariant.
+
+    Train ``raw_slope`` with Adam in a group of its own (:func:`monosoftmax.parameter_groups`): the gradient of a slope
+    scales with the width of its piece, so plain SGD at the rate of the head leaves it where it started.
+
+    Source: Ganea, Gelly, Bécigneul, Severyn, "Breaking the Softmax Bottleneck via Learnable Monotonic Pointwise
+    Non-linearities", ICML 2019. Anchor, floor and initialisation are changed as said above; ``init="random"`` with
+    ``num_pieces=100_000, bound=20, min_slope=1e-6`` is the published setting.
+
+    Args:
+        num_pieces: K.
+        bound: the pieces cover [-bound, bound], in [1e-4, 1e4].
+        min_slope: floor of the slopes, in (0, 1); keeps f strictly increasing.
+        init: ``"identity"`` (all slopes 1) or ``"random"`` (``raw_slope`` normal around that point, as published).
+        init_std: standard deviation of ``raw_slope`` for ``init="random"``.
+        generator: source of randomness for ``init="random"``.
+
+    Raises:
+        ValueError: ``num_pieces < 1``, ``bound <= 0``, ``min_slope`` outside (0, 1), ``init`` unknown, or not finite.
+    """
+
+    kernel = "plif"
+
+    def __init__(
+        self,
+        num_pieces: int = 50,
+        bound: float = 20.0,
+        *,
+        min_slope: float = 0.01,
+        init: Literal["identity", "random"] = "identity",
+        init_std: float = 1.0,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_pieces = require_count("num_pieces", num_pieces)
+        self.bound = require_positive("bound", bound)
+        self.min_slope = require_finite("min_slope", min_slope)
+        if not 0 < self.min_slope < 1:
+            raise ValueError(f"min_slope must be between 0 and 1, got {min_slope}")
+        if init not in ("identity", "random"):
+            raise ValueError(f'init must be "identity" or "random", got {init!r}')
+        self.init = init
+        self.init_std = require_finite("init_std", init_std)
+        if self.init_std < 0:
+            raise ValueError(f"init_std must not be negative, got {init_std}")
+        self.raw_slope = nn.Parameter(torch.empty(num_pieces, device=device, dtype=dtype))
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Set the slopes to their initial values."""
+        with torch.no_grad():
+            if self.init == "random":
+                self.raw_slope.normal_(_RAW_OF_UNIT_SLOPE, self.init_std, generator=generator)
+            else:
+                self.raw_slope.fill_(_RAW_OF_UNIT_SLOPE)
+
+    @property
+    def width(self) -> float:
+        """The width of a piece."""
+        return 2 * self.bound / self.num_pieces
+
+    def slopes(self) -> Tensor:
+        """The K slopes, in [min_slope, 1e4]."""
+        raw = widened(self.raw_slope)
+        return (self.min_slope + (1 - self.min_slope) * F.softplus(raw)).clamp(max=SCALE_LIMIT)
+
+    def coefficients(self) -> Tensor:
+        """[2, K]: the slopes, and the values at the left ends of the pieces."""
+        slopes = self.slopes()
+        # Sums over up to 10^5 slopes: in float64, so that f is continuous to the last bit that float32 can show.
+        rises = slopes.double() * self.width
+        # 0 lies in piece `centre`, `inside` to the right of its left end.
+        centre = min(int(self.bound / self.width), self.num_pieces - 1)
+        inside = self.bound - centre * self.width
+        at_centre = -slopes[centre].double() * inside
+        left = at_centre - rises[:centre].flip(0).cumsum(0).flip(0)
+        right = at_centre + rises[centre:-1].cumsum(0)
+        values = torch.cat([left, at_centre.reshape(1), right])
+        return torch.stack([slopes, values.to(slopes.dtype)])
+
+    def constants(self) -> tuple[float, ...]:
+        """Left bound, width of a piece, and its inverse."""
+        return (-self.bound, self.width, 1 / self.width)
+
+    def evaluate(self, z: Tensor, coefficients: Tensor) -> Tensor:
+        slopes, values = coefficients.unbind()
+        piece, offset = self._locate(z)
+        return values[piece] + slopes[piece] * offset
+
+    def evaluate_derivative(self, z: Tensor, coefficients: Tensor) -> Tensor:
+        return coefficients[0][self._locate(z)[0]]
+
+    def evaluate_inverse(self, y: Tensor, coefficients: Tensor) -> Tensor:
+        slopes, values = coefficients.unbind()
+        piece = torch.searchsorted(values[1:].detach().contiguous(), y.detach().contiguous(), right=True)
+        return -self.bound + piece * self.width + (y - values[piece]) / slopes[piece]
+
+    def _locate(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        lo, width, inverse_width = self.constants()
+        # floor() has derivative zero, so the index carries no gradient. NaN must not reach the conversion to int.
+        piece = torch.floor((z.detach() - lo) * inverse_width).clamp(0, self.num_pieces - 1).nan_to_num(nan=0.0)
+        return piece.long(), z - (lo + piece * width)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_pieces={self.num_pieces}, bound={self.bound:g}, min_slope={self.min_slope:g}, init={self.init!r}"
+            + (f", init_std={self.init_std:g}" if self.init == "random" else "")
+        )

@@ -1,0 +1,61 @@
+"""What the tests of the losses share: transforms away from their starting point, and a loss with all its gradients."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import monosoftmax as ms
+
+TRANSFORMS = list(ms.transforms.REGISTRY)
+_LEARNED = ("gss", "soft_cap", "sigmoid_cap")
+
+
+def disturbed(name: str, seed: int = 0, scale: float = 0.3, **settings: Any) -> ms.transforms.MonotonicTransform:
+    """The transform ``name`` with learned constants, its raw parameters moved by normal noise."""
+    if name in _LEARNED:
+        settings["learnable"] = True
+    transform = ms.transforms.make(name, **settings)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in transform.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return transform
+
+
+def loss_and_gradients(
+    input: Tensor,
+    target: Tensor,
+    transform: ms.transforms.MonotonicTransform | None,
+    backend: Any,
+    dtype: torch.dtype | None = None,
+    upstream: tuple[Tensor, ...] = (),
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Loss, lse if asked for, and their gradients for every parameter, all under the ``upstream`` gradients (or 1)."""
+    transform = copy.deepcopy(transform)
+    if dtype is not None:
+        input = input.to(dtype)
+        upstream = tuple(each.to(dtype) for each in upstream)
+        options = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
+        if transform is not None:
+            transform = transform.to(dtype)
+    input = input.detach().requires_grad_()
+    parameters = {} if transform is None else dict(transform.named_parameters())
+    result = ms.cross_entropy(input, target, transform, backend=backend, **options)
+    outputs = result if isinstance(result, tuple) else (result,)
+    gradients = torch.autograd.grad(
+        outputs,
+        [input, *parameters.values()],
+        list(upstream) or [torch.ones_like(output) for output in outputs],
+    )
+    named = dict(zip(["loss", "lse"], (output.detach() for output in outputs), strict=False))
+    return named | dict(zip(["input", *parameters], gradients, strict=True))
+
+
+def distance(result: Tensor, truth: Tensor) -> float:
+    """Euclidean, in float64."""
+    return (result.double() - truth.double()).norm().item()

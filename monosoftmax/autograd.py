@@ -65,9 +65,9 @@ def _register(backend: str) -> None:
         def forward(ctx: Any, *arguments: Any) -> Any:
             with _below_autograd():
                 loss, lse, row_stats = forward_loss(*arguments)
-            input, target, weight, coefficients, *ctx.options, _ = arguments
+            input, target, weight, coefficients, *ctx.options, return_lse = arguments
             ctx.save_for_backward(input, target, weight, coefficients, row_stats)
-            ctx.mark_non_differentiable(row_stats)
+            ctx.mark_non_differentiable(*((row_stats,) if return_lse else (lse, row_stats)))
             ctx.set_materialize_grads(False)
             return loss, lse, row_stats
 

@@ -315,7 +315,7 @@ def _check_transform(transform: MonotonicTransform | None) -> MonotonicTransform
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-    if any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__):
+    if hasattr(tensor, "full_tensor"):  # a DTensor, without the price of importing torch.distributed.tensor
         raise NotImplementedError(
             f"{name} is a DTensor, which is not supported: pass its full_tensor(), or its to_local() shard of rows"
         )

@@ -26,7 +26,7 @@ _LOSS = f"Tensor input, Tensor target, Tensor? weight, {_TRANSFORM}"
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss"
 
 SCHEMAS = {
-    # -> loss [N], lse [N] (0 in ignored rows unless return_lse), row_stats
+    # -> loss [N], lse [N] (unless return_lse: 0 in ignored rows, and not differentiable), row_stats
     "cross_entropy": f"({_LOSS}, {_OPTIONS}, bool return_lse) -> (Tensor loss, Tensor lse, Tensor row_stats)",
     # -> gradients of input and coefficients, each empty where it is not needed. An absent upstream gradient is zero.
     "cross_entropy_backward": (

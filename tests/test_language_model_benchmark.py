@@ -386,7 +386,7 @@ def test_interrupted_run_resumes_to_the_same_results(
     assert _main(*options, "--out", str(broken)) == 1
     assert "holds an interrupted run of these settings: say --resume or --overwrite" in capsys.readouterr().err
     assert _main(*options, "--out", str(broken), "--lr", "0.5") == 1
-    assert "holds a run with other settings (lr: 0.005 -> 0.5)" in capsys.readouterr().err
+    assert "holds a run with other settings (lr: 0.003 -> 0.5)" in capsys.readouterr().err
     assert _main(*options, "--out", str(broken), "--resume") == 0
 
     one, two = (json.loads((folder / "results.json").read_text()) for folder in (whole, broken))
@@ -429,7 +429,7 @@ def test_a_machine_that_slows_down_stops_all_layers_at_the_same_word(
 
     def slower_step(trainer: Trainer) -> float:
         if len(trainer.history) == 1:
-            trainer.seconds += 1.0
+            trainer.step_seconds.append(1.0)
         return plain_step(trainer)
 
     monkeypatch.setattr(Trainer, "_train_step", slower_step)
@@ -488,7 +488,7 @@ def _layer(output: str, perplexities: list[float], seconds: float, peak: int | N
         "peak_bytes": peak,
         "spectrum": {"contexts": 5, "effective_ranks": {"0.001": 1, "0.0001": 2, "1e-05": 3}},
         "runs": [
-            {"tokens": 700, "seconds": seconds, "perplexity": {"train": p, "valid": p + 1, "test": p + 2}}
+            {"median_step_seconds": seconds, "perplexity": {"train": p, "valid": p + 1, "test": p + 2}}
             for p in perplexities
         ],
     }
@@ -501,14 +501,14 @@ def _results(layers: list[dict[str, object]]) -> dict[str, object]:
         "data": {"vocabulary": 60, "sha256": "0" * 64},
         "training": {"description": "some."},
         "peak_problem": None,
-        "summary": report.summary(layers),
+        "summary": report.summary(layers, 700),
         "layers": layers,
     }
 
 
 def test_summary_and_tables() -> None:
     layers = [_layer("linear", [10.0, 12.0], 0.1, 2**20), _layer("temperature", [5.0, 6.0], 0.2, 3 * 2**20)]
-    linear, temperature = report.summary(layers)
+    linear, temperature = report.summary(layers, 700)
     assert linear["train_perplexity"] == 11.0
     assert linear["train_perplexity_sd"] == pytest.approx(math.sqrt(2))
     assert linear["tokens_per_second"] == pytest.approx(7000)
@@ -526,7 +526,7 @@ def test_summary_and_tables() -> None:
 
 def test_tables_without_baseline_seeds_or_memory() -> None:
     layers = [_layer("plif", [10.0], 0.1, None)]
-    (row,) = report.summary(layers)
+    (row,) = report.summary(layers, 700)
     assert row["test_perplexity_sd"] is None
     assert set(row["ratio_to_linear"].values()) == {None}
     results = _results(layers) | {"peak_problem": "no way"}

@@ -15,11 +15,12 @@ from .memory import how
 BASELINE, CONTROL = "linear", "temperature"
 
 
-def summary(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def summary(layers: Sequence[dict[str, Any]], words_per_step: int) -> list[dict[str, Any]]:
     """One row for each output layer: means and standard deviations over seeds, and ratios to Linear-Softmax.
 
     Args:
         layers: for each output layer its name, what was measured on it once, and ``runs``, one for each seed.
+        words_per_step: how many words a training step takes.
 
     Returns:
         Rows in the order of ``layers``. The standard deviation (of the sample) is None for a single seed, the ratios
@@ -32,7 +33,7 @@ def summary(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "output": layer["output"],
             "parameters": layer["parameters"]["model"],
             "output_layer_own_parameters": layer["parameters"]["output_layer_own"],
-            "tokens_per_second": statistics.mean(run["tokens"] / run["seconds"] for run in runs),
+            "tokens_per_second": words_per_step / statistics.mean(run["median_step_seconds"] for run in runs),
             "layer_seconds": layer["layer_seconds"],
             "peak_bytes": layer["peak_bytes"],
             "effective_ranks": layer["spectrum"]["effective_ranks"],
@@ -138,13 +139,13 @@ def notes(results: dict[str, Any]) -> str:
     seeds = len(settings["seeds"])
     lines = [
         f"Training: {training['description']}",
-        "Optimiser settings: the same for every layer, tuned for none of them.",
+        "Optimiser settings: the same for every layer, not searched for each of them.",
         f"ppl: perplexity per word of the final weights, {data['vocabulary']:,} words known, "
         + (f"on the first {evaluated:,} words of each split" if evaluated else "on each whole split")
         + (f", mean ± sd of {seeds} seeds." if seeds > 1 else ", one seed, so that their spread is not known."),
         f"rank: effective rank of the {results['layers'][0]['spectrum']['contexts']} x {data['vocabulary']} matrix of "
         "log-probabilities, the least k whose largest k singular values hold all but that share of the sum of squares.",
-        f"tokens/s: whole training step. layer ms: output layer alone, forward and backward, {batch} words, median.",
+        f"tokens/s: whole training step. layer ms: output layer alone, forward and backward, {batch} words. Both medians.",
         f"peak MiB: of that step above input, parameters and gradients, {how(settings['device'])}.",
     ]
     if results["peak_problem"]:

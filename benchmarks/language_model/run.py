@@ -8,6 +8,7 @@ import platform
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -173,10 +174,8 @@ class Session:
         step, evaluation = {}, {}
         for output in tqdm(self.settings.output, desc="calibrating", unit="layer", leave=False):
             trainer = Trainer(self.corpus, self.settings, output, 0, Budget(6, None))
-            trainer.train(2 / 6, self.stop, lambda words, loss: None)
-            warm = trainer.seconds
             trainer.train(1, self.stop, lambda words, loss: None)
-            step[output] = (trainer.seconds - warm) / 4
+            step[output] = statistics.mean(trainer.step_seconds[2:])
             started = time.perf_counter()
             trainer.perplexity("valid", 2 * self.settings.batch_size * (self.settings.length + 1))
             evaluation[output] = (time.perf_counter() - started) / 2
@@ -247,6 +246,7 @@ class Session:
                     "seed": trainer.seed,
                     "tokens": trainer.tokens,
                     "seconds": trainer.seconds,
+                    "median_step_seconds": statistics.median(trainer.step_seconds),
                     "history": trainer.history,
                     "perplexity": trainer.final,
                 }
@@ -272,12 +272,9 @@ class Session:
                     if len(trainer.history) >= current:
                         continue
                     bar.set_description(f"{trainer.output}, seed {trainer.seed}")
-                    before = trainer.seconds
 
                     def advance(words: int, loss: float, trainer: Trainer = trainer) -> None:
-                        nonlocal before
-                        bar.update(words if by_steps else min(trainer.seconds - before, total - bar.n))
-                        before = trainer.seconds
+                        bar.update(words if by_steps else min(trainer.step_seconds[-1], total - bar.n))
 
                     trainer.train(current / rounds, self.stop, advance)
                     self._stop_if_asked(trainers)
@@ -301,9 +298,9 @@ class Session:
         if any(trainer.step > last_step for trainer in trainers):
             return False
         spent = sum(trainer.seconds + trainer.evaluation_seconds for trainer in trainers)
-        # What was kept back for a wrong calibration may be used up here.
+        # Most of what was kept back for a wrong calibration may be used up here.
         assert self.settings.time_limit is not None
-        return spent * current / (current - 1) > limit + self.settings.time_limit * 60 * _SPARE / 2
+        return spent * current / (current - 1) > limit + self.settings.time_limit * 60 * _SPARE * 0.75
 
     def _save(self, trainers: Sequence[Trainer]) -> None:
         for trainer in trainers:
@@ -342,7 +339,7 @@ class Session:
             "data": self.corpus.facts(),
             "training": {"description": self._describe_training(rounds)},
             "peak_problem": problem,
-            "summary": report.summary(layers),
+            "summary": report.summary(layers, self.settings.batch_size * self.settings.length),
             "layers": layers,
         }
 

@@ -107,9 +107,9 @@ _DEMO = replace(
     seeds=(0,),
     epochs=2,
     time_limit=4.5,
-    lr=0.005,
-    validations=10,
-    evaluation_tokens=15000,
+    lr=0.003,
+    validations=8,
+    evaluation_tokens=10000,
     rank_contexts=500,
 )
 PRESETS = {

@@ -96,7 +96,7 @@ class Trainer:
         self._text: Tensor | None = None
         self._text_epoch = -1
         self.step = 0
-        self.seconds = 0.0
+        self.step_seconds: list[float] = []
         self.evaluation_seconds = 0.0
         self.history: list[dict[str, float]] = []
         self.final: dict[str, float] | None = None
@@ -106,6 +106,11 @@ class Trainer:
     def tokens(self) -> int:
         """Words trained on so far."""
         return self.step * self.settings.batch_size * self.settings.length
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on training steps so far."""
+        return math.fsum(self.step_seconds)
 
     @property
     def progress(self) -> float:
@@ -150,7 +155,7 @@ class Trainer:
         self.optimizer.step()
         value: float = loss.item()
         self.step += 1
-        self.seconds += time.perf_counter() - started
+        self.step_seconds.append(time.perf_counter() - started)
         if not math.isfinite(value):
             raise Diverged(f"{self.output}, seed {self.seed}: the loss of step {self.step} is {value}")
         return value
@@ -233,7 +238,7 @@ class Trainer:
             "random": self._random,
             "state": self._state,
             "step": self.step,
-            "seconds": self.seconds,
+            "step_seconds": self.step_seconds,
             "evaluation_seconds": self.evaluation_seconds,
             "history": self.history,
             "final": self.final,
@@ -252,7 +257,7 @@ class Trainer:
         self.optimizer.load_state_dict(content["optimizer"])
         self._random = [state.cpu() for state in content["random"]]
         self._state = content["state"]
-        self.step, self.seconds = content["step"], content["seconds"]
+        self.step, self.step_seconds = content["step"], content["step_seconds"]
         self.evaluation_seconds = content["evaluation_seconds"]
         self.history, self.final = content["history"], content["final"]
         self._saved = (self.step, len(self.history), self.final is not None)

@@ -1,0 +1,216 @@
+"""Bad input: a clear error that names the argument, what it got and what it wants."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from losses import disturbed, loss_and_gradients
+from torch import Tensor
+from torch.nn import functional as F
+
+import monosoftmax as ms
+from monosoftmax import ops
+
+BACKENDS = ["reference", "cpu"]
+LOGITS, TARGET = torch.randn(4, 9), torch.tensor([0, 8, -100, 3])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"input": [1.0]}, TypeError, "input must be a Tensor, got list"),
+        ({"input": torch.ones(4, 9, dtype=torch.int64)}, TypeError, "input must be float32.*got torch.int64"),
+        ({"input": torch.ones(4, 9, dtype=torch.complex64)}, TypeError, "input must be float32.*got torch.complex64"),
+        ({"input": torch.tensor(1.0)}, ValueError, "input must have at least 1 dimension"),
+        ({"input": torch.ones(4, 0)}, ValueError, "input must have at least 1 class, got 0"),
+        ({"input": torch.ones(4, 9).to_sparse()}, NotImplementedError, "input must be a dense tensor"),
+        ({"target": torch.tensor([0, 1])}, ValueError, r"target must have the shape.*\(4,\).*got \(2,\)"),
+        ({"target": torch.zeros(4, 1, dtype=torch.int64)}, ValueError, r"target must have the shape.*got \(4, 1\)"),
+        ({"target": torch.zeros(4, dtype=torch.int32)}, TypeError, "target must be int64.*got torch.int32"),
+        ({"target": torch.rand(4, 9)}, NotImplementedError, "class probabilities are not supported"),
+        ({"target": TARGET.to("meta")}, ValueError, "target must be on cpu like input, got meta"),
+        ({"transform": F.softplus}, TypeError, "transform must be a monosoftmax transform or None, got builtin"),
+        ({"transform": ms.transforms.PLIF(device="meta")}, ValueError, "transform must be on cpu like input, got meta"),
+        ({"weight": torch.rand(8)}, ValueError, r"weight must have shape \(9,\), got \(8,\)"),
+        ({"weight": torch.ones(9, dtype=torch.int64)}, TypeError, "weight must be float32"),
+        ({"weight": torch.rand(9, requires_grad=True)}, ValueError, "weight must not require a gradient"),
+        ({"weight": torch.rand(9, device="meta")}, ValueError, "weight must be on cpu like input, got meta"),
+        ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int, got float"),
+        ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be between 0 and 1, got -0.1"),
+        ({"label_smoothing": 1.1}, ValueError, "label_smoothing must be between 0 and 1, got 1.1"),
+        ({"label_smoothing": float("nan")}, ValueError, "label_smoothing must be between 0 and 1, got nan"),
+        ({"z_loss": -1.0}, ValueError, "z_loss must be finite and not negative, got -1.0"),
+        ({"z_loss": float("inf")}, ValueError, "z_loss must be finite and not negative, got inf"),
+        ({"reduction": "batchmean"}, ValueError, "reduction must be .*got 'batchmean'"),
+        ({"backend": "fast"}, ValueError, "backend must be one of auto, reference, cpu, triton, cuda, got 'fast'"),
+        ({"backend": "triton"}, ValueError, 'backend="triton" cannot take this call: .*Triton'),
+        ({"backend": "cuda"}, ValueError, 'backend="cuda" cannot take this call: .*CUDA'),
+    ],
+)
+def test_cross_entropy_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {"input": LOGITS, "target": TARGET} | change
+    with pytest.raises(error, match=message):
+        ms.cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"input": torch.randn(4, 6)}, ValueError, r"must agree in d, got \(4, 6\) and \(9, 5\)"),
+        ({"linear_weight": torch.randn(5)}, ValueError, "must agree in d"),
+        ({"linear_weight": torch.randn(0, 5)}, ValueError, "at least 1 class"),
+        ({"linear_weight": torch.randn(9, 5).double()}, TypeError, "linear_weight must have the dtype of input"),
+        ({"linear_weight": torch.randn(9, 5, device="meta")}, ValueError, "linear_weight must be on cpu"),
+        ({"linear_bias": torch.randn(8)}, ValueError, r"linear_bias must have shape \(9,\), got \(8,\)"),
+        ({"linear_bias": torch.ones(9, dtype=torch.int64)}, TypeError, "linear_bias must be float32"),
+        ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, r"target must have the shape.*got \(3,\)"),
+    ],
+)
+def test_linear_cross_entropy_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {"input": torch.randn(4, 5), "linear_weight": torch.randn(9, 5), "target": TARGET}
+    with pytest.raises(error, match=message):
+        ms.linear_cross_entropy(**arguments | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"input": torch.tensor(1.0)}, ValueError, "input must have at least 1 dimension"),
+        ({"input": torch.ones(3, 0)}, ValueError, "input must have at least 1 class"),
+        ({"dtype": torch.int32}, TypeError, "dtype must be float32.*got torch.int32"),
+        ({"transform": "plif"}, TypeError, "transform must be a monosoftmax transform or None, got str"),
+    ],
+)
+def test_log_softmax_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {"input": LOGITS}
+    with pytest.raises(error, match=message):
+        ms.log_softmax(**arguments | change)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wrong", [9, -1, -101, 2**40])
+def test_target_out_of_range(backend: Any, wrong: int) -> None:
+    target = TARGET.clone()
+    target[3] = wrong
+    with pytest.raises(IndexError, match=rf"target {wrong} \(row 3\) is out of bounds for 9 classes"):
+        ms.cross_entropy(LOGITS, target, backend=backend)
+
+
+def test_target_out_of_range_poisons_its_row_in_compiled_reference_code() -> None:
+    target = torch.tensor([0, 9, -100, 3])
+    compiled = torch.compile(
+        lambda z, t: ms.cross_entropy(z, t, reduction="none", backend="reference"), backend="eager", fullgraph=True
+    )
+    loss = compiled(LOGITS, target)
+    assert loss.isnan().tolist() == [False, True, False, False]
+
+
+def test_dtensor_is_refused_by_name() -> None:
+    code = """
+import torch, torch.distributed as dist, monosoftmax as ms
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+sharded = DTensor.from_local(torch.randn(4, 9), mesh, [Shard(0)])
+for call in (lambda: ms.cross_entropy(sharded, torch.zeros(4, dtype=torch.int64)), lambda: ms.log_softmax(sharded),
+             lambda: ms.linear_cross_entropy(torch.randn(4, 9), sharded, torch.zeros(4, dtype=torch.int64))):
+    try:
+        call()
+    except NotImplementedError as error:
+        print(error)
+dist.destroy_process_group()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.count("is a DTensor, which is not supported") == 3, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, torch.randn(4, 9, 2), "input must have shape"),
+        (0, torch.randn(9, 4).t(), "columns next to each other"),
+        (1, TARGET[:2], "target must have shape"),
+        (2, torch.rand(9, dtype=torch.float64), "weight must be"),
+        (3, torch.ones(3), "do not fit transform"),
+        (3, torch.ones(2, 4, dtype=torch.float64), "coefficients must be"),
+        (4, "nothing", 'unknown transform "nothing"'),
+        (5, [1.0], "plif takes 3 constants"),
+    ],
+)
+def test_the_operator_checks_what_it_is_given(position: int, value: Any, message: str) -> None:
+    arguments: list[Any] = [LOGITS, TARGET, None, torch.ones(2, 4), "plif", [-1.0, 0.5, 2.0], -100, 0.0, 0.0, False]
+    ops.operator("cross_entropy", "cpu")(*arguments)
+    arguments[position] = value
+    with pytest.raises((ValueError, TypeError), match=message):
+        ops.operator("cross_entropy", "cpu")(*arguments)
+
+
+def test_explain() -> None:
+    explanation = ms.backends.explain("cross_entropy", LOGITS, ms.transforms.PLIF())
+    assert explanation.backend == "cpu" and not explanation.refused
+    assert "exist in full" in str(ms.backends.explain("linear_cross_entropy", LOGITS))
+    assert ms.backends.explain("log_softmax", LOGITS, backend="reference").backend == "reference"
+    on_gpu = ms.backends.explain("cross_entropy", LOGITS.to("meta"))
+    assert on_gpu.backend == "reference"
+    with pytest.raises(ValueError, match="operation must be one of"):
+        ms.backends.explain("softmax", LOGITS)  # type: ignore[arg-type]
+
+
+class _Cube(ms.transforms.MonotonicTransform):
+    """A user's own transform: no kernel."""
+
+    def coefficients(self) -> Tensor:
+        return torch.ones(1)
+
+    def evaluate(self, z: Tensor, coefficients: Tensor) -> Tensor:
+        return coefficients[0] * (z + z**3)
+
+    def evaluate_derivative(self, z: Tensor, coefficients: Tensor) -> Tensor:
+        return coefficients[0] * (1 + 3 * z**2)
+
+
+def test_a_transform_of_the_user_runs_on_the_reference_and_explain_says_so() -> None:
+    explanation = ms.backends.explain("cross_entropy", LOGITS, _Cube())
+    assert explanation.backend == "reference"
+    assert explanation.refused == {"cpu": "_Cube has no fused kernel"}
+    torch.testing.assert_close(ms.cross_entropy(LOGITS, TARGET, _Cube()), F.cross_entropy(LOGITS + LOGITS**3, TARGET))
+    with pytest.raises(ValueError, match='backend="cpu" cannot take this call: _Cube has no fused kernel'):
+        ms.cross_entropy(LOGITS, TARGET, _Cube(), backend="cpu")
+
+
+@given(
+    rows=st.integers(0, 5),
+    classes=st.integers(1, 70),
+    name=st.sampled_from(list(ms.transforms.REGISTRY)),
+    std=st.sampled_from([0.0, 0.1, 1.0, 20.0, 1e4]),
+    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    z_loss=st.sampled_from([0.0, 1e-3]),
+    ignored=st.booleans(),
+    weighted=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_any_arguments(
+    rows: int, classes: int, name: str, std: float, label_smoothing: float, z_loss: float,
+    ignored: bool, weighted: bool, seed: int,
+) -> None:  # fmt: skip
+    """Over the argument space, the cpu backend in float64 is the reference."""
+    generator = torch.Generator().manual_seed(seed)
+    input = std * torch.randn(rows, classes, generator=generator, dtype=torch.float64)
+    target = torch.randint(0, classes, (rows,), generator=generator)
+    if ignored and rows:
+        target[rows // 2] = -100
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss, "reduction": "sum"}
+    if weighted:
+        options["weight"] = torch.rand(classes, generator=generator, dtype=torch.float64)
+    transform = disturbed(name, seed).double()
+    results = [loss_and_gradients(input, target, transform, backend, **options) for backend in BACKENDS]
+    for key, wanted in results[0].items():
+        scale = max(wanted.abs().max().item() if wanted.numel() else 0.0, results[0]["loss"].abs().item(), 1.0)
+        torch.testing.assert_close(results[1][key], wanted, rtol=1e-10, atol=1e-10 * scale, msg=key)

@@ -23,10 +23,10 @@ help:
 	@echo 'make clean      remove what was built; $(VENV) stays'
 
 demo: install $(VENV)/.data
-	$(BIN)/python -m benchmarks.language_model --preset demo
+	$(BIN)/python -m benchmarks.language_model --preset demo --overwrite
 
 smoke: install $(VENV)/.data
-	$(BIN)/python -m benchmarks.language_model --preset smoke
+	$(BIN)/python -m benchmarks.language_model --preset smoke --overwrite
 
 test: lint types test-cpp test-python
 

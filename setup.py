@@ -34,8 +34,8 @@ except ModuleNotFoundError as error:
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 CSRC = Path("csrc")
 # No -std: torch adds the one that its headers need (C++17 up to 2.9, C++20 for 2.14); our sources are C++17.
-# No contraction of a * b + c: the forward and the backward pass must round y = f(z) alike, or a p of exactly 1 would not
-# come out as 1. Where a fused operation is wanted, the sources say fma.
+# No contraction of a * b + c: the forward and the backward pass must round y = f(z) alike, or a p of exactly 1 would
+# not come out as 1. Where a fused operation is wanted, the sources say fma.
 FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", *(["-DMONOSOFTMAX_X86"] if X86 else [])]
 
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
+    enable_single_level_autograd_function,
+)
 from torch.autograd.function import _SingleLevelFunction
 
 from .ops import FUSED_BACKENDS, library, operator
@@ -133,13 +135,13 @@ def _register(backend: str) -> None:
         (forward_log, LogSoftmax),
         (backward_log, once(backward_log)),
     ):
-        library.impl(overload, _single_level(function), "Autograd")
+        library.impl(overload, _single_level(function), "Autograd")  # type: ignore[no-untyped-call]
 
 
 def _single_level(function: type[_SingleLevelFunction]) -> Any:
     def kernel(*arguments: Any) -> Any:
         with enable_single_level_autograd_function():
-            return function.apply(*arguments)  # type: ignore[no-untyped-call]
+            return function.apply(*arguments)  # type: ignore[attr-defined]
 
     return kernel
 

@@ -1,7 +1,7 @@
 """Which backends exist here, which of them takes a call, and why each better one does not.
 
 ``auto`` takes the first backend, in the order of preference for the device, that can take the call. Nothing fails over
-silently: :func:`explain` says what was chosen and why, and a backend that is asked for by name takes the call or raises.
+silently: :func:`explain` says what was chosen and why; a backend that is asked for by name takes the call or raises.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from .transforms import Identity, MonotonicTransform
 BackendName = Literal["auto", "reference", "cpu", "triton", "cuda"]
 Operation = Literal["cross_entropy", "linear_cross_entropy", "log_softmax"]
 
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 
 def _load_extension() -> tuple[ModuleType | None, str]:
     """The compiled extension, or the reason why it cannot be used."""
@@ -32,7 +30,9 @@ def _load_extension() -> tuple[ModuleType | None, str]:
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        return None, "the C++ extension is not built: with a C++ compiler on PATH, pip install --no-build-isolation monosoftmax"
+        return None, (
+            "the C++ extension is not built: with a C++ compiler on PATH, pip install --no-build-isolation monosoftmax"
+        )
     except ImportError as error:
         return None, f"the C++ extension does not load: {error}"
     built, running = module.build_info()["torch"].split("+")[0], torch.__version__.split("+")[0]
@@ -152,7 +152,7 @@ def explain(
     *,
     backend: BackendName = "auto",
 ) -> Explanation:
-    """Which backend takes a call of ``operation`` with this ``input`` and ``transform``, and why each better one does not.
+    """Which backend takes a call of ``operation`` with these arguments, and why each better one does not.
 
     Args:
         operation: ``"cross_entropy"``, ``"linear_cross_entropy"`` or ``"log_softmax"``.
@@ -176,7 +176,7 @@ def choose(call: Call, backend: BackendName) -> str:
     Raises:
         ValueError: ``backend`` is unknown, or cannot take the call.
     """
-    chosen, refused = _choose(call, backend)
+    chosen, _ = _choose(call, backend)
     if backend == "auto" and call.device == "cpu" and extension is None and not torch.compiler.is_compiling():
         warnings.warn(
             f"monosoftmax runs the slow reference backend on the CPU: {_extension_problem}. "
@@ -188,7 +188,7 @@ def choose(call: Call, backend: BackendName) -> str:
 
 def _choose(call: Call, backend: BackendName) -> tuple[str, dict[str, str]]:
     if backend == "auto":
-        refused = {}
+        refused: dict[str, str] = {}
         for name in _PREFERENCE.get(call.device, ("reference",)):
             reason = _reason_against(name, call)
             if reason is None:
@@ -204,7 +204,5 @@ def _choose(call: Call, backend: BackendName) -> tuple[str, dict[str, str]]:
 
 
 def _reason_against(name: str, call: Call) -> str | None:
-    if call.dtype not in _FLOATING:
-        return f"{call.dtype} is not supported"
     backend = _BACKENDS[name]
     return backend.problem or backend.refusal(call)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, overload
 
 import torch
@@ -11,13 +10,17 @@ from torch.nn import functional as F
 
 from . import autograd, reference
 from .backends import BackendName, Call, choose
-from .transforms import Identity, MonotonicTransform
+from .checks import (
+    FLOATING_DTYPES,
+    Reduction,
+    check_device,
+    check_floating,
+    check_loss_options,
+    check_target,
+    check_transform,
+)
+from .transforms import MonotonicTransform
 from .transforms.base import arithmetic_dtype
-
-Reduction = Literal["none", "mean", "sum"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_IDENTITY = Identity()
 
 
 @overload
@@ -61,7 +64,7 @@ def cross_entropy(
     return_lse: bool = False,
     backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Cross entropy of :math:`p = \mathrm{softmax}(f(z))`, as :func:`torch.nn.functional.cross_entropy` for f = identity.
+    r"""Cross entropy of :math:`p = \mathrm{softmax}(f(z))`; :func:`torch.nn.functional.cross_entropy` for f = identity.
 
     .. math:: \ell_i = \sum_j q_{ij} (\mathrm{lse}_i - f(z_{ij})) + \text{z\_loss}\cdot \mathrm{lse}_i^2,
         \qquad \mathrm{lse}_i = \log \sum_j e^{f(z_{ij})}
@@ -93,9 +96,9 @@ def cross_entropy(
 
     Source: Ganea et al., ICML 2019, for softmax(f(z)); z-loss: Chowdhery et al., PaLM, 2022, section 5.
     """
-    transform = _check_transform(transform)
-    _check_floating("input", input)
-    _check_target(target, input.device)
+    transform = check_transform(transform)
+    check_floating("input", input)
+    check_target(target, input.device)
     if input.dim() == 0:
         raise ValueError("input must have at least 1 dimension, (V,) or (N, V, ...), got a scalar")
     class_dim = 0 if input.dim() == 1 else 1
@@ -106,13 +109,13 @@ def cross_entropy(
             f"target must have the shape of input without its class dimension, {tuple(expected)} for input "
             f"{tuple(input.shape)}, got {tuple(target.shape)}"
         )
-    _check_loss_options(classes, input.device, weight, ignore_index, label_smoothing, z_loss, reduction)
-    _check_device("transform", transform, input.device)
+    check_loss_options(classes, input.device, weight, ignore_index, label_smoothing, z_loss, reduction)
+    check_device("transform", transform, input.device)
 
-    backend = choose(Call("cross_entropy", input.device.type, input.dtype, transform), backend)
+    chosen = choose(Call("cross_entropy", input.device.type, input.dtype, transform), backend)
     rows = input.movedim(class_dim, -1).reshape(-1, classes)
     return _loss_of_rows(
-        rows, target, transform, weight, ignore_index, label_smoothing, z_loss, reduction, return_lse, backend
+        rows, target, transform, weight, ignore_index, label_smoothing, z_loss, reduction, return_lse, chosen
     )
 
 
@@ -163,7 +166,7 @@ def linear_cross_entropy(
     return_lse: bool = False,
     backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r""":func:`cross_entropy` of the logits :math:`z = \text{input} \cdot \text{linear\_weight}^T + \text{linear\_bias}`.
+    r""":func:`cross_entropy` of the logits :math:`z = \text{input}\,\text{linear\_weight}^T + \text{linear\_bias}`.
 
     In this version no backend fuses the head: the logits exist in full, as :func:`monosoftmax.backends.explain` says.
 
@@ -181,10 +184,10 @@ def linear_cross_entropy(
     Raises:
         As :func:`cross_entropy`.
     """
-    transform = _check_transform(transform)
-    _check_floating("input", input)
-    _check_floating("linear_weight", linear_weight)
-    _check_target(target, input.device)
+    transform = check_transform(transform)
+    check_floating("input", input)
+    check_floating("linear_weight", linear_weight)
+    check_target(target, input.device)
     if input.dim() == 0 or linear_weight.dim() != 2 or input.shape[-1] != linear_weight.shape[1]:
         raise ValueError(
             f"input (..., d) and linear_weight (V, d) must agree in d, got {tuple(input.shape)} and "
@@ -198,7 +201,7 @@ def linear_cross_entropy(
     classes = linear_weight.shape[0]
     operands = {"linear_weight": linear_weight}
     if linear_bias is not None:
-        _check_floating("linear_bias", linear_bias)
+        check_floating("linear_bias", linear_bias)
         if linear_bias.shape != (classes,):
             raise ValueError(f"linear_bias must have shape ({classes},), got {tuple(linear_bias.shape)}")
         operands["linear_bias"] = linear_bias
@@ -208,13 +211,13 @@ def linear_cross_entropy(
             raise ValueError(f"{name} must be on {input.device} like input, got {operand.device}")
         if operand.dtype != input.dtype and not autocast:
             raise TypeError(f"{name} must have the dtype of input, {input.dtype}, got {operand.dtype}")
-    _check_loss_options(classes, input.device, weight, ignore_index, label_smoothing, z_loss, reduction)
-    _check_device("transform", transform, input.device)
+    check_loss_options(classes, input.device, weight, ignore_index, label_smoothing, z_loss, reduction)
+    check_device("transform", transform, input.device)
 
-    backend = choose(Call("linear_cross_entropy", input.device.type, input.dtype, transform), backend)
+    chosen = choose(Call("linear_cross_entropy", input.device.type, input.dtype, transform), backend)
     rows = F.linear(input.reshape(-1, input.shape[-1]), linear_weight, linear_bias)
     return _loss_of_rows(
-        rows, target, transform, weight, ignore_index, label_smoothing, z_loss, reduction, return_lse, backend
+        rows, target, transform, weight, ignore_index, label_smoothing, z_loss, reduction, return_lse, chosen
     )
 
 
@@ -240,8 +243,8 @@ def log_softmax(
     Raises:
         TypeError, ValueError, NotImplementedError: as in :func:`cross_entropy`.
     """
-    transform = _check_transform(transform)
-    _check_floating("input", input)
+    transform = check_transform(transform)
+    check_floating("input", input)
     if input.dim() == 0:
         raise ValueError("input must have at least 1 dimension, (..., V), got a scalar")
     classes = input.shape[-1]
@@ -249,15 +252,15 @@ def log_softmax(
         raise ValueError("input must have at least 1 class, got 0")
     if dtype is None:
         dtype = arithmetic_dtype(input.dtype)
-    elif dtype not in _DTYPES:
+    elif dtype not in FLOATING_DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
-    _check_device("transform", transform, input.device)
-    backend = choose(Call("log_softmax", input.device.type, input.dtype, transform), backend)
+    check_device("transform", transform, input.device)
+    chosen = choose(Call("log_softmax", input.device.type, input.dtype, transform), backend)
     rows = input.reshape(-1, classes)
-    if backend == "reference":
+    if chosen == "reference":
         output = reference.log_softmax(rows, transform, dtype)
     else:
-        output = autograd.log_softmax(backend, _rows_for_kernel(rows), transform, dtype)
+        output = autograd.log_softmax(chosen, _rows_for_kernel(rows), transform, dtype)
     return output.reshape(input.shape)
 
 
@@ -282,9 +285,10 @@ def _loss_of_rows(
             rows, row_target, transform, weight, ignore_index, label_smoothing, z_loss, return_lse
         )
     else:
+        rows = _rows_for_kernel(rows)
         loss, lse = autograd.cross_entropy(
-            backend, _rows_for_kernel(rows), row_target, transform, weight, ignore_index, label_smoothing, z_loss, return_lse
-        )  # fmt: skip
+            backend, rows, row_target, transform, weight, ignore_index, label_smoothing, z_loss, return_lse
+        )
     if reduction == "none":
         loss = loss.reshape(target.shape)
     elif reduction == "sum":
@@ -302,76 +306,3 @@ def _loss_of_rows(
 def _rows_for_kernel(rows: Tensor) -> Tensor:
     """``rows`` as the kernels take them, with columns next to each other; a copy only where they are not."""
     return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
-
-
-def _check_transform(transform: MonotonicTransform | None) -> MonotonicTransform:
-    if transform is None:
-        return _IDENTITY
-    if not isinstance(transform, MonotonicTransform):
-        raise TypeError(f"transform must be a monosoftmax transform or None, got {type(transform).__name__}")
-    return transform
-
-
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-    if hasattr(tensor, "full_tensor"):  # a DTensor, without the price of importing torch.distributed.tensor
-        raise NotImplementedError(
-            f"{name} is a DTensor, which is not supported: pass its full_tensor(), or its to_local() shard of rows"
-        )
-    if tensor.layout != torch.strided:
-        raise NotImplementedError(f"{name} must be a dense tensor, got layout {tensor.layout}")
-
-
-def _check_floating(name: str, tensor: Tensor) -> None:
-    _check_tensor(name, tensor)
-    if tensor.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
-
-
-def _check_target(target: Tensor, device: torch.device) -> None:
-    _check_tensor("target", target)
-    if target.is_floating_point():
-        raise NotImplementedError(
-            f"target must be int64 class indices, got {target.dtype}: class probabilities are not supported"
-        )
-    if target.dtype != torch.int64:
-        raise TypeError(f"target must be int64 class indices, got {target.dtype}")
-    if target.device != device:
-        raise ValueError(f"target must be on {device} like input, got {target.device}")
-
-
-def _check_loss_options(
-    classes: int,
-    device: torch.device,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    reduction: Reduction,
-) -> None:
-    if classes == 0:
-        raise ValueError("input must have at least 1 class, got 0")
-    if weight is not None:
-        _check_floating("weight", weight)
-        if weight.shape != (classes,):
-            raise ValueError(f"weight must have shape ({classes},), got {tuple(weight.shape)}")
-        if weight.device != device:
-            raise ValueError(f"weight must be on {device} like input, got {weight.device}")
-        if weight.requires_grad:
-            raise ValueError("weight must not require a gradient: the loss is not differentiated with respect to it")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
-    if not 0 <= z_loss < math.inf:
-        raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f'reduction must be "none", "mean" or "sum", got {reduction!r}')
-
-
-def _check_device(name: str, transform: MonotonicTransform, device: torch.device) -> None:
-    for parameter in transform.parameters():
-        if parameter.device != device:
-            raise ValueError(f"{name} must be on {device} like input, got {parameter.device}")
-

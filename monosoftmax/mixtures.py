@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from . import reference
 from .backends import BackendName
-from .functional import _check_floating, _check_target, cross_entropy, log_softmax
+from .checks import check_floating, check_target
+from .functional import cross_entropy, log_softmax
 from .modules import MonotonicSoftmax, OutputAndLoss
 from .transforms.base import arithmetic_dtype, require_count
 
@@ -80,7 +81,7 @@ class _Experts(nn.Module):
 
     def _experts(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """The expert vectors, (..., K, d), and log pi, (..., K)."""
-        _check_floating("input", input)
+        check_floating("input", input)
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise ValueError(f"input must have shape (..., {self.in_features}), got {tuple(input.shape)}")
         latent = torch.tanh(self.latent(input)).view(*input.shape[:-1], self.n_experts, self.expert_features)
@@ -170,7 +171,7 @@ class MixtureOfSoftmaxes(_Experts):
         Raises:
             TypeError, ValueError, IndexError: as in :func:`monosoftmax.cross_entropy`.
         """
-        _check_target(target, input.device)
+        check_target(target, input.device)
         latent, log_prior = self._experts(input)
         if target.shape != input.shape[:-1]:
             raise ValueError(

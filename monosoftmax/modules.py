@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backends import BackendName
-from .functional import Reduction, cross_entropy, linear_cross_entropy, log_softmax
+from .checks import Reduction
+from .functional import cross_entropy, linear_cross_entropy, log_softmax
 from .transforms import Identity, MonotonicTransform
 from .transforms.base import arithmetic_dtype
 
@@ -139,7 +140,7 @@ class MonotonicSoftmax(nn.Module):
             raise ValueError(
                 f"embedding must have a weight of shape {tuple(self.weight.shape)}, got {tuple(embedding.weight.shape)}"
             )
-        self.weight = embedding.weight
+        self.weight = cast(nn.Parameter, embedding.weight)
         return self
 
     def logits(self, input: Tensor) -> Tensor:

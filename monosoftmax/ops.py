@@ -13,6 +13,9 @@ backward pass forms add up to 1, and one next to 1 keeps its 1 - p.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,7 +44,7 @@ SCHEMAS = {
     ),
 }
 
-library = torch.library.Library("monosoftmax", "DEF")
+library = torch.library.Library("monosoftmax", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _row_results(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +86,7 @@ def _fake_log_softmax_backward(  # type: ignore[no-untyped-def]
     return _gradients(input, coefficients, need_input, need_coefficients)
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "cross_entropy": _fake_cross_entropy,
     "cross_entropy_backward": _fake_cross_entropy_backward,
     "log_softmax": _fake_log_softmax,
@@ -92,7 +95,9 @@ _FAKES = {
 
 for _backend in FUSED_BACKENDS:
     for _name, _schema in SCHEMAS.items():
-        library.define(f"{_name}.{_backend}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        library.define(  # type: ignore[no-untyped-call]
+            f"{_name}.{_backend}{_schema}", tags=(torch.Tag.pt2_compliant_tag,)
+        )
         torch.library.register_fake(f"monosoftmax::{_name}.{_backend}", _FAKES[_name], lib=library)
 
 

@@ -79,7 +79,7 @@ def transformed(input: Tensor, transform: MonotonicTransform) -> Tensor:
 
 
 def raise_if_any(outside: Tensor, target: Tensor, classes: int, ignore_index: int) -> None:
-    """IndexError for the first target that is out of range; nothing where finding out would stop a device or a trace."""
+    """IndexError for the first target that is out of range; nothing where asking would stop a device or a trace."""
     if outside.device.type != "cpu" or torch.compiler.is_compiling() or outside.numel() == 0:
         return
     if torch._C._functorch.is_batchedtensor(outside):
@@ -87,5 +87,6 @@ def raise_if_any(outside: Tensor, target: Tensor, classes: int, ignore_index: in
     if bool(outside.any()):
         row = int(outside.int().argmax())
         raise IndexError(
-            f"target {int(target[row])} (row {row}) is out of bounds for {classes} classes (ignore_index={ignore_index})"
+            f"target {int(target[row])} (row {row}) is out of bounds for {classes} classes "
+            f"(ignore_index={ignore_index})"
         )

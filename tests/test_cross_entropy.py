@@ -1,4 +1,4 @@
-"""ms.cross_entropy: equal to PyTorch for the identity, and as close to the float64 truth as PyTorch for every transform."""
+"""ms.cross_entropy: PyTorch's for the identity, and as close to the float64 truth as PyTorch for every transform."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from losses import TRANSFORMS, disturbed, distance, loss_and_gradients
+from losses import TRANSFORMS, distance, disturbed, loss_and_gradients
 from torch.nn import functional as F
 
 import monosoftmax as ms
@@ -269,7 +269,9 @@ def test_loss_is_shift_invariant(name: str) -> None:
         loss = ms.cross_entropy(y, torch.tensor([0, 1, 2]), backend=backend, label_smoothing=0.1)
         (gradient,) = torch.autograd.grad(loss, y, retain_graph=True)
         torch.testing.assert_close(gradient.sum(1), torch.zeros(3, dtype=torch.float64), atol=1e-15, rtol=0)
-        torch.testing.assert_close(ms.cross_entropy(y + 13.0, torch.tensor([0, 1, 2]), backend=backend, label_smoothing=0.1), loss)
+        torch.testing.assert_close(
+            ms.cross_entropy(y + 13.0, torch.tensor([0, 1, 2]), backend=backend, label_smoothing=0.1), loss
+        )
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

@@ -20,8 +20,9 @@ pytest.importorskip("tqdm", reason="the benchmarks need requirements/benchmarks.
 
 from benchmarks.language_model import __main__ as command
 from benchmarks.language_model import corpora, files, measurements, memory, models, report, run, settings, training
+from benchmarks.language_model.budget import Budget
 from benchmarks.language_model.corpora import Corpus
-from benchmarks.language_model.training import Budget, Trainer
+from benchmarks.language_model.training import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:monosoftmax runs the slow reference backend")
 
@@ -38,7 +39,7 @@ SMALL = replace(
     dropout=0.2,
     epochs=1.0,
     time_limit=None,
-    batch_size=4,
+    batch_size=8,
     length=6,
     validations=2,
     evaluation_tokens=None,
@@ -231,13 +232,13 @@ def test_transformer_does_not_see_the_future() -> None:
     assert not torch.allclose(one[:, 4:], two[:, 4:])
 
 
-@pytest.mark.parametrize(("model", "output"), [("lstm", "plif"), ("lstm", "mos"), ("transformer", "linear")])
+@pytest.mark.parametrize(("model", "output"), [("lstm", "plif"), ("transformer", "mos")])
 def test_resumed_training_is_the_uninterrupted_one_to_the_bit(
     corpus: Corpus, tmp_path: Path, model: str, output: str
 ) -> None:
     chosen = replace(SMALL, model=model)
     epoch = training.steps_per_epoch(corpus, chosen)
-    budget = Budget(2 * epoch + 3, None)
+    budget = Budget.of_steps(epoch + 9, rounds=4)
 
     def start() -> Trainer:
         return Trainer(corpus, chosen, output, 5, budget)
@@ -260,7 +261,7 @@ def test_resumed_training_is_the_uninterrupted_one_to_the_bit(
     part.validate()
 
     assert resumed_losses == losses
-    assert part.step == whole.step == budget.steps
+    assert part.step == whole.step == budget.ends[-1]
     assert part.history[-1]["valid_perplexity"] == whole.history[-1]["valid_perplexity"]
     for mine, other in zip(part.model.state_dict().values(), whole.model.state_dict().values(), strict=True):
         assert torch.equal(mine, other)
@@ -268,7 +269,7 @@ def test_resumed_training_is_the_uninterrupted_one_to_the_bit(
 
 def test_every_layer_reads_the_same_words(corpus: Corpus) -> None:
     def words(output: str, seed: int) -> list[torch.Tensor]:
-        trainer = Trainer(corpus, SMALL, output, seed, Budget(4, None))
+        trainer = Trainer(corpus, SMALL, output, seed, Budget.of_steps(4))
         seen = []
         for _ in range(4):
             seen.append(trainer._batch()[0])
@@ -281,7 +282,7 @@ def test_every_layer_reads_the_same_words(corpus: Corpus) -> None:
 
 
 def test_perplexity_is_that_of_the_streams(corpus: Corpus) -> None:
-    trainer = Trainer(corpus, SMALL, "linear", 0, Budget(3, None))
+    trainer = Trainer(corpus, SMALL, "linear", 0, Budget.of_steps(3))
     trainer.train(1.0, _never, _ignore)
     text = training.streams(corpus.splits["test"].tokens, SMALL.batch_size)
     trainer.model.eval()
@@ -292,7 +293,7 @@ def test_perplexity_is_that_of_the_streams(corpus: Corpus) -> None:
 
 
 def test_training_lowers_the_loss_and_moves_f(corpus: Corpus) -> None:
-    trainer = Trainer(corpus, SMALL, "plif", 0, Budget(60, None))
+    trainer = Trainer(corpus, SMALL, "plif", 0, Budget.of_steps(60))
     losses: list[float] = []
     trainer.train(1.0, _never, lambda words, loss: losses.append(loss))
     assert sum(losses[-5:]) < sum(losses[:5])
@@ -300,14 +301,14 @@ def test_training_lowers_the_loss_and_moves_f(corpus: Corpus) -> None:
 
 
 def test_minutes_end_by_time(corpus: Corpus) -> None:
-    trainer = Trainer(corpus, SMALL, "linear", 0, Budget(None, 0.05))
+    trainer = Trainer(corpus, SMALL, "linear", 0, Budget(1, seconds=0.05))
     trainer.train(1.0, _never, _ignore)
     assert trainer.seconds >= 0.05 * (1 - 1e-6)
     assert trainer.step > 0
 
 
 def test_divergence_is_an_error(corpus: Corpus) -> None:
-    trainer = Trainer(corpus, SMALL, "linear", 0, Budget(3, None))
+    trainer = Trainer(corpus, SMALL, "linear", 0, Budget.of_steps(3))
     with torch.no_grad():
         trainer.model.body.embedding.weight.fill_(math.nan)
     with pytest.raises(training.Diverged, match="linear, seed 0: the loss of step 1 is nan"):
@@ -315,7 +316,7 @@ def test_divergence_is_an_error(corpus: Corpus) -> None:
 
 
 def test_too_small_a_corpus_is_an_error(corpus: Corpus) -> None:
-    with pytest.raises(corpora.CorpusError, match="too few for one batch of 4 streams of 10000 words"):
+    with pytest.raises(corpora.CorpusError, match="too few for one batch of 8 streams of 10000 words"):
         training.steps_per_epoch(corpus, replace(SMALL, length=10000))
 
 
@@ -343,7 +344,7 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 ARGUMENTS = (
     *("--preset=smoke", "--corpus=wiki", "--text-style=cased", "--vocabulary-size=0", "--min-count=1", "--dim=8"),
-    *("--hidden=12", "--length=6", "--batch-size=4", "--epochs=1", "--validations=3", "--evaluation-tokens=0"),
+    *("--hidden=12", "--length=6", "--batch-size=8", "--epochs=1", "--validations=3", "--evaluation-tokens=0"),
     *("--rank-contexts=20", "--threads=1"),
 )
 
@@ -415,31 +416,33 @@ def test_under_a_time_limit_all_layers_see_as_many_words(package: Path, tmp_path
     results = json.loads((folder / "results.json").read_text())
     linear, mos = (layer["runs"][0] for layer in results["layers"])
     assert linear["tokens"] == mos["tokens"] > 0
-    assert linear["tokens"] < results["budget"]["planned_steps"] * 24
+    assert linear["tokens"] < results["budget"]["most_steps"] * 48
     assert "set by this machine's speed and the limit of 0.22 minutes" in results["training"]["description"]
     assert f"the same {linear['tokens']:,} words" in results["training"]["description"]
 
 
 @pytest.mark.usefixtures("no_processes")
-def test_a_machine_that_slows_down_stops_all_layers_at_the_same_word(
+def test_a_machine_that_slows_down_shortens_the_rounds_of_all_layers(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "slower"
     plain_step = Trainer._train_step
 
-    def slower_step(trainer: Trainer) -> float:
+    def slow_second_round(trainer: Trainer) -> float:
+        loss = plain_step(trainer)
         if len(trainer.history) == 1:
-            trainer.step_seconds.append(1.0)
-        return plain_step(trainer)
+            trainer.step_seconds[-1] += 2.0
+            trainer.seconds += 2.0
+        return loss
 
-    monkeypatch.setattr(Trainer, "_train_step", slower_step)
+    monkeypatch.setattr(Trainer, "_train_step", slow_second_round)
     assert _main("--output", "linear,plif", "--time-limit", "1", "--out", str(folder)) == 0
     results = json.loads((folder / "results.json").read_text())
-    linear, plif = (layer["runs"][0] for layer in results["layers"])
-    assert len(linear["history"]) == len(plif["history"]) == 2
-    assert linear["tokens"] == plif["tokens"] == linear["history"][-1]["tokens"]
-    assert "The machine became slower, so all stopped after 2 of 3 parts" in results["training"]["description"]
-    assert f"the same {linear['tokens']:,} words" in results["training"]["description"]
+    first, second, third = results["budget"]["ends"]
+    assert second - first == pytest.approx(first, abs=1)
+    assert third - second == 1
+    for layer in results["layers"]:
+        assert [point["tokens"] for point in layer["runs"][0]["history"]] == [48 * first, 48 * second, 48 * third]
 
 
 @pytest.mark.parametrize(
@@ -456,7 +459,7 @@ def test_a_machine_that_slows_down_stops_all_layers_at_the_same_word(
         ("--minutes 1", "--minutes and --epochs exclude each other"),
         ("--device tpu", "argument --device: must be cpu, cuda or cuda:N, got 'tpu'"),
         ("--vocabulary-size 2", "argument --vocabulary-size: must be 0 or at least 3, got 2"),
-        ("--evaluation-tokens 5", "argument --evaluation-tokens: must be 0 or at least 2 for each of the 4 streams"),
+        ("--evaluation-tokens 5", "argument --evaluation-tokens: must be 0 or at least 2 for each of the 8 streams"),
         ("--model transformer --heads 3", "argument --dim: must be a multiple of --heads, 3, got 8"),
     ],
 )
@@ -542,6 +545,23 @@ def test_resume_command_quotes_and_says_resume_once() -> None:
     )
 
 
-def test_plan_of_rounds() -> None:
-    assert [run._steps_of_round(8, k, 4) for k in range(5)] == [0, 2, 4, 6, 8]
-    assert [run._steps_of_round(10, k, 4) for k in range(5)] == [0, 3, 5, 8, 10]
+def test_budget_of_steps() -> None:
+    assert Budget.of_steps(8, 4).ends == [2, 4, 6, 8]
+    assert Budget.of_steps(10, 4).ends == [3, 5, 8, 10]
+    assert [Budget.of_steps(4, 2).progress(step, 0.0) for step in range(5)] == [0, 0.25, 0.5, 0.75, 1]
+    assert Budget.of_steps(1, 3).progress(1, 0.0) == 1
+    assert Budget(2, seconds=10.0).progress(7, 5.0) == 0.5
+
+
+def test_planned_rounds_share_the_time_and_the_steps_that_are_left() -> None:
+    budget = Budget(3)
+    assert budget.progress(0, 0.0) == 0
+    budget.plan_round(most=1000, left=33.0, step_seconds=0.5, validation_seconds=1.0)
+    assert budget.ends == [20]
+    assert budget.progress(10, 0.0) == pytest.approx(1 / 6)
+    assert budget.progress(20, 0.0) == pytest.approx(1 / 3)
+    budget.plan_round(most=30, left=1000.0, step_seconds=0.5, validation_seconds=1.0)
+    assert budget.ends == [20, 25]
+    budget.plan_round(most=30, left=-5.0, step_seconds=0.5, validation_seconds=1.0)
+    assert budget.ends == [20, 25, 26]
+    assert budget.progress(26, 0.0) == 1

@@ -60,9 +60,7 @@ def test_opcheck_cross_entropy(batch: tuple[Tensor, Tensor], name: str, options:
 def test_opcheck_log_softmax(batch: tuple[Tensor, Tensor], name: str, dtype: torch.dtype) -> None:
     input = batch[0]
     coefficients, *rest = _arguments(name)
-    torch.library.opcheck(
-        ops.operator("log_softmax", "cpu"), (input.requires_grad_(), coefficients, *rest, dtype)
-    )
+    torch.library.opcheck(ops.operator("log_softmax", "cpu"), (input.requires_grad_(), coefficients, *rest, dtype))
     row_stats = ops.operator("log_softmax", "cpu")(input, coefficients, *rest, dtype)[1].detach()
     backward = (
         torch.rand_like(input).to(dtype), input.detach(), coefficients.detach(), *rest, row_stats, True, True
@@ -141,7 +139,9 @@ def test_func_transforms(batch: tuple[Tensor, Tensor]) -> None:
     leaf = input.clone().requires_grad_()
     (wanted,) = torch.autograd.grad(log_p(leaf), leaf)
     torch.testing.assert_close(torch.func.grad(log_p)(input), wanted)
-    torch.testing.assert_close(torch.compile(torch.func.grad(log_p), fullgraph=True, backend="aot_eager")(input), wanted)
+    torch.testing.assert_close(
+        torch.compile(torch.func.grad(log_p), fullgraph=True, backend="aot_eager")(input), wanted
+    )
 
 
 def test_func_grad_of_the_parameters(batch: tuple[Tensor, Tensor]) -> None:

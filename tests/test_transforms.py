@@ -73,7 +73,9 @@ def perturb(transform: MonotonicTransform, seed: int = 0, scale: float = 0.5) ->
 
 
 def kinks(transform: MonotonicTransform) -> Tensor:
-    """Knots of the piecewise transforms, ends included, in float64."""
+    """Where the code of f branches: the knots of the piecewise transforms, ends included, in float64."""
+    if isinstance(transform, GSS):
+        return transform.coefficients().detach().double()[1:]
     if isinstance(transform, PLIF):
         return -transform.bound + transform.width * torch.arange(transform.num_pieces + 1, dtype=torch.float64)
     if isinstance(transform, RationalQuadraticSpline):
@@ -155,7 +157,7 @@ def test_increasing_and_finite_whatever_an_optimiser_step_leaves_behind(case, ex
     assert torch.isfinite(y).all()
     assert torch.isfinite(slope).all()
     assert (slope >= 0).all()
-    # What float32 rounds, in f, in a logit that a steep piece multiplies and in the entries of a table, is no decrease ...
+    # What float32 rounds, in f, in a logit that a steep piece multiplies or in a table's entries, is no decrease ...
     table = transform.coefficients().detach()
     size = y.abs().max() + 50 * slope.max() + (table.abs().max() if table.dim() == 2 else 0)
     assert (y.diff() >= -4 * torch.finfo(torch.float32).eps * size).all()

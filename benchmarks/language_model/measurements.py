@@ -19,10 +19,12 @@ from .training import Trainer
 TOLERANCES = (1e-3, 1e-4, 1e-5)
 #: Contexts whose logits are looked at. Each has one for every word, so that a hundred make millions of logits.
 _HISTOGRAM_CONTEXTS = 100
-_TIMED_REPEATS = 15
+_TIMED_REPEATS, _WARM_UP_REPEATS = 15, 2
+#: How many forward and backward passes of each output layer :func:`layer_seconds` does.
+TIMED_STEPS = _TIMED_REPEATS + _WARM_UP_REPEATS
 
 
-def layer_seconds(trainers: Sequence[Trainer], repeats: int = _TIMED_REPEATS) -> list[float]:
+def layer_seconds(trainers: Sequence[Trainer]) -> list[float]:
     """Median time of a forward and backward pass of each output layer over a training batch of its own hidden states.
 
     The layers take turns, so that whatever slows the machine down for a while slows all of them.
@@ -34,13 +36,13 @@ def layer_seconds(trainers: Sequence[Trainer], repeats: int = _TIMED_REPEATS) ->
         batches.append((states.detach().requires_grad_(), targets))
         trainer.model.train()
     times: list[list[float]] = [[] for _ in trainers]
-    for repeat in range(repeats + 2):
+    for repeat in range(TIMED_STEPS):
         for trainer, (states, targets), seconds in zip(trainers, batches, times, strict=True):
             _synchronize(trainer.device)
             started = time.perf_counter()
             trainer.model.output(states, targets).loss.backward()
             _synchronize(trainer.device)
-            if repeat >= 2:
+            if repeat >= _WARM_UP_REPEATS:
                 seconds.append(time.perf_counter() - started)
             states.grad = None
             trainer.model.zero_grad()

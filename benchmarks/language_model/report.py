@@ -145,7 +145,7 @@ def notes(results: dict[str, Any]) -> str:
         + (f", mean ± sd of {seeds} seeds." if seeds > 1 else ", one seed, so that their spread is not known."),
         f"rank: effective rank of the {results['layers'][0]['spectrum']['contexts']} x {data['vocabulary']} matrix of "
         "log-probabilities, the least k whose largest k singular values hold all but that share of the sum of squares.",
-        f"tokens/s: whole training step. layer ms: output layer alone, forward and backward, {batch} words. Both medians.",
+        f"tokens/s: whole training step. layer ms: output layer alone, forward and backward, {batch} words. Medians.",
         f"peak MiB: of that step above input, parameters and gradients, {how(settings['device'])}.",
     ]
     if results["peak_problem"]:

@@ -25,10 +25,11 @@ from tqdm import tqdm
 import monosoftmax as ms
 
 from . import measurements, pictures, report
+from .budget import Budget
 from .corpora import Corpus, load
 from .files import write_json, write_text
 from .settings import Run, Settings, difference
-from .training import Budget, Trainer, steps_per_epoch
+from .training import Trainer, steps_per_epoch
 
 #: A crash loses at most this much training; Ctrl-C loses none.
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
@@ -130,6 +131,9 @@ class Session:
         if "budget" not in self.record:
             self.record["budget"] = self._plan()
             write_json(self.folder / "run.json", self.record)
+        plan = self.record["budget"]
+        # The list in the record itself: what is planned is written to run.json.
+        self.budget = Budget(self.settings.validations, plan["ends"], plan["seconds"])
         print(self._describe_plan())
         finished = self._train_all()
         trainers = [self._trainer(output, self.settings.seeds[0]) for output in self.settings.output]
@@ -143,42 +147,46 @@ class Session:
         return results
 
     def _plan(self) -> dict[str, Any]:
-        """Steps or seconds to train each layer for, and the seconds that a time limit leaves for all of them."""
+        """How long to train, as ``run.json`` has it; under a time limit, rounds are planned one by one later."""
         settings = self.settings
+        plan: dict[str, Any] = {"most_steps": None, "ends": [], "seconds": None, "limit": None}
         if settings.minutes is not None:
-            return {"steps": None, "seconds": settings.minutes * 60, "limit": None, "planned_steps": None}
+            return {**plan, "seconds": settings.minutes * 60}
         assert settings.epochs is not None
-        planned = max(1, round(settings.epochs * steps_per_epoch(self.corpus, settings)))
+        most = max(1, round(settings.epochs * steps_per_epoch(self.corpus, settings)))
         if settings.time_limit is None:
-            return {"steps": planned, "seconds": None, "limit": None, "planned_steps": planned}
+            return {**plan, "most_steps": most, "ends": Budget.of_steps(most, settings.validations).ends}
         step, evaluation = self._calibrate()
         stretch = settings.batch_size * settings.length
         evaluated = {
             name: min(len(split.tokens), settings.evaluation_tokens or len(split.tokens)) / stretch
             for name, split in self.corpus.splits.items()
         }
+        seeds = len(settings.seeds)
         reserved = (
             _SECONDS_BESIDE
             + _SECONDS_BESIDE_PER_LAYER * len(settings.output)
-            + 17 * sum(step.values())
-            + sum(evaluation.values()) * len(settings.seeds) * sum(evaluated.values())
+            + measurements.TIMED_STEPS * step
+            + evaluation * seeds * sum(evaluated.values())
         )
-        left = settings.time_limit * 60 * (1 - _SPARE) - (time.monotonic() - self.started) - reserved
-        validation = sum(evaluation.values()) * len(settings.seeds) * evaluated["valid"] * settings.validations
-        steps = int((left - validation) / (sum(step.values()) * len(settings.seeds)))
-        steps = max(steps, settings.validations)
-        return {"steps": min(planned, steps), "seconds": None, "limit": max(0.0, left), "planned_steps": planned}
+        return {
+            **plan,
+            "most_steps": most,
+            "limit": settings.time_limit * 60 * (1 - _SPARE) - (time.monotonic() - self.started) - reserved,
+            "calibrated_step_seconds": step * seeds,
+            "calibrated_validation_seconds": evaluation * seeds * evaluated["valid"],
+        }
 
-    def _calibrate(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Seconds that a training step and a stretch of evaluation take with each output layer."""
-        step, evaluation = {}, {}
+    def _calibrate(self) -> tuple[float, float]:
+        """Seconds that a training step and the evaluation of as many words take, summed over the output layers."""
+        step = evaluation = 0.0
         for output in tqdm(self.settings.output, desc="calibrating", unit="layer", leave=False):
-            trainer = Trainer(self.corpus, self.settings, output, 0, Budget(6, None))
+            trainer = Trainer(self.corpus, self.settings, output, 0, Budget.of_steps(6))
             trainer.train(1, self.stop, lambda words, loss: None)
-            step[output] = statistics.mean(trainer.step_seconds[2:])
+            step += statistics.mean(trainer.step_seconds[2:])
             started = time.perf_counter()
             trainer.perplexity("valid", 2 * self.settings.batch_size * (self.settings.length + 1))
-            evaluation[output] = (time.perf_counter() - started) / 2
+            evaluation += (time.perf_counter() - started) / 2
         return step, evaluation
 
     def _describe_plan(self) -> str:
@@ -186,36 +194,30 @@ class Session:
         return (
             f"{self.settings.corpus}: {len(self.corpus.splits['train'].tokens):,} words for training, "
             f"{facts['vocabulary']:,} known; {self.settings.model}, outputs {', '.join(self.settings.output)}\n"
-            f"{self._describe_training(None)}"
+            f"{self._describe_training(finished=False)}"
         )
 
-    def _describe_training(self, rounds: int | None) -> str:
-        """What each layer got, or will get; ``rounds`` is how many validations were done, where that is known."""
+    def _describe_training(self, finished: bool) -> str:
+        """What each layer got or will get."""
         budget, settings = self.record["budget"], self.settings
         if budget["seconds"] is not None:
             return f"every layer trains for {budget['seconds'] / 60:g} minutes, whatever the number of words in them."
-        steps = budget["steps"]
-        if rounds is not None:
-            steps = _steps_of_round(budget["steps"], rounds, settings.validations)
-        words = steps * settings.batch_size * settings.length
+        limited = f"this machine's speed and the limit of {settings.time_limit or 0:g} minutes"
+        if budget["limit"] is not None and not finished:
+            return f"every layer sees the same words in the same order; {limited} decide how many."
+        steps = budget["ends"][-1]
         text = (
-            f"every layer sees the same {words:,} words in the same order "
+            f"every layer sees the same {steps * settings.batch_size * settings.length:,} words in the same order "
             f"({steps / steps_per_epoch(self.corpus, settings):.2f} epochs), so that perplexities compare; "
             "tokens/s shows what each costs."
         )
-        if budget["limit"] is not None and steps < budget["planned_steps"]:
-            text += f" The number was set by this machine's speed and the limit of {settings.time_limit:g} minutes"
+        if steps < budget["most_steps"]:
+            text += f" The number was set by {limited}"
             text += "." if steps > settings.validations else ", which is too short here: it is the least that can be."
-        if rounds is not None and rounds < settings.validations:
-            text += (
-                f" The machine became slower, so all stopped after {rounds} of {settings.validations} parts, "
-                "before the learning rate was down."
-            )
         return text
 
     def _trainer(self, output: str, seed: int) -> Trainer:
-        budget = Budget(self.record["budget"]["steps"], self.record["budget"]["seconds"])
-        trainer = Trainer(self.corpus, self.settings, output, seed, budget)
+        trainer = Trainer(self.corpus, self.settings, output, seed, self.budget)
         path = self._checkpoint(output, seed)
         if path.is_file():
             trainer.load(path)
@@ -227,7 +229,7 @@ class Session:
     def _train_all(self) -> dict[tuple[str, int], dict[str, Any]]:
         """Train what is not trained yet; histories and final perplexities by output layer and seed.
 
-        Under a time limit all models advance together, so that they can be stopped at the same word when time is up.
+        Under a time limit all models advance together, so that a round can be as long as the time left allows.
         Otherwise one seed is done before the next begins, which takes less memory.
         """
         settings = self.settings
@@ -253,28 +255,27 @@ class Session:
         return finished
 
     def _train_group(self, trainers: Sequence[Trainer]) -> None:
-        rounds, limit = self.settings.validations, self.record["budget"]["limit"]
+        rounds, plan = self.settings.validations, self.record["budget"]
         last_saved = time.monotonic()
-        by_steps = self.record["budget"]["steps"] is not None
-        total = len(trainers) * (
-            self.record["budget"]["steps"] * self.settings.batch_size * self.settings.length
-            if by_steps
-            else self.record["budget"]["seconds"]
-        )
-        done = sum(trainer.tokens if by_steps else trainer.seconds for trainer in trainers)
-        unit = " words" if by_steps else " s"
-        bar = tqdm(total=total, initial=done, unit=unit, unit_scale=by_steps, smoothing=0.05, mininterval=0.5)
+        by_time = plan["seconds"] is not None
+        words_per_step = len(trainers) * self.settings.batch_size * self.settings.length
+        total = len(trainers) * plan["seconds"] if by_time else (self.budget.ends or [0])[-1] * words_per_step
+        done = sum(trainer.seconds if by_time else trainer.tokens for trainer in trainers)
+        unit = " s" if by_time else " words"
+        bar = tqdm(total=total, initial=done, unit=unit, unit_scale=not by_time, smoothing=0.05, mininterval=0.5)
         with bar:
             for current in range(1, rounds + 1):
-                if self._time_is_up(trainers, current, limit):
-                    break
+                if not by_time and len(self.budget.ends) < current:
+                    self._plan_round(trainers)
+                    begin, end = [0, *self.budget.ends][-2:]
+                    bar.total = (end + (rounds - current) * (end - begin)) * words_per_step
                 for trainer in trainers:
                     if len(trainer.history) >= current:
                         continue
                     bar.set_description(f"{trainer.output}, seed {trainer.seed}")
 
                     def advance(words: int, loss: float, trainer: Trainer = trainer) -> None:
-                        bar.update(words if by_steps else min(trainer.step_seconds[-1], total - bar.n))
+                        bar.update(min(trainer.step_seconds[-1], total - bar.n) if by_time else words)
 
                     trainer.train(current / rounds, self.stop, advance)
                     self._stop_if_asked(trainers)
@@ -290,17 +291,18 @@ class Session:
             self._stop_if_asked(trainers)
         self._save(trainers)
 
-    def _time_is_up(self, trainers: Sequence[Trainer], current: int, limit: float | None) -> bool:
-        """Whether the next round, which no layer has begun, would go over the time limit."""
-        if limit is None or current == 1:
-            return False
-        last_step = _steps_of_round(self.record["budget"]["steps"], current - 1, self.settings.validations)
-        if any(trainer.step > last_step for trainer in trainers):
-            return False
+    def _plan_round(self, trainers: Sequence[Trainer]) -> None:
+        """Decide how long the next round is, from the time that is left and the speed in the last one."""
+        plan, done = self.record["budget"], len(self.budget.ends)
+        if done:
+            begin = [0, *self.budget.ends][-2]
+            step = sum(statistics.mean(trainer.step_seconds[begin:]) for trainer in trainers)
+            validation = sum(trainer.evaluation_seconds for trainer in trainers) / done
+        else:
+            step, validation = plan["calibrated_step_seconds"], plan["calibrated_validation_seconds"]
         spent = sum(trainer.seconds + trainer.evaluation_seconds for trainer in trainers)
-        # Most of what was kept back for a wrong calibration may be used up here.
-        assert self.settings.time_limit is not None
-        return spent * current / (current - 1) > limit + self.settings.time_limit * 60 * _SPARE * 0.75
+        self.budget.plan_round(plan["most_steps"], plan["limit"] - spent, step, validation)
+        write_json(self.folder / "run.json", self.record)
 
     def _save(self, trainers: Sequence[Trainer]) -> None:
         for trainer in trainers:
@@ -333,20 +335,14 @@ class Session:
                     "runs": [finished[trainer.output, seed] for seed in self.settings.seeds],
                 }
             )
-        rounds = len(layers[0]["runs"][0]["history"])
         return {
             **self.record,
             "data": self.corpus.facts(),
-            "training": {"description": self._describe_training(rounds)},
+            "training": {"description": self._describe_training(finished=True)},
             "peak_problem": problem,
             "summary": report.summary(layers, self.settings.batch_size * self.settings.length),
             "layers": layers,
         }
-
-
-def _steps_of_round(total: int, current: int, rounds: int) -> int:
-    """The step at which round ``current`` of ``rounds`` ends."""
-    return -(-total * current // rounds)
 
 
 def environment(settings: Settings) -> dict[str, Any]:

@@ -106,7 +106,9 @@ _DEMO = replace(
     dropout=0.1,
     seeds=(0,),
     epochs=2,
-    time_limit=4.5,
+    time_limit=5.0,
+    # A compromise, from one run each: validation perplexity after 245,000 words was 203.7 and 232.0 for linear at 0.003
+    # and 0.002, and 303.4 and 278.0 for mos.
     lr=0.003,
     validations=8,
     evaluation_tokens=10000,

@@ -6,7 +6,6 @@ import io
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 import monosoftmax as ms
 
+from .budget import Budget
 from .corpora import Corpus, CorpusError
 from .files import replacing
 from .models import LanguageModel, State, build
@@ -22,14 +22,6 @@ from .settings import Settings
 
 #: Share of the training over which the learning rates rise, and the share of them that is left at the end.
 _WARM_UP, _LAST = 0.05, 0.05
-
-
-@dataclass(frozen=True)
-class Budget:
-    """When a training is over: after some optimiser steps, or after some seconds."""
-
-    steps: int | None
-    seconds: float | None
 
 
 class Diverged(Exception):
@@ -96,6 +88,7 @@ class Trainer:
         self._text: Tensor | None = None
         self._text_epoch = -1
         self.step = 0
+        self.seconds = 0.0
         self.step_seconds: list[float] = []
         self.evaluation_seconds = 0.0
         self.history: list[dict[str, float]] = []
@@ -108,17 +101,9 @@ class Trainer:
         return self.step * self.settings.batch_size * self.settings.length
 
     @property
-    def seconds(self) -> float:
-        """Time spent on training steps so far."""
-        return math.fsum(self.step_seconds)
-
-    @property
     def progress(self) -> float:
         """The share of the budget that is used up."""
-        if self.budget.steps is not None:
-            return self.step / self.budget.steps
-        assert self.budget.seconds is not None
-        return self.seconds / self.budget.seconds
+        return self.budget.progress(self.step, self.seconds)
 
     def train(self, until: float, stop: Callable[[], bool], report: Callable[[int, float], None]) -> None:
         """Train until ``progress`` is at ``until``, or until ``stop()`` after some step.
@@ -135,7 +120,7 @@ class Trainer:
         self._restore_random(self._random)
         self.model.train()
         try:
-            # The tolerance: round k of n must end at step total * k / n exactly, whatever the rounding of step / total.
+            # With a tolerance, because the end of a round is k / n, and so is ``until``, but maybe rounded differently.
             while self.progress < until - 1e-9 and not stop():
                 report(self.settings.batch_size * self.settings.length, self._train_step())
         finally:
@@ -156,6 +141,7 @@ class Trainer:
         value: float = loss.item()
         self.step += 1
         self.step_seconds.append(time.perf_counter() - started)
+        self.seconds += self.step_seconds[-1]
         if not math.isfinite(value):
             raise Diverged(f"{self.output}, seed {self.seed}: the loss of step {self.step} is {value}")
         return value
@@ -258,6 +244,7 @@ class Trainer:
         self._random = [state.cpu() for state in content["random"]]
         self._state = content["state"]
         self.step, self.step_seconds = content["step"], content["step_seconds"]
+        self.seconds = sum(self.step_seconds)
         self.evaluation_seconds = content["evaluation_seconds"]
         self.history, self.final = content["history"], content["final"]
         self._saved = (self.step, len(self.history), self.final is not None)

@@ -66,14 +66,14 @@ class TransformArguments {
   TransformArguments(const Tensor& input, const Tensor& coefficients, c10::string_view name, Constants constants)
       : coefficients_(coefficients.contiguous()), constants_(constants), name_(name.data(), name.size()) {
     TORCH_CHECK_VALUE(find_transform(name_, &shape_), "monosoftmax: unknown transform \"", name_, "\"");
-    TORCH_CHECK_VALUE(coefficients.dim() == (shape_.table_rows > 0 ? 2 : 1) && shape_.smallest <= size() &&
-                          size() <= shape_.largest &&
-                          (shape_.table_rows == 0 || coefficients.size(0) == shape_.table_rows),
-                      "monosoftmax: coefficients of shape ", coefficients.sizes(), " do not fit transform \"",
-                      name_, "\"");
+    TORCH_CHECK_VALUE(
+        coefficients.dim() == (shape_.table_rows > 0 ? 2 : 1) && shape_.smallest <= size() &&
+            size() <= shape_.largest && (shape_.table_rows == 0 || coefficients.size(0) == shape_.table_rows),
+        "monosoftmax: coefficients of shape ", coefficients.sizes(), " do not fit transform \"", name_, "\"");
     check_arithmetic("coefficients", coefficients, input, coefficients.sizes());
     TORCH_CHECK_VALUE(name_ != "plif" || constants.size() == 3, "monosoftmax: plif takes 3 constants");
-    TORCH_CHECK_VALUE(name_ != "monotonic_mlp" || size() % 3 == 1, "monosoftmax: monotonic_mlp takes 3H + 1 "
+    TORCH_CHECK_VALUE(name_ != "monotonic_mlp" || size() % 3 == 1,
+                      "monosoftmax: monotonic_mlp takes 3H + 1 "
                       "coefficients");
   }
 
@@ -96,8 +96,7 @@ Rows<const void*> rows_of(const Tensor& rows) {
 }
 
 Rows<void*> writable_rows_of(Tensor& rows, bool needed) {
-  return {needed ? rows.mutable_data_ptr() : nullptr, element_of(rows.scalar_type()),
-          needed ? rows.stride(0) : 0};
+  return {needed ? rows.mutable_data_ptr() : nullptr, element_of(rows.scalar_type()), needed ? rows.stride(0) : 0};
 }
 
 // Rows are divided into one contiguous share a thread, whatever the grain of the work: sums over the shares are then
@@ -174,9 +173,9 @@ struct LossArguments {
 
   template <class S>
   LossOptions<S> view() const {
-    return {classes, ignore_index,
-            label_smoothing, z_loss,
-            weight.has_value() ? weight->const_data_ptr<S>() : nullptr, weight_sum};
+    return {
+        classes,   ignore_index, label_smoothing, z_loss, weight.has_value() ? weight->const_data_ptr<S>() : nullptr,
+        weight_sum};
   }
 };
 
@@ -266,8 +265,8 @@ std::tuple<Tensor, Tensor> log_softmax(const Tensor& input, const Tensor& coeffi
   Tensor row_stats = at::empty({2, rows}, input.options().dtype(arithmetic_type(input)));
   with_kernels(input, [&](auto zero, const auto& kernels) {
     using S = decltype(zero);
-    const LogSoftmaxCall<S> call{rows_of(input), input.size(1), arguments.view<S>(),
-                                 writable_rows_of(output, true), stats_of<S>(row_stats)};
+    const LogSoftmaxCall<S> call{rows_of(input), input.size(1), arguments.view<S>(), writable_rows_of(output, true),
+                                 stats_of<S>(row_stats)};
     for_each_share(rows, [&](int64_t, int64_t begin, int64_t end) { kernels.log_softmax(call, begin, end); });
   });
   return {output, row_stats};
@@ -290,12 +289,9 @@ std::tuple<Tensor, Tensor> log_softmax_backward(const Tensor& grad_output, const
   CoefficientSums sums(arguments, rows, need_coefficients);
   with_kernels(input, [&](auto zero, const auto& kernels) {
     using S = decltype(zero);
-    const LogSoftmaxBackwardCall<S> call{rows_of(grad),
-                                         rows_of(input),
-                                         input.size(1),
-                                         arguments.view<S>(),
-                                         const_stats_of<S>(stats),
-                                         writable_rows_of(grad_input, need_input)};
+    const LogSoftmaxBackwardCall<S> call{
+        rows_of(grad),       rows_of(input),           input.size(1),
+        arguments.view<S>(), const_stats_of<S>(stats), writable_rows_of(grad_input, need_input)};
     for_each_share(rows, [&](int64_t share, int64_t begin, int64_t end) {
       kernels.log_softmax_backward(call, sums.share(share), begin, end);
     });

@@ -14,8 +14,7 @@ std::vector<const InstructionSet*> supported() {
   std::vector<const InstructionSet*> sets;
 #ifdef MONOSOFTMAX_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx2 && avx512) sets.push_back(&kAvx512);
@@ -34,8 +33,7 @@ const InstructionSet& choose() {
     if (asked == std::string_view(set->name)) return *set;
     names += (names.empty() ? "" : ", ") + std::string(set->name);
   }
-  throw std::runtime_error("MONOSOFTMAX_CPU_CAPABILITY must be one of " + names +
-                           " on this processor, got " + asked);
+  throw std::runtime_error("MONOSOFTMAX_CPU_CAPABILITY must be one of " + names + " on this processor, got " + asked);
 }
 
 }  // namespace

@@ -91,11 +91,9 @@ struct LogSoftmaxBackwardCall {
 template <class S>
 struct RowKernels {
   void (*cross_entropy)(const CrossEntropyCall<S>&, int64_t begin, int64_t end);
-  void (*cross_entropy_backward)(const CrossEntropyBackwardCall<S>&, CoefficientGradient,
-                                 int64_t begin, int64_t end);
+  void (*cross_entropy_backward)(const CrossEntropyBackwardCall<S>&, CoefficientGradient, int64_t begin, int64_t end);
   void (*log_softmax)(const LogSoftmaxCall<S>&, int64_t begin, int64_t end);
-  void (*log_softmax_backward)(const LogSoftmaxBackwardCall<S>&, CoefficientGradient, int64_t begin,
-                               int64_t end);
+  void (*log_softmax_backward)(const LogSoftmaxBackwardCall<S>&, CoefficientGradient, int64_t begin, int64_t end);
 };
 
 struct InstructionSet {

@@ -47,18 +47,15 @@ void narrow(const float* from, Half* to, int64_t n) {
   using H = at::vec::Vectorized<Half>;
   int64_t i = 0;
   for (; i + H::size() <= n; i += H::size()) {
-    at::vec::convert<Half, 1, float, 2>(at::vec::VectorizedN<float, 2>::loadu(from + i))
-        .store(to + i);
+    at::vec::convert<Half, 1, float, 2>(at::vec::VectorizedN<float, 2>::loadu(from + i)).store(to + i);
   }
   for (; i < n; ++i) to[i] = static_cast<Half>(from[i]);
 }
 
 // Elements [begin, begin + n) of a row as S: where they are if they are of that type, else converted into buffer.
 template <class S>
-const S* load_tile(const Rows<const void*>& rows, int64_t row, int64_t begin, int64_t n,
-                   S* buffer) {
-  const char* at = static_cast<const char*>(rows.data) +
-                   (row * rows.stride + begin) * bytes_of(rows.element);
+const S* load_tile(const Rows<const void*>& rows, int64_t row, int64_t begin, int64_t n, S* buffer) {
+  const char* at = static_cast<const char*>(rows.data) + (row * rows.stride + begin) * bytes_of(rows.element);
   if constexpr (std::is_same_v<S, float>) {
     if (rows.element == Element::kBFloat16) {
       widen(reinterpret_cast<const c10::BFloat16*>(at), buffer, n);
@@ -79,15 +76,11 @@ const S* load_tile(const Rows<const void*>& rows, int64_t row, int64_t begin, in
 template <class S>
 class TileWriter {
  public:
-  TileWriter(const Rows<void*>& rows, int64_t row, int64_t begin, int64_t n)
-      : element_(rows.element), n_(n) {
-    destination_ =
-        static_cast<char*>(rows.data) + (row * rows.stride + begin) * bytes_of(rows.element);
+  TileWriter(const Rows<void*>& rows, int64_t row, int64_t begin, int64_t n) : element_(rows.element), n_(n) {
+    destination_ = static_cast<char*>(rows.data) + (row * rows.stride + begin) * bytes_of(rows.element);
   }
   // Where to put the results before finish().
-  S* place() {
-    return element_ == element_of<S>() ? reinterpret_cast<S*>(destination_) : buffer_;
-  }
+  S* place() { return element_ == element_of<S>() ? reinterpret_cast<S*>(destination_) : buffer_; }
   void finish() {
     if (element_ == element_of<S>()) return;
     if (element_ == Element::kDouble) {
@@ -162,8 +155,7 @@ double weighted_sum(const S* y, const S* weight, int64_t n) {
 
 // The log-sum-exp of f(row); on_tile(begin, n, y) is called with the transformed values of each tile.
 template <class T, class F, class OnTile, class S = typename Arithmetic<T>::Scalar>
-OnlineSoftmax<S> scan_row(const F& f, const Rows<const void*>& input, int64_t row, int64_t classes,
-                          OnTile&& on_tile) {
+OnlineSoftmax<S> scan_row(const F& f, const Rows<const void*>& input, int64_t row, int64_t classes, OnTile&& on_tile) {
   S buffer[kTile], y[kTile];
   const T lowest(-std::numeric_limits<S>::infinity());
   OnlineSoftmax<S> state;
@@ -193,8 +185,7 @@ OnlineSoftmax<S> scan_row(const F& f, const Rows<const void*>& input, int64_t ro
 template <class T, class F, bool kTable = (F::kTableRows > 0)>
 class CoefficientSums {
  public:
-  CoefficientSums(const F& f, CoefficientGradient total, int64_t size)
-      : f_(f), total_(total), size_(size) {}
+  CoefficientSums(const F& f, CoefficientGradient total, int64_t size) : f_(f), total_(total), size_(size) {}
   void start_tile() { std::fill_n(sums_, size_, T(0)); }
   void add(const typename F::Point& point, T z, T gradient, int64_t, bool has_target) {
     if (!has_target) {
@@ -225,8 +216,7 @@ class CoefficientSums {
 template <class T, class F>
 class CoefficientSums<T, F, true> {
  public:
-  CoefficientSums(const F& f, CoefficientGradient total, int64_t size)
-      : f_(f), total_(total), size_(size) {}
+  CoefficientSums(const F& f, CoefficientGradient total, int64_t size) : f_(f), total_(total), size_(size) {}
   void start_tile() {}
   void add(const typename F::Point& point, T z, T gradient, int64_t at, bool) {
     T out[kRows];
@@ -262,9 +252,8 @@ struct TargetGradient {
 // One row of a backward pass. gradient_of(i, n, p, t) is dL/dy of the lanes at column i, of which n exist, with
 // probabilities p and the part t that belongs to the target.
 template <class T, class F, class Sums, class S, class GradientOf>
-void backward_row(const F& f, const Rows<const void*>& input, int64_t row, int64_t classes,
-                  S largest, S sum, TargetGradient<S> target, const Rows<void*>& grad_input,
-                  Sums* sums, GradientOf&& gradient_of) {
+void backward_row(const F& f, const Rows<const void*>& input, int64_t row, int64_t classes, S largest, S sum,
+                  TargetGradient<S> target, const Rows<void*>& grad_input, Sums* sums, GradientOf&& gradient_of) {
   S buffer[kTile];
   // A row of -inf only has no p: NaN, as its loss.
   const T inverse_sum(sum == 0 ? std::numeric_limits<S>::quiet_NaN() : 1 / sum);
@@ -305,8 +294,7 @@ void zero_row(const Rows<void*>& rows, int64_t row, int64_t classes) {
 // Calls visitor(f) with the transform of a call.
 template <class T, class S, class Visitor>
 void with_transform_of(const Transform<S>& transform, Visitor&& visitor) {
-  with_transform<T>(transform.name, {transform.coefficients, transform.size, transform.constants},
-                    visitor);
+  with_transform<T>(transform.name, {transform.coefficients, transform.size, transform.constants}, visitor);
 }
 
 template <class S>
@@ -320,8 +308,8 @@ void cross_entropy(const CrossEntropyCall<S>& call, int64_t begin, int64_t end) 
       if (ignored && !call.lse_of_ignored) continue;
       S target_y = 0;
       double weighted = 0;
-      const OnlineSoftmax<S> state = scan_row<T>(
-          f, call.input, row, call.options.classes, [&](int64_t at, int64_t n, const S* y) {
+      const OnlineSoftmax<S> state =
+          scan_row<T>(f, call.input, row, call.options.classes, [&](int64_t at, int64_t n, const S* y) {
             if (at <= target && target < at + n) target_y = y[target - at];
             if (call.options.smooths()) {
               const S* weight = call.options.weight;
@@ -341,8 +329,8 @@ void cross_entropy(const CrossEntropyCall<S>& call, int64_t begin, int64_t end) 
 }
 
 template <class S>
-void cross_entropy_backward(const CrossEntropyBackwardCall<S>& call, CoefficientGradient total,
-                            int64_t begin, int64_t end) {
+void cross_entropy_backward(const CrossEntropyBackwardCall<S>& call, CoefficientGradient total, int64_t begin,
+                            int64_t end) {
   using T = at::vec::Vectorized<S>;
   with_transform_of<T>(call.transform, [&](const auto& f) {
     using F = std::decay_t<decltype(f)>;
@@ -360,8 +348,7 @@ void cross_entropy_backward(const CrossEntropyBackwardCall<S>& call, Coefficient
         continue;
       }
       const S largest = call.stats.largest[row], sum = call.stats.sum[row];
-      const auto gradient = RowLoss<S>(call.options, ignored ? 0 : target)
-                                .gradient(grad_loss, grad_lse, largest, sum);
+      const auto gradient = RowLoss<S>(call.options, ignored ? 0 : target).gradient(grad_loss, grad_lse, largest, sum);
       const T of_p(gradient.of_p), extra_of_p(gradient.extra_of_p), of_weight(gradient.of_weight);
       const bool smooths = gradient.of_weight != 0, has_extra = gradient.extra_of_p != 0;
       const S* weight = call.options.weight;
@@ -369,8 +356,7 @@ void cross_entropy_backward(const CrossEntropyBackwardCall<S>& call, Coefficient
       backward_row<T>(f, call.input, row, classes, largest, sum, of_target, call.grad_input, sums,
                       [&](int64_t i, int64_t n, T p, T t) {
                         if (smooths) {
-                          t = t + (weight == nullptr ? of_weight
-                                                     : of_weight * load<T>(weight + i, n));
+                          t = t + (weight == nullptr ? of_weight : of_weight * load<T>(weight + i, n));
                         }
                         const T g = of_p * p - t;
                         return has_extra ? g + extra_of_p * p : g;
@@ -385,8 +371,7 @@ void log_softmax(const LogSoftmaxCall<S>& call, int64_t begin, int64_t end) {
   with_transform_of<T>(call.transform, [&](const auto& f) {
     S buffer[kTile];
     for (int64_t row = begin; row < end; ++row) {
-      const OnlineSoftmax<S> state =
-          scan_row<T>(f, call.input, row, call.classes, [](int64_t, int64_t, const S*) {});
+      const OnlineSoftmax<S> state = scan_row<T>(f, call.input, row, call.classes, [](int64_t, int64_t, const S*) {});
       const T shift(call.stats.largest[row] = state.largest());
       const T log_sum(state.log_sum());
       call.stats.sum[row] = state.sum();
@@ -405,8 +390,8 @@ void log_softmax(const LogSoftmaxCall<S>& call, int64_t begin, int64_t end) {
 }
 
 template <class S>
-void log_softmax_backward(const LogSoftmaxBackwardCall<S>& call, CoefficientGradient total,
-                          int64_t begin, int64_t end) {
+void log_softmax_backward(const LogSoftmaxBackwardCall<S>& call, CoefficientGradient total, int64_t begin,
+                          int64_t end) {
   using T = at::vec::Vectorized<S>;
   with_transform_of<T>(call.transform, [&](const auto& f) {
     using F = std::decay_t<decltype(f)>;
@@ -423,13 +408,11 @@ void log_softmax_backward(const LogSoftmaxBackwardCall<S>& call, CoefficientGrad
       }
       const T sum_of_grad(static_cast<S>(grad_total));
       const S* grad = nullptr;
-      backward_row<T>(f, call.input, row, call.classes, call.stats.largest[row],
-                      call.stats.sum[row], TargetGradient<S>{-1, 0}, call.grad_input, sums,
-                      [&](int64_t i, int64_t n, T p, T) {
+      backward_row<T>(f, call.input, row, call.classes, call.stats.largest[row], call.stats.sum[row],
+                      TargetGradient<S>{-1, 0}, call.grad_input, sums, [&](int64_t i, int64_t n, T p, T) {
                         const int64_t in_tile = i % kTile;
                         if (in_tile == 0) {
-                          grad = load_tile(call.grad_output, row, i,
-                                           std::min(kTile, call.classes - i), buffer);
+                          grad = load_tile(call.grad_output, row, i, std::min(kTile, call.classes - i), buffer);
                         }
                         return load<T>(grad + in_tile, n) - sum_of_grad * p;
                       });

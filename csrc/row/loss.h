@@ -49,7 +49,8 @@ class RowLoss {
   // dL/dy_j = of_p p_j - (of_target [j = t] + of_weight w_j) + extra_of_p p_j
   //
   // Where p is next to 1 the first two terms cancel; the last, which z_loss and lse's own gradient bring, must not be
-  // rounded with them. of_p is the sum of the other parts as the kernel adds them, so that they cancel exactly at p = 1.
+  // rounded with them. of_p is the sum of the other parts as the kernel adds them, so that they cancel exactly at p
+  // = 1.
   struct Gradient {
     S of_p, of_target, of_weight, extra_of_p;
   };

@@ -9,9 +9,9 @@
 namespace monosoftmax {
 
 // The largest value y seen so far, and sum exp(y - largest). They are what the backward pass is given, rather than lse:
-// p = exp(y - largest) / sum repeats the very exponentials of the sum and rounds once more, so that the p of a row add up
-// to 1 and a p next to 1 keeps its 1 - p; exp(y - lse) carries the rounding of lse, 1e-6 at lse = 20, in every p. The sum
-// is kept in double: it has one addition a block.
+// p = exp(y - largest) / sum repeats the very exponentials of the sum and rounds once more, so that the p of a row add
+// up to 1 and a p next to 1 keeps its 1 - p; exp(y - lse) carries the rounding of lse, 1e-6 at lse = 20, in every p.
+// The sum is kept in double: it has one addition a block.
 //
 // A block is added in two steps: shift() takes its largest value and returns what to subtract from its values, add()
 // takes the sum of their exponentials. NaN in a block must come out of that sum. -inf contributes zero.

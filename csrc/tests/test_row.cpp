@@ -70,15 +70,14 @@ void test_loss() {
         const auto state = in_blocks(y, 5);
         double wanted = z_loss * state.lse() * state.lse();
         for (int64_t j = 0; j < 5; ++j) {
-          const double q = (j == 1 ? (1 - smoothing) * row.options.weight_of(1) : 0) +
-                           smoothing / 5 * row.options.weight_of(j);
+          const double q =
+              (j == 1 ? (1 - smoothing) * row.options.weight_of(1) : 0) + smoothing / 5 * row.options.weight_of(j);
           wanted += q * (state.lse() - y[static_cast<size_t>(j)]);
         }
         CHECK_CLOSE(row.loss(), wanted, 1e-14);
 
         const double grad_loss = 0.7, grad_lse = -0.2, step = 1e-6;
-        const auto g =
-            RowLoss<double>(row.options, 1).gradient(grad_loss, grad_lse, state.largest(), state.sum());
+        const auto g = RowLoss<double>(row.options, 1).gradient(grad_loss, grad_lse, state.largest(), state.sum());
         for (size_t j = 0; j < 5; ++j) {
           Row above = row, below = row;
           above.y[j] += step;
@@ -87,8 +86,8 @@ void test_loss() {
                                      grad_lse * (in_blocks(above.y, 5).lse() - in_blocks(below.y, 5).lse())) /
                                     (2 * step);
           const double p = std::exp(y[j] - state.lse());
-          const double got = g.of_p * p - (g.of_target * (j == 1) +
-                                           g.of_weight * row.options.weight_of(static_cast<int64_t>(j))) +
+          const double got = g.of_p * p -
+                             (g.of_target * (j == 1) + g.of_weight * row.options.weight_of(static_cast<int64_t>(j))) +
                              g.extra_of_p * p;
           CHECK_CLOSE(got, difference, 1e-8);
         }

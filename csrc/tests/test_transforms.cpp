@@ -109,14 +109,14 @@ void test_search() {
 
 void test_registry() {
   int known = 0;
-#define ROW(NAME, CLASS, ROWS, SMALLEST, LARGEST)                          \
-  ++known;                                                                 \
-  {                                                                        \
-    TransformShape shape;                                                  \
-    CHECK(find_transform(NAME, &shape) && shape.table_rows == ROWS);       \
-    bool tested = false;                                                   \
-    for (const Case& c : kCases) tested = tested || c.name == NAME;        \
-    CHECK(tested);                                                         \
+#define ROW(NAME, CLASS, ROWS, SMALLEST, LARGEST)                    \
+  ++known;                                                           \
+  {                                                                  \
+    TransformShape shape;                                            \
+    CHECK(find_transform(NAME, &shape) && shape.table_rows == ROWS); \
+    bool tested = false;                                             \
+    for (const Case& c : kCases) tested = tested || c.name == NAME;  \
+    CHECK(tested);                                                   \
   }
   MONOSOFTMAX_TRANSFORMS(ROW)
 #undef ROW

@@ -6,8 +6,8 @@
 #include <cmath>
 #include <cstdint>
 
-// Always inlined on the host: one shared copy of a function, compiled for the widest instruction set of the build, would
-// be what the linker keeps for all of them.
+// Always inlined on the host: one shared copy of a function, compiled for the widest instruction set of the build,
+// would be what the linker keeps for all of them.
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define MONOSOFTMAX_HD __host__ __device__ inline
 #else
@@ -35,9 +35,7 @@ struct ScalarArithmetic {
   // mask ? a : b
   static MONOSOFTMAX_HD S select(Mask mask, S a, S b) { return mask ? a : b; }
   // base[index], for an index that is a whole number >= 0
-  static MONOSOFTMAX_HD S gather(const S* base, S index) {
-    return base[static_cast<int64_t>(index)];
-  }
+  static MONOSOFTMAX_HD S gather(const S* base, S index) { return base[static_cast<int64_t>(index)]; }
 };
 
 template <>
@@ -62,8 +60,7 @@ MONOSOFTMAX_HD T clamp_index(T x, T hi) {
 
 // How many of sorted[0 .. count) are <= x, by bisection; 0 for NaN.
 template <class T>
-MONOSOFTMAX_HD T count_less_equal(const typename Arithmetic<T>::Scalar* sorted, int64_t count,
-                                  T x) {
+MONOSOFTMAX_HD T count_less_equal(const typename Arithmetic<T>::Scalar* sorted, int64_t count, T x) {
   using A = Arithmetic<T>;
   using S = typename A::Scalar;
   int64_t step = 1;

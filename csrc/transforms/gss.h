@@ -16,8 +16,7 @@ class Gss {
     T by_k, by_c;
   };
 
-  explicit MONOSOFTMAX_HD Gss(const Coefficients<S>& c)
-      : k_(c.data[0]), c_(c.data[1]), excess_(c.data[0] - 1) {}
+  explicit MONOSOFTMAX_HD Gss(const Coefficients<S>& c) : k_(c.data[0]), c_(c.data[1]), excess_(c.data[0] - 1) {}
 
   MONOSOFTMAX_HD T value(T z) const {
     const T u = z - c_;

@@ -53,9 +53,7 @@ class MonotonicMlp {
  private:
   using A = Arithmetic<T>;
 
-  MONOSOFTMAX_HD T argument(int64_t h, T z) const {
-    return A::fma(T(steepness_[h]), z, T(shift_[h]));
-  }
+  MONOSOFTMAX_HD T argument(int64_t h, T z) const { return A::fma(T(steepness_[h]), z, T(shift_[h])); }
   static MONOSOFTMAX_HD T slope(T tanh) { return (T(1) - tanh) * (T(1) + tanh); }
 
   const S* linear_;

@@ -45,9 +45,7 @@ class Plif {
   using A = Arithmetic<T>;
 
   // In these very operations the reference computes them too: both see a logit next to a knot on the same side.
-  MONOSOFTMAX_HD T piece(T z) const {
-    return clamp_index(A::floor((z - lo_) * inverse_width_), last_);
-  }
+  MONOSOFTMAX_HD T piece(T z) const { return clamp_index(A::floor((z - lo_) * inverse_width_), last_); }
   MONOSOFTMAX_HD T knot(T k) const { return lo_ + k * width_; }
 
   const S* slopes_;

@@ -14,15 +14,15 @@
 #include "temperature.h"
 
 // name, class, rows of its coefficient table (0: a vector), smallest and largest number of coefficients in a row
-#define MONOSOFTMAX_TRANSFORMS(ROW)             \
-  ROW("identity", Identity, 0, 0, 0)            \
-  ROW("temperature", Temperature, 0, 1, 1)      \
-  ROW("plif", Plif, 2, 1, 1 << 24)              \
-  ROW("sigsoftmax", SigSoftmax, 0, 0, 0)        \
-  ROW("gss", Gss, 0, 2, 2)                      \
-  ROW("soft_cap", SoftCap, 0, 1, 1)             \
-  ROW("sigmoid_cap", SigmoidCap, 0, 3, 3)       \
-  ROW("monotonic_mlp", MonotonicMlp, 0, 4, 64)  \
+#define MONOSOFTMAX_TRANSFORMS(ROW)            \
+  ROW("identity", Identity, 0, 0, 0)           \
+  ROW("temperature", Temperature, 0, 1, 1)     \
+  ROW("plif", Plif, 2, 1, 1 << 24)             \
+  ROW("sigsoftmax", SigSoftmax, 0, 0, 0)       \
+  ROW("gss", Gss, 0, 2, 2)                     \
+  ROW("soft_cap", SoftCap, 0, 1, 1)            \
+  ROW("sigmoid_cap", SigmoidCap, 0, 3, 3)      \
+  ROW("monotonic_mlp", MonotonicMlp, 0, 4, 64) \
   ROW("spline", Spline, 6, 1, 1 << 24)
 
 namespace monosoftmax {
@@ -49,14 +49,13 @@ inline bool find_transform(std::string_view name, TransformShape* shape) {
 
 // Calls visitor(f) with the transform `name` over the arithmetic type T; whether there is one.
 template <class T, class Visitor>
-bool with_transform(std::string_view name,
-                    const Coefficients<typename Arithmetic<T>::Scalar>& coefficients,
+bool with_transform(std::string_view name, const Coefficients<typename Arithmetic<T>::Scalar>& coefficients,
                     Visitor&& visitor) {
-#define ROW(NAME, CLASS, ROWS, SMALLEST, LARGEST)                   \
-  if (name == NAME) {                                               \
-    static_assert(CLASS<T>::kTableRows == ROWS, "rows of " NAME);   \
-    visitor(CLASS<T>(coefficients));                                \
-    return true;                                                    \
+#define ROW(NAME, CLASS, ROWS, SMALLEST, LARGEST)                 \
+  if (name == NAME) {                                             \
+    static_assert(CLASS<T>::kTableRows == ROWS, "rows of " NAME); \
+    visitor(CLASS<T>(coefficients));                              \
+    return true;                                                  \
   }
   MONOSOFTMAX_TRANSFORMS(ROW)
 #undef ROW

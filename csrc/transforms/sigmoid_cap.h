@@ -24,8 +24,7 @@ class SigmoidCap {
     // The sigmoid is constant beyond 400; the clamp keeps inf * 0 out of the gradient of c.
     const T u = clamp((z + b_) / c_, T(-400), T(400));
     const Logistic<T> logistic(u);
-    return {a_ * logistic.sigmoid, ratio_ * (logistic.sigmoid * logistic.sigmoid_complement), u,
-            logistic.sigmoid};
+    return {a_ * logistic.sigmoid, ratio_ * (logistic.sigmoid * logistic.sigmoid_complement), u, logistic.sigmoid};
   }
   MONOSOFTMAX_HD void accumulate(const Point& at, T, T gradient, T* sums) const {
     const T by_b = gradient * at.derivative;

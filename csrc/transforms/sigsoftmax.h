@@ -27,9 +27,7 @@ class SigSoftmax {
  private:
   using A = Arithmetic<T>;
 
-  static MONOSOFTMAX_HD T from(T z, T decay) {
-    return z + (A::select(A::less(z, T(0)), z, T(0)) - A::log1p(decay));
-  }
+  static MONOSOFTMAX_HD T from(T z, T decay) { return z + (A::select(A::less(z, T(0)), z, T(0)) - A::log1p(decay)); }
 };
 
 }  // namespace monosoftmax

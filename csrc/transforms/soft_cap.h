@@ -25,11 +25,11 @@ class SoftCap {
     const T t = A::tanh(u);
     return {cap_ * t, (T(1) - t) * (T(1) + t), u, t};
   }
-  // df/dc = tanh(u) - u (1 - tanh(u)^2), which is 2/3 u^3 for small u: by its series there, where the difference cancels.
+  // df/dc = tanh(u) - u (1 - tanh(u)^2), which is 2/3 u^3 for small u: by its series there, where the difference
+  // cancels.
   MONOSOFTMAX_HD void accumulate(const Point& at, T, T gradient, T* sums) const {
     const T u = at.scaled, square = u * u;
-    const T series =
-        u * square * (T(S(2. / 3)) - square * (T(S(8. / 15)) - square * T(S(34. / 105))));
+    const T series = u * square * (T(S(2. / 3)) - square * (T(S(8. / 15)) - square * T(S(34. / 105))));
     const T small(S(sizeof(S) == sizeof(float) ? 1e-2 : 1e-4));
     const T by_cap = A::select(A::less(square, small), series, at.tanh - u * at.derivative);
     sums[0] = A::fma(gradient, by_cap, sums[0]);

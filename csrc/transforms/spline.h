@@ -1,6 +1,6 @@
 // Monotonic rational quadratic spline, linear beyond its ends.
-// Coefficients: table [6, K] of x, width, y, height, d0, d1 of each piece. With s = height / width, xi = (z - x) / width,
-// D = s (xi^2 + (1-xi)^2) + (d0 + d1) xi (1-xi):
+// Coefficients: table [6, K] of x, width, y, height, d0, d1 of each piece. With s = height / width, xi = (z - x) /
+// width, D = s (xi^2 + (1-xi)^2) + (d0 + d1) xi (1-xi):
 //   f  = y + height (s xi^2 + d0 xi (1-xi)) / D
 //   f' = s^2 (d1 xi^2 + 2 s xi (1-xi) + d0 (1-xi)^2) / D^2
 #pragma once
@@ -38,8 +38,7 @@ class Spline {
     const T steep = p.slope / r.denominator;
     const T tails = A::fma(p.d0, below, p.d1 * above);
     return {p.y + p.height * (r.numerator / r.denominator) + tails,
-            steep * steep *
-                (p.d1 * xi * xi + T(2) * p.slope * r.bump + p.d0 * (T(1) - xi) * (T(1) - xi)),
+            steep * steep * (p.d1 * xi * xi + T(2) * p.slope * r.bump + p.d0 * (T(1) - xi) * (T(1) - xi)),
             k,
             xi,
             below,

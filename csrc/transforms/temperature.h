@@ -15,8 +15,7 @@ class Temperature {
     T value, derivative;
   };
 
-  explicit MONOSOFTMAX_HD Temperature(const Coefficients<S>& c)
-      : tau_(c.data[0]), inverse_(1 / c.data[0]) {}
+  explicit MONOSOFTMAX_HD Temperature(const Coefficients<S>& c) : tau_(c.data[0]), inverse_(1 / c.data[0]) {}
 
   MONOSOFTMAX_HD T value(T z) const { return z / tau_; }
   MONOSOFTMAX_HD Point at(T z) const { return {z / tau_, inverse_}; }

@@ -47,8 +47,8 @@ class GSS(ScalarTransform):
 
     def evaluate(self, z: Tensor, coefficients: Tensor) -> Tensor:
         k, c = coefficients.unbind()
-        # k u - (k-1) softplus(u) with the linear part of softplus taken out by hand: no inf - inf at either end. where()
-        # instead of abs() and clamp(), whose autograd derivatives at u = 0 do not add up to f'(c) = (k+1)/2.
+        # k u - (k-1) softplus(u) with the linear part of softplus taken out by hand: no inf - inf at either end.
+        # where() instead of abs() and clamp(), whose autograd derivatives at u = 0 do not add up to f'(c) = (k+1)/2.
         u = z - c
         magnitude = torch.where(u >= 0, u, -u)
         return c + torch.where(u >= 0, u, k * u) - (k - 1) * F.softplus(-magnitude)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .base import ScalarTransform
 
-#: tanh and sigmoid are constant in float64 beyond this argument. Clamping it, and the logit itself, keeps 0 * inf out of
-#: the gradients of logits of -inf and +inf.
+#: tanh and sigmoid are constant in float64 beyond this argument. Clamping it, and the logit itself, keeps 0 * inf out
+#: of the gradients of logits of -inf and +inf.
 SATURATION = 400.0
 LARGEST_LOGIT = 1e30
 

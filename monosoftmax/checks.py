@@ -1,0 +1,88 @@
+"""Checks of arguments that the public functions share: an error names the argument, what it got and what it wants."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .transforms import Identity, MonotonicTransform
+
+Reduction = Literal["none", "mean", "sum"]
+
+FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+IDENTITY = Identity()
+
+
+def check_transform(transform: MonotonicTransform | None) -> MonotonicTransform:
+    if transform is None:
+        return IDENTITY
+    if not isinstance(transform, MonotonicTransform):
+        raise TypeError(f"transform must be a monosoftmax transform or None, got {type(transform).__name__}")
+    return transform
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if hasattr(tensor, "full_tensor"):  # a DTensor, without the price of importing torch.distributed.tensor
+        raise NotImplementedError(
+            f"{name} is a DTensor, which is not supported: pass its full_tensor(), or its to_local() shard of rows"
+        )
+    if tensor.layout != torch.strided:
+        raise NotImplementedError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    check_tensor(name, tensor)
+    if tensor.dtype not in FLOATING_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def check_target(target: Tensor, device: torch.device) -> None:
+    check_tensor("target", target)
+    if target.is_floating_point():
+        raise NotImplementedError(
+            f"target must be int64 class indices, got {target.dtype}: class probabilities are not supported"
+        )
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64 class indices, got {target.dtype}")
+    if target.device != device:
+        raise ValueError(f"target must be on {device} like input, got {target.device}")
+
+
+def check_loss_options(
+    classes: int,
+    device: torch.device,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: Reduction,
+) -> None:
+    if classes == 0:
+        raise ValueError("input must have at least 1 class, got 0")
+    if weight is not None:
+        check_floating("weight", weight)
+        if weight.shape != (classes,):
+            raise ValueError(f"weight must have shape ({classes},), got {tuple(weight.shape)}")
+        if weight.device != device:
+            raise ValueError(f"weight must be on {device} like input, got {weight.device}")
+        if weight.requires_grad:
+            raise ValueError("weight must not require a gradient: the loss is not differentiated with respect to it")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f'reduction must be "none", "mean" or "sum", got {reduction!r}')
+
+
+def check_device(name: str, transform: MonotonicTransform, device: torch.device) -> None:
+    for parameter in transform.parameters():
+        if parameter.device != device:
+            raise ValueError(f"{name} must be on {device} like input, got {parameter.device}")

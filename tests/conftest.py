@@ -1,6 +1,8 @@
-"""What every test shares: GPU tests skip with a reason, and hypothesis has no deadline on shared machines."""
+"""What every test shares: GPU tests skip with a reason, threads are reset, hypothesis has no deadline."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,3 +19,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _same_number_of_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -23,8 +23,9 @@ class PLIF(MonotonicTransform):
 
     with ``slope = min_slope + (1 - min_slope) softplus(raw_slope)``. Beyond the bounds f continues with its first and
     last slope. It is anchored at f(0) = 0, with the values at the knots summed outwards from there, so that a piece
-    which no logit reaches has a gradient of exactly zero (with f(-bound) = 0, as published, rounding leaves noise in
-    it, which Adam blows up to full-size steps). The offset itself is irrelevant: softmax is shift invariant.
+    which no logit reaches, with none beyond it as seen from 0, has a gradient of exactly zero (with f(-bound) = 0, as
+    published, rounding leaves noise in it, which Adam blows up to full-size steps). The offset itself is irrelevant:
+    softmax is shift invariant.
 
     Train ``raw_slope`` with Adam in a group of its own (:func:`monosoftmax.parameter_groups`): the gradient of a slope
     scales with the width of its piece, so plain SGD at the rate of the head leaves it where it started.
@@ -121,7 +122,7 @@ class PLIF(MonotonicTransform):
     def evaluate_inverse(self, y: Tensor, coefficients: Tensor) -> Tensor:
         slopes, values = coefficients.unbind()
         piece = torch.searchsorted(values[1:].detach().contiguous(), y.detach().contiguous(), right=True)
-        return -self.bound + piece * self.width + (y - values[piece]) / slopes[piece]
+        return -self.bound + piece.to(y.dtype) * self.width + (y - values[piece]) / slopes[piece]
 
     def _locate(self, z: Tensor) -> tuple[Tensor, Tensor]:
         lo, width, inverse_width = self.constants()

@@ -17,7 +17,7 @@ import torch
 from . import __version__, backends
 
 #: Packages that parts of monosoftmax or its benchmarks use where they are installed.
-_OPTIONAL = ("triton", "numpy", "matplotlib", "tqdm")
+_OPTIONAL = ("triton", "numpy", "matplotlib", "tabulate", "tqdm")
 
 
 def collect() -> dict[str, Any]:

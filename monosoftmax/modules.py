@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backends import BackendName
-from .checks import Reduction
+from .checks import Reduction, check_transform
 from .functional import cross_entropy, linear_cross_entropy, log_softmax
 from .transforms import Identity, MonotonicTransform
-from .transforms.base import arithmetic_dtype
+from .transforms.base import arithmetic_dtype, require_count
 
 
 class MonotonicCrossEntropyLoss(nn.Module):
@@ -42,7 +42,7 @@ class MonotonicCrossEntropyLoss(nn.Module):
         backend: BackendName = "auto",
     ) -> None:
         super().__init__()
-        self.transform = Identity() if transform is None else transform
+        self.transform = Identity() if transform is None else check_transform(transform)
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
@@ -91,6 +91,9 @@ class MonotonicSoftmax(nn.Module):
 
     Shapes: weight (V, d), bias (V,).
 
+    Raises:
+        TypeError, ValueError: ``in_features`` or ``n_classes`` is not an int >= 1, or ``transform`` is no transform.
+
     Source: Ganea et al., ICML 2019.
     """
 
@@ -109,12 +112,9 @@ class MonotonicSoftmax(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("in_features", in_features), ("n_classes", n_classes)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self.in_features = in_features
-        self.n_classes = n_classes
-        self.transform = Identity() if transform is None else transform
+        self.in_features = require_count("in_features", in_features)
+        self.n_classes = require_count("n_classes", n_classes)
+        self.transform = Identity() if transform is None else check_transform(transform)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss

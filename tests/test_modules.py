@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -354,3 +355,9 @@ def test_plif_learns_a_shape_that_a_linear_softmax_cannot_have():
     assert entropy < plif < temperature < start
     # What PLIF leaves of the gap to the truth, beside what one scalar leaves.
     assert plif - entropy < 0.2 * (temperature - entropy)
+
+
+@pytest.mark.parametrize("make", [ms.MonotonicCrossEntropyLoss, lambda f: ms.MonotonicSoftmax(3, 5, f)])
+def test_what_is_no_transform_is_refused_at_once(make: Any) -> None:
+    with pytest.raises(TypeError, match="transform must be a monosoftmax transform or None, got str"):
+        make("plif")

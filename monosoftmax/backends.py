@@ -19,7 +19,7 @@ from torch import Tensor
 from .transforms import Identity, MonotonicTransform
 
 BackendName = Literal["auto", "reference", "cpu", "triton", "cuda"]
-Operation = Literal["cross_entropy", "linear_cross_entropy", "log_softmax"]
+Operation = Literal["cross_entropy", "linear_cross_entropy", "linear_token_statistics", "log_softmax"]
 
 
 def _load_extension() -> tuple[ModuleType | None, str]:
@@ -113,11 +113,19 @@ def _cpu_refusal(call: Call) -> str | None:
 
 
 def _cpu_how(call: Call) -> str:
+    if call.operation == "cross_entropy":
+        return (
+            "one fused C++ kernel, which computes the gradient of a mean or sum in the forward pass; "
+            "memory beyond inputs, outputs and gradients is O(N)"
+        )
     if call.operation == "linear_cross_entropy":
         return (
-            "torch.nn.functional.linear, then the fused loss on its result: the logits [N, V] exist in full "
-            "(a head-fused kernel is not implemented yet)"
+            "chunks of rows through one buffer of logits: matrix product, fused C++ kernel, products of the gradients "
+            "of a mean or sum, all in the forward pass; memory beyond inputs, outputs and gradients does not grow with "
+            "N times V"
         )
+    if call.operation == "linear_token_statistics":
+        return "chunks of rows through one buffer of logits: matrix product, fused C++ kernel"
     return "one fused C++ kernel each way; memory beyond inputs, outputs and gradients is O(N)"
 
 
@@ -155,7 +163,7 @@ def explain(
     """Which backend takes a call of ``operation`` with these arguments, and why each better one does not.
 
     Args:
-        operation: ``"cross_entropy"``, ``"linear_cross_entropy"`` or ``"log_softmax"``.
+        operation: ``"cross_entropy"``, ``"linear_cross_entropy"``, ``"linear_token_statistics"`` or ``"log_softmax"``.
         input: the logits, or the input of the head. Only its device and dtype are looked at.
         transform: as given to the call.
         backend: as given to the call.

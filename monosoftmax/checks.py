@@ -53,6 +53,46 @@ def check_target(target: Tensor, device: torch.device) -> None:
         raise ValueError(f"target must be on {device} like input, got {target.device}")
 
 
+def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor) -> None:
+    check_floating("input", input)
+    check_floating("linear_weight", linear_weight)
+    check_target(target, input.device)
+    if input.dim() == 0 or linear_weight.dim() != 2 or input.shape[-1] != linear_weight.shape[1]:
+        raise ValueError(
+            f"input (..., d) and linear_weight (V, d) must agree in d, got {tuple(input.shape)} and "
+            f"{tuple(linear_weight.shape)}"
+        )
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"target must have the shape of input without its last dimension, {tuple(input.shape[:-1])}, "
+            f"got {tuple(target.shape)}"
+        )
+    classes = linear_weight.shape[0]
+    operands = {"linear_weight": linear_weight}
+    if linear_bias is not None:
+        check_floating("linear_bias", linear_bias)
+        if linear_bias.shape != (classes,):
+            raise ValueError(f"linear_bias must have shape ({classes},), got {tuple(linear_bias.shape)}")
+        operands["linear_bias"] = linear_bias
+    autocast = torch.is_autocast_enabled(input.device.type)
+    for name, operand in operands.items():
+        if operand.device != input.device:
+            raise ValueError(f"{name} must be on {input.device} like input, got {operand.device}")
+        if operand.dtype != input.dtype and not autocast:
+            raise TypeError(f"{name} must have the dtype of input, {input.dtype}, got {operand.dtype}")
+    check_classes(classes)
+
+
+def check_classes(classes: int) -> None:
+    if classes == 0:
+        raise ValueError("input must have at least 1 class, got 0")
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+
+
 def check_loss_options(
     classes: int,
     device: torch.device,
@@ -62,8 +102,7 @@ def check_loss_options(
     z_loss: float,
     reduction: Reduction,
 ) -> None:
-    if classes == 0:
-        raise ValueError("input must have at least 1 class, got 0")
+    check_classes(classes)
     if weight is not None:
         check_floating("weight", weight)
         if weight.shape != (classes,):
@@ -72,8 +111,7 @@ def check_loss_options(
             raise ValueError(f"weight must be on {device} like input, got {weight.device}")
         if weight.requires_grad:
             raise ValueError("weight must not require a gradient: the loss is not differentiated with respect to it")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    check_ignore_index(ignore_index)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
     if not 0 <= z_loss < math.inf:

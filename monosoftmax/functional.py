@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -15,12 +15,36 @@ from .checks import (
     Reduction,
     check_device,
     check_floating,
+    check_head,
+    check_ignore_index,
     check_loss_options,
     check_target,
     check_transform,
 )
 from .transforms import MonotonicTransform
 from .transforms.base import arithmetic_dtype
+
+
+class Losses(NamedTuple):
+    """The losses of the rows and lse, both of target's shape, and their mean or sum; None for reduction "none"."""
+
+    rows: Tensor
+    lse: Tensor
+    total: Tensor | None
+
+    def result(self, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+        loss = self.rows if self.total is None else self.total
+        return (loss, self.lse) if return_lse else loss
+
+
+class TokenStatistics(NamedTuple):
+    """What :func:`linear_token_statistics` returns: each of the shape of ``target``."""
+
+    log_prob: Tensor
+    entropy: Tensor
+    argmax: Tensor
+    lse: Tensor
+    rank: Tensor
 
 
 @overload
@@ -72,6 +96,10 @@ def cross_entropy(
     with q the target distribution after ``weight`` and ``label_smoothing``, exactly as in PyTorch. Arithmetic is in
     float32 (float64 for float64), and so is the result, whatever the dtype of ``input``.
 
+    A fused backend computes the gradient of a mean or sum together with the loss, while the logits are at hand, and
+    scales it in the backward pass; where nothing needs a gradient, or under ``torch.no_grad()``, it computes the loss
+    only. Other gradients (``reduction="none"``, lse) take a second pass over the logits.
+
     Args:
         input: logits z, (V,), (N, V) or (N, V, d1, ...); float32, bfloat16, float16 or float64.
         target: class indices, int64, of the shape of ``input`` without V.
@@ -114,9 +142,10 @@ def cross_entropy(
 
     chosen = choose(Call("cross_entropy", input.device.type, input.dtype, transform), backend)
     rows = input.movedim(class_dim, -1).reshape(-1, classes)
-    return _loss_of_rows(
+    losses = _losses_of_rows(
         rows, target, transform, weight, ignore_index, label_smoothing, z_loss, reduction, return_lse, chosen
     )
+    return losses.result(return_lse)
 
 
 @overload
@@ -168,7 +197,16 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r""":func:`cross_entropy` of the logits :math:`z = \text{input}\,\text{linear\_weight}^T + \text{linear\_bias}`.
 
-    In this version no backend fuses the head: the logits exist in full, as :func:`monosoftmax.backends.explain` says.
+    A fused backend never holds the logits in full. It takes chunks of rows through one buffer, whose size does not
+    depend on the number of rows: product, loss and, for a mean or sum that needs gradients, the gradient of the logits
+    in place and the two products of it; the backward pass scales what is there. That makes three products in all, one
+    under ``torch.no_grad()``, and none for what needs no gradient. Gradients that depend on more than one number, those
+    of ``reduction="none"`` and of lse, cannot be computed ahead: the backward pass then computes the logits again (four
+    products), and so it does for a second backward pass through a retained graph and under ``torch.func.grad``. In
+    bfloat16 and float16 the logits and their gradient are rounded to that type, as they are by PyTorch, and the
+    gradients of ``linear_weight`` and ``linear_bias`` are summed over the chunks in float32 and rounded at the end;
+    that of ``input`` is rounded twice where the upstream gradient of a mean or sum is not a power of two. The reference
+    backend holds the logits in full.
 
     Args:
         input: (..., d).
@@ -183,42 +221,104 @@ def linear_cross_entropy(
 
     Raises:
         As :func:`cross_entropy`.
+
+    Source: for gradients in the forward pass over chunks, Hsu et al., *Liger Kernel: Efficient Triton Kernels for LLM
+    Training*, 2024.
+    """
+    losses = linear_losses(
+        input, linear_weight, target, transform, linear_bias, weight, ignore_index, label_smoothing, z_loss,
+        reduction, return_lse, backend,
+    )  # fmt: skip
+    return losses.result(return_lse)
+
+
+def linear_losses(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    transform: MonotonicTransform | None,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: Reduction,
+    return_lse: bool,
+    backend: BackendName,
+) -> Losses:
+    """:func:`linear_cross_entropy`, with the losses of the rows and their mean or sum both."""
+    transform = check_transform(transform)
+    check_head(input, linear_weight, linear_bias, target)
+    check_loss_options(linear_weight.shape[0], input.device, weight, ignore_index, label_smoothing, z_loss, reduction)
+    check_device("transform", transform, input.device)
+    chosen = choose(Call("linear_cross_entropy", input.device.type, input.dtype, transform), backend)
+    rows = input.reshape(-1, input.shape[-1])
+    if chosen == "reference":
+        logits = F.linear(rows, linear_weight, linear_bias)
+        return _losses_of_rows(
+            logits, target, transform, weight, ignore_index, label_smoothing, z_loss, reduction, return_lse, chosen
+        )
+    rows, linear_weight, linear_bias = _operands(rows, linear_weight, linear_bias)
+    row_target, weight = target.reshape(-1), _class_weight(weight, rows)
+    normalizer = _normalizer(row_target, weight, ignore_index, linear_weight.shape[0], reduction, rows.dtype)
+    loss, lse, total = autograd.linear_cross_entropy(
+        chosen, rows, linear_weight, linear_bias, row_target, transform, weight, ignore_index, label_smoothing, z_loss,
+        return_lse, None if normalizer is None else normalizer.reciprocal(),
+    )  # fmt: skip
+    return Losses(loss.reshape(target.shape), lse.reshape(target.shape), None if normalizer is None else total)
+
+
+def linear_token_statistics(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    transform: MonotonicTransform | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    backend: BackendName = "auto",
+) -> TokenStatistics:
+    r"""What is known of each token under :math:`p = \mathrm{softmax}(f(z))`, for metrics and reinforcement learning.
+
+    The logits :math:`z = \text{input}\,\text{linear\_weight}^T + \text{linear\_bias}` exist for a chunk of rows at a
+    time, except on the reference backend. The results carry no gradients, as under ``torch.no_grad()``. The
+    log-probability of the target is differentiable as ``-linear_cross_entropy(..., reduction="none")``.
+
+    Args:
+        input, linear_weight, target, transform, linear_bias, ignore_index, backend: as in
+            :func:`linear_cross_entropy`.
+
+    Returns:
+        Named tensors, each of the shape of ``target``; the arithmetic is in float32 (float64 for float64):
+
+        - ``log_prob``: log p of the target; 0 where it is ``ignore_index``.
+        - ``entropy``: :math:`-\sum_j p_j \log p_j`, in nats.
+        - ``argmax``, int64: the class of the largest logit, which is the most probable one; the first of equals.
+        - ``lse``: :math:`\log \sum_j e^{f(z_j)}`.
+        - ``rank``, int64: the number of classes with a larger logit than the target, 0 for the most probable one; -1
+          where the target is ``ignore_index``.
+
+        Logits of -inf are allowed. Where a row has no distribution (a NaN, a +inf, nothing but -inf), log_prob and
+        entropy are NaN, lse is not finite, and argmax and rank mean nothing.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError, IndexError: as in :func:`cross_entropy`.
     """
     transform = check_transform(transform)
-    check_floating("input", input)
-    check_floating("linear_weight", linear_weight)
-    check_target(target, input.device)
-    if input.dim() == 0 or linear_weight.dim() != 2 or input.shape[-1] != linear_weight.shape[1]:
-        raise ValueError(
-            f"input (..., d) and linear_weight (V, d) must agree in d, got {tuple(input.shape)} and "
-            f"{tuple(linear_weight.shape)}"
-        )
-    if target.shape != input.shape[:-1]:
-        raise ValueError(
-            f"target must have the shape of input without its last dimension, {tuple(input.shape[:-1])}, "
-            f"got {tuple(target.shape)}"
-        )
-    classes = linear_weight.shape[0]
-    operands = {"linear_weight": linear_weight}
-    if linear_bias is not None:
-        check_floating("linear_bias", linear_bias)
-        if linear_bias.shape != (classes,):
-            raise ValueError(f"linear_bias must have shape ({classes},), got {tuple(linear_bias.shape)}")
-        operands["linear_bias"] = linear_bias
-    autocast = torch.is_autocast_enabled(input.device.type)
-    for name, operand in operands.items():
-        if operand.device != input.device:
-            raise ValueError(f"{name} must be on {input.device} like input, got {operand.device}")
-        if operand.dtype != input.dtype and not autocast:
-            raise TypeError(f"{name} must have the dtype of input, {input.dtype}, got {operand.dtype}")
-    check_loss_options(classes, input.device, weight, ignore_index, label_smoothing, z_loss, reduction)
+    check_head(input, linear_weight, linear_bias, target)
+    check_ignore_index(ignore_index)
     check_device("transform", transform, input.device)
-
-    chosen = choose(Call("linear_cross_entropy", input.device.type, input.dtype, transform), backend)
-    rows = F.linear(input.reshape(-1, input.shape[-1]), linear_weight, linear_bias)
-    return _loss_of_rows(
-        rows, target, transform, weight, ignore_index, label_smoothing, z_loss, reduction, return_lse, chosen
-    )
+    chosen = choose(Call("linear_token_statistics", input.device.type, input.dtype, transform), backend)
+    row_target = target.reshape(-1)
+    with torch.no_grad():
+        rows, linear_weight, linear_bias = _operands(input.reshape(-1, input.shape[-1]), linear_weight, linear_bias)
+        head = rows.detach(), linear_weight.detach(), None if linear_bias is None else linear_bias.detach()
+        statistics: tuple[Tensor, ...]
+        if chosen == "reference":
+            statistics = reference.linear_token_statistics(*head, row_target, transform, ignore_index)
+        else:
+            statistics = autograd.linear_token_statistics(chosen, *head, row_target, transform, ignore_index)
+    return TokenStatistics(*(each.reshape(target.shape) for each in statistics))
 
 
 def log_softmax(
@@ -264,7 +364,7 @@ def log_softmax(
     return output.reshape(input.shape)
 
 
-def _loss_of_rows(
+def _losses_of_rows(
     rows: Tensor,
     target: Tensor,
     transform: MonotonicTransform,
@@ -275,32 +375,65 @@ def _loss_of_rows(
     reduction: Reduction,
     return_lse: bool,
     backend: str,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The loss of logits ``rows`` [N, V] for ``target`` of any shape with N elements."""
-    row_target = target.reshape(-1)
-    if weight is not None:
-        weight = weight.to(arithmetic_dtype(rows.dtype))
+) -> Losses:
+    """The losses of logits ``rows`` [N, V] for ``target`` of any shape with N elements."""
+    row_target, weight = target.reshape(-1), _class_weight(weight, rows)
+    normalizer = _normalizer(row_target, weight, ignore_index, rows.shape[1], reduction, rows.dtype)
+    total: Tensor | None
     if backend == "reference":
         loss, lse = reference.cross_entropy(
             rows, row_target, transform, weight, ignore_index, label_smoothing, z_loss, return_lse
         )
+        total = None if normalizer is None else loss.sum() / normalizer
     else:
+        scale = None if normalizer is None else normalizer.reciprocal()
         rows = _rows_for_kernel(rows)
-        loss, lse = autograd.cross_entropy(
-            backend, rows, row_target, transform, weight, ignore_index, label_smoothing, z_loss, return_lse
+        loss, lse, total = autograd.cross_entropy(
+            backend, rows, row_target, transform, weight, ignore_index, label_smoothing, z_loss, return_lse, scale
         )
+    return Losses(loss.reshape(target.shape), lse.reshape(target.shape), None if normalizer is None else total)
+
+
+def _normalizer(
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    classes: int,
+    reduction: Reduction,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """What the sum of the losses is divided by, in the arithmetic type; 0 where every row is ignored."""
+    dtype = arithmetic_dtype(dtype)
     if reduction == "none":
-        loss = loss.reshape(target.shape)
-    elif reduction == "sum":
-        loss = loss.sum()
-    else:
-        valid = row_target != ignore_index
-        if weight is None:
-            loss = loss.sum() / valid.sum()
-        else:
-            inside = (row_target >= 0) & (row_target < rows.shape[1])
-            loss = loss.sum() / (weight[torch.where(inside, row_target, 0)] * valid).sum()
-    return (loss, lse.reshape(target.shape)) if return_lse else loss
+        return None
+    if reduction == "sum":
+        return torch.ones((), dtype=dtype, device=target.device)
+    valid = target != ignore_index
+    if weight is None:
+        return valid.sum().to(dtype)
+    inside = (target >= 0) & (target < classes)
+    return (weight[torch.where(inside, target, 0)] * valid).sum()
+
+
+def _class_weight(weight: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if weight is None else weight.to(arithmetic_dtype(rows.dtype))
+
+
+def _operands(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands of the head in the type that torch.nn.functional.linear would multiply them in."""
+    device = input.device.type
+    if not torch.is_autocast_enabled(device):
+        return input, linear_weight, linear_bias
+    dtype = torch.get_autocast_dtype(device)
+    return (
+        _autocast(input, dtype),
+        _autocast(linear_weight, dtype),
+        None if linear_bias is None else _autocast(linear_bias, dtype),
+    )
+
+
+def _autocast(operand: Tensor, dtype: torch.dtype) -> Tensor:
+    return operand if operand.dtype == torch.float64 else operand.to(dtype)
 
 
 def _rows_for_kernel(rows: Tensor) -> Tensor:

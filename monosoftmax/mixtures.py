@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from . import reference
-from .backends import BackendName
+from .backends import BackendName, Call, choose
 from .checks import check_floating, check_target
-from .functional import cross_entropy, log_softmax
+from .functional import cross_entropy, linear_cross_entropy, log_softmax
 from .modules import MonotonicSoftmax, OutputAndLoss
 from .transforms.base import arithmetic_dtype, require_count
 
@@ -105,7 +105,12 @@ class MixtureOfSoftmaxes(_Experts):
         \qquad \ell_k = \text{cross entropy of component } k, \qquad \pi = \mathrm{softmax}(V g)
 
     over chunks of rows whose logits are computed again in the backward pass, so that the N x K x V logits and
-    probabilities never exist for more than one chunk. The gradient of the decoder is summed over chunks in float32.
+    probabilities never exist for more than one chunk: by :func:`monosoftmax.linear_cross_entropy` of all components
+    where a fused backend takes it, else by checkpointed chunks. The gradient of the decoder is summed over chunks in
+    float32.
+    That is four matrix products for each component, where :class:`MonotonicSoftmax` takes three in all: the upstream
+    gradient of a component is known only once the losses of all of them are, and there is no operator that makes this
+    second pass over the logits of a chunk in the forward pass.
 
     There is no label smoothing: it needs log p of every class, which is what the chunked loss avoids.
 
@@ -122,7 +127,8 @@ class MixtureOfSoftmaxes(_Experts):
         dropout: dropout probability of :math:`\tanh(U_k g)`, in [0, 1).
         published: compute as the published code does: probabilities of all components, mixed, then
             :math:`\log(p + 10^{-8})`. It holds several tensors of N x K x V, and no loss exceeds 18.4.
-        chunk_rows: rows in a chunk; by default as many as have 64 MiB of float32 (or float64) logits, at least one.
+        chunk_rows: rows in a checkpointed chunk; asks for these on a fused backend, too. By default as many as have
+            64 MiB of float32 (or float64) logits, at least one.
         ignore_index, backend: as in :func:`monosoftmax.cross_entropy`.
 
     Shapes: prior.weight (K, in_features), latent.weight (K d, in_features), latent.bias (K d), decoder.weight (V, d),
@@ -204,6 +210,18 @@ class MixtureOfSoftmaxes(_Experts):
 
     def _losses(self, latent: Tensor, log_prior: Tensor, target: Tensor) -> Tensor:
         """-log p(target) of each row, for latent [N, K, d], log_prior [N, K] and target [N]."""
+        call = Call("linear_cross_entropy", latent.device.type, latent.dtype, self.decoder.transform)
+        if self.chunk_rows is None and choose(call, self.decoder.backend) != "reference":
+            losses = linear_cross_entropy(
+                latent.flatten(0, 1),
+                self.decoder.weight,
+                target.repeat_interleave(self.n_experts),
+                linear_bias=self.decoder.bias,
+                ignore_index=self.decoder.ignore_index,
+                reduction="none",
+                backend=self.decoder.backend,
+            )
+            return _mixed(log_prior, losses)
         # In the arithmetic type, so that autograd sums the gradients of the chunks in it. _chunk_losses rounds back.
         compute = arithmetic_dtype(self.decoder.weight.dtype)
         weight = self.decoder.weight.to(compute)
@@ -212,14 +230,14 @@ class MixtureOfSoftmaxes(_Experts):
         chunks = list(zip(*(torch.split(whole, rows) for whole in (latent, log_prior, target)), strict=True))
         # A single chunk stays within the budget without being computed twice.
         if len(chunks) == 1 or not torch.is_grad_enabled():
-            losses = [self._chunk_losses(weight, bias, *chunk) for chunk in chunks]
+            parts = [self._chunk_losses(weight, bias, *chunk) for chunk in chunks]
         else:
             # Nothing random happens in a chunk, so there is no state of a generator to preserve.
-            losses = [
+            parts = [
                 checkpoint(self._chunk_losses, weight, bias, *chunk, use_reentrant=False, preserve_rng_state=False)
                 for chunk in chunks
             ]
-        return torch.cat(losses)
+        return torch.cat(parts)
 
     def _chunk_losses(
         self, weight: Tensor, bias: Tensor | None, latent: Tensor, log_prior: Tensor, target: Tensor
@@ -233,7 +251,7 @@ class MixtureOfSoftmaxes(_Experts):
             reduction="none",
             backend=self.decoder.backend,
         )
-        return -torch.logsumexp(log_prior - losses.reshape(log_prior.shape), dim=1)
+        return _mixed(log_prior, losses)
 
     def _published_log_prob(self, latent: Tensor, log_prior: Tensor) -> Tensor:
         logits = self.decoder.logits(latent)
@@ -321,6 +339,11 @@ class MixtureOfContexts(_Experts):
     def _context(self, input: Tensor) -> Tensor:
         latent, log_prior = self._experts(input)
         return (log_prior.exp().unsqueeze(-1) * latent).sum(-2).to(latent.dtype)
+
+
+def _mixed(log_prior: Tensor, losses: Tensor) -> Tensor:
+    """-log p(target) of the mixture from the losses of its components, log_prior.numel() of them."""
+    return -torch.logsumexp(log_prior - losses.reshape(log_prior.shape), dim=1)
 
 
 def _logaddexp(a: Tensor, b: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .backends import BackendName
 from .checks import Reduction, check_transform
-from .functional import cross_entropy, linear_cross_entropy, log_softmax
+from .functional import cross_entropy, linear_losses, log_softmax
 from .transforms import Identity, MonotonicTransform
 from .transforms.base import arithmetic_dtype, require_count
 
@@ -80,7 +80,9 @@ class OutputAndLoss(NamedTuple):
 class MonotonicSoftmax(nn.Module):
     r"""Output layer :math:`p(x \mid h) = \mathrm{softmax}_x f(\langle w_x, h \rangle + b_x)` with its loss.
 
-    The interface is that of :class:`torch.nn.AdaptiveLogSoftmaxWithLoss`.
+    The interface is that of :class:`torch.nn.AdaptiveLogSoftmaxWithLoss`. Training by ``loss`` alone takes the three
+    matrix products of :func:`monosoftmax.linear_cross_entropy`; ``output`` is differentiable too, and where it is
+    differentiated the backward pass computes the logits again and does without what the forward pass computed.
 
     Args:
         in_features: d.
@@ -154,29 +156,21 @@ class MonotonicSoftmax(nn.Module):
             input: (..., d).
             target: (...), int64.
         """
-        losses, lse = linear_cross_entropy(
-            input,
-            self.weight,
-            target,
-            self.transform,
-            linear_bias=self.bias,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            reduction="none",
-            return_lse=True,
-            backend=self.backend,
-        )
+        plain = self.label_smoothing == 0 and self.z_loss == 0
+        losses = linear_losses(
+            input, self.weight, target, self.transform, self.bias, None, self.ignore_index, self.label_smoothing,
+            self.z_loss, "mean", not plain, self.backend,
+        )  # fmt: skip
+        assert losses.total is not None  # there is a reduction
+        if plain:
+            return OutputAndLoss(-losses.rows, losses.total)
         valid = target != self.ignore_index
-        loss = losses.sum() / valid.sum()
-        if self.label_smoothing == 0 and self.z_loss == 0:
-            return OutputAndLoss(-losses, loss)
         index = torch.where(valid, target, 0)
         y = (input * self.weight[index]).sum(-1, dtype=arithmetic_dtype(input.dtype))
         if self.bias is not None:
             y = y + self.bias[index]
-        output = self.transform(y) - lse
-        return OutputAndLoss(torch.where(valid, output, torch.zeros_like(output)), loss)
+        output = self.transform(y) - losses.lse
+        return OutputAndLoss(torch.where(valid, output, torch.zeros_like(output)), losses.total)
 
     def log_prob(self, input: Tensor) -> Tensor:
         """Log-probabilities of all classes, (..., V)."""

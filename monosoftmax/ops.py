@@ -2,13 +2,15 @@
 
 Every operator has one overload for each fused backend, e.g. ``torch.ops.monosoftmax.cross_entropy.cpu``. An overload,
 not a dispatch key, names the backend because two of them may serve one device. The kernels are registered by the
-backends (``csrc/bindings.cpp`` for ``cpu``), the derivatives by :mod:`monosoftmax.autograd`.
+backends (``csrc/cpu/cross_entropy.cpp`` for ``cpu``; the ``linear_`` ones, which are made of the others, by
+:mod:`monosoftmax.chunked_head`), the derivatives by :mod:`monosoftmax.autograd`.
 
 Common arguments: ``input`` [N, V], rows with any stride and columns with stride 1; ``target`` [N] int64; ``weight``
 [V] in the arithmetic type (float64 for float64 input, else float32); ``transform``, ``coefficients`` (in the
 arithmetic type) and ``constants`` as :class:`monosoftmax.transforms.MonotonicTransform` gives them; ``row_stats``
 [2, N]: the largest y of a row, and sum exp(y - largest). With them, and not with lse, the probabilities that the
-backward pass forms add up to 1, and one next to 1 keeps its 1 - p.
+backward pass forms add up to 1, and one next to 1 keeps its 1 - p. For the ``linear_`` operators ``input`` is [N, d],
+``linear_weight`` [V, d] and ``linear_bias`` [V], all of one type.
 """
 
 from __future__ import annotations
@@ -26,15 +28,52 @@ FUSED_BACKENDS = ("cpu",)
 
 _TRANSFORM = "Tensor coefficients, str transform, float[] constants"
 _LOSS = f"Tensor input, Tensor target, Tensor? weight, {_TRANSFORM}"
+_HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias"
+_LINEAR_LOSS = f"{_HEAD}, Tensor target, Tensor? weight, {_TRANSFORM}"
+_LINEAR_NEEDS = "bool need_input, bool need_linear_weight, bool need_linear_bias, bool need_coefficients"
+_LINEAR_GRADIENTS = "Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias, Tensor grad_coefficients"
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss"
 
 SCHEMAS = {
-    # -> loss [N], lse [N] (unless return_lse: 0 in ignored rows, and not differentiable), row_stats
-    "cross_entropy": f"({_LOSS}, {_OPTIONS}, bool return_lse) -> (Tensor loss, Tensor lse, Tensor row_stats)",
+    # -> loss [N], lse [N] (unless return_lse: 0 in ignored rows, and not differentiable), row_stats; and, where a scale
+    # is given, total = scale * sum of losses with those of its gradients that are needed. Empty is what is not.
+    "cross_entropy": (
+        f"({_LOSS}, {_OPTIONS}, bool return_lse, Tensor? scale, bool need_input, bool need_coefficients) -> "
+        "(Tensor loss, Tensor lse, Tensor row_stats, Tensor total, Tensor grad_input, Tensor grad_coefficients)"
+    ),
     # -> gradients of input and coefficients, each empty where it is not needed. An absent upstream gradient is zero.
     "cross_entropy_backward": (
         f"(Tensor? grad_loss, Tensor? grad_lse, {_LOSS}, Tensor row_stats, {_OPTIONS}, "
         "bool need_input, bool need_coefficients) -> (Tensor grad_input, Tensor grad_coefficients)"
+    ),
+    # The two above, with the gradient of input written over it; for the chunks of linear_cross_entropy.
+    "cross_entropy_": (
+        f"({_LOSS}, {_OPTIONS}, bool return_lse, Tensor scale, bool need_coefficients) -> "
+        "(Tensor loss, Tensor lse, Tensor row_stats, Tensor grad_coefficients)"
+    ).replace("Tensor input", "Tensor(a!) input"),
+    "cross_entropy_backward_": (
+        f"(Tensor? grad_loss, Tensor? grad_lse, {_LOSS}, Tensor row_stats, {_OPTIONS}, bool need_coefficients) -> "
+        "Tensor grad_coefficients"
+    ).replace("Tensor input", "Tensor(a!) input"),
+    # -> log p(target), entropy, argmax, lse, rank of the target (how many logits are larger), each [N]. In ignored rows
+    # log p is 0 and the rank -1.
+    "token_statistics": (
+        f"(Tensor input, Tensor target, {_TRANSFORM}, int ignore_index) -> "
+        "(Tensor log_prob, Tensor entropy, Tensor argmax, Tensor lse, Tensor rank)"
+    ),
+    # The same of the logits input @ linear_weight.T + linear_bias, which exist for one chunk of rows at a time. The
+    # gradients of linear_weight and linear_bias are sums over the chunks, in the arithmetic type.
+    "linear_cross_entropy": (
+        f"({_LINEAR_LOSS}, {_OPTIONS}, bool return_lse, Tensor? scale, {_LINEAR_NEEDS}) -> "
+        f"(Tensor loss, Tensor lse, Tensor row_stats, Tensor total, {_LINEAR_GRADIENTS})"
+    ),
+    "linear_cross_entropy_backward": (
+        f"(Tensor? grad_loss, Tensor? grad_lse, {_LINEAR_LOSS}, Tensor row_stats, {_OPTIONS}, {_LINEAR_NEEDS}) -> "
+        f"({_LINEAR_GRADIENTS})"
+    ),
+    "linear_token_statistics": (
+        f"({_HEAD}, Tensor target, {_TRANSFORM}, int ignore_index) -> "
+        "(Tensor log_prob, Tensor entropy, Tensor argmax, Tensor lse, Tensor rank)"
     ),
     # -> log p [N, V] of type dtype, row_stats
     "log_softmax": f"(Tensor input, {_TRANSFORM}, ScalarType dtype) -> (Tensor output, Tensor row_stats)",
@@ -56,6 +95,15 @@ def _row_results(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def _statistics(input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    log_prob, entropy, _ = _row_results(input)
+    return log_prob, entropy, torch.empty_like(target), torch.empty_like(log_prob), torch.empty_like(target)
+
+
+def _total(scale: Tensor | None, input: Tensor) -> Tensor:
+    return input.new_empty((0,) if scale is None else (), dtype=arithmetic_dtype(input.dtype))
+
+
 def _gradients(input: Tensor, coefficients: Tensor, need_input: bool, need_coefficients: bool) -> tuple[Tensor, Tensor]:
     return (
         input.new_empty(input.shape if need_input else (0,)),
@@ -64,9 +112,11 @@ def _gradients(input: Tensor, coefficients: Tensor, need_input: bool, need_coeff
 
 
 def _fake_cross_entropy(  # type: ignore[no-untyped-def]
-    input, target, weight, coefficients, transform, constants, ignore_index, label_smoothing, z_loss, return_lse
-):
-    return _row_results(input)
+    input, target, weight, coefficients, transform, constants, ignore_index, label_smoothing, z_loss, return_lse,
+    scale, need_input, need_coefficients,
+):  # fmt: skip
+    loss, lse, row_stats = _row_results(input)
+    return loss, lse, row_stats, _total(scale, input), *_gradients(input, coefficients, need_input, need_coefficients)
 
 
 def _fake_cross_entropy_backward(  # type: ignore[no-untyped-def]
@@ -74,6 +124,60 @@ def _fake_cross_entropy_backward(  # type: ignore[no-untyped-def]
     ignore_index, label_smoothing, z_loss, need_input, need_coefficients,
 ):  # fmt: skip
     return _gradients(input, coefficients, need_input, need_coefficients)
+
+
+def _fake_cross_entropy_(  # type: ignore[no-untyped-def]
+    input, target, weight, coefficients, transform, constants, ignore_index, label_smoothing, z_loss, return_lse,
+    scale, need_coefficients,
+):  # fmt: skip
+    return *_row_results(input), _gradients(input, coefficients, False, need_coefficients)[1]
+
+
+def _fake_cross_entropy_backward_(  # type: ignore[no-untyped-def]
+    grad_loss, grad_lse, input, target, weight, coefficients, transform, constants, row_stats,
+    ignore_index, label_smoothing, z_loss, need_coefficients,
+):  # fmt: skip
+    return _gradients(input, coefficients, False, need_coefficients)[1]
+
+
+def _fake_token_statistics(  # type: ignore[no-untyped-def]
+    input, target, coefficients, transform, constants, ignore_index
+):
+    return _statistics(input, target)
+
+
+def _linear_gradients(
+    input: Tensor, linear_weight: Tensor, coefficients: Tensor,
+    need_input: bool, need_linear_weight: bool, need_linear_bias: bool, need_coefficients: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    dtype = arithmetic_dtype(input.dtype)
+    grad_input, grad_coefficients = _gradients(input, coefficients, need_input, need_coefficients)
+    return (
+        grad_input,
+        input.new_empty(linear_weight.shape if need_linear_weight else (0,), dtype=dtype),
+        input.new_empty(linear_weight.shape[:1] if need_linear_bias else (0,), dtype=dtype),
+        grad_coefficients,
+    )
+
+
+def _fake_linear_cross_entropy(  # type: ignore[no-untyped-def]
+    input, linear_weight, linear_bias, target, weight, coefficients, transform, constants,
+    ignore_index, label_smoothing, z_loss, return_lse, scale, *needs,
+):  # fmt: skip
+    return *_row_results(input), _total(scale, input), *_linear_gradients(input, linear_weight, coefficients, *needs)
+
+
+def _fake_linear_cross_entropy_backward(  # type: ignore[no-untyped-def]
+    grad_loss, grad_lse, input, linear_weight, linear_bias, target, weight, coefficients, transform, constants,
+    row_stats, ignore_index, label_smoothing, z_loss, *needs,
+):  # fmt: skip
+    return _linear_gradients(input, linear_weight, coefficients, *needs)
+
+
+def _fake_linear_token_statistics(  # type: ignore[no-untyped-def]
+    input, linear_weight, linear_bias, target, coefficients, transform, constants, ignore_index
+):
+    return _statistics(input, target)
 
 
 def _fake_log_softmax(input, coefficients, transform, constants, dtype):  # type: ignore[no-untyped-def]
@@ -89,6 +193,12 @@ def _fake_log_softmax_backward(  # type: ignore[no-untyped-def]
 _FAKES: dict[str, Callable[..., Any]] = {
     "cross_entropy": _fake_cross_entropy,
     "cross_entropy_backward": _fake_cross_entropy_backward,
+    "cross_entropy_": _fake_cross_entropy_,
+    "cross_entropy_backward_": _fake_cross_entropy_backward_,
+    "token_statistics": _fake_token_statistics,
+    "linear_cross_entropy": _fake_linear_cross_entropy,
+    "linear_cross_entropy_backward": _fake_linear_cross_entropy_backward,
+    "linear_token_statistics": _fake_linear_token_statistics,
     "log_softmax": _fake_log_softmax,
     "log_softmax_backward": _fake_log_softmax_backward,
 }
@@ -99,6 +209,20 @@ for _backend in FUSED_BACKENDS:
             f"{_name}.{_backend}{_schema}", tags=(torch.Tag.pt2_compliant_tag,)
         )
         torch.library.register_fake(f"monosoftmax::{_name}.{_backend}", _FAKES[_name], lib=library)
+
+
+library.define("no_derivative(Tensor like, Tensor[] upstream, str reason) -> Tensor")  # type: ignore[no-untyped-call]
+
+
+def _no_derivative(like: Tensor, upstream: list[Tensor], reason: str) -> Tensor:
+    raise RuntimeError(reason)
+
+
+# What stands in the place of a derivative that does not exist: an error when it runs, not when it is traced, because
+# torch.compile traces the backward pass of everything whether it will be run or not. It takes the upstream gradients so
+# that a compiler does not move it to the forward pass.
+library.impl("no_derivative", _no_derivative, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("monosoftmax::no_derivative", lambda like, *_: torch.empty_like(like), lib=library)
 
 
 def operator(name: str, backend: str) -> torch._ops.OpOverload:

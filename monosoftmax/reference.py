@@ -64,6 +64,39 @@ def log_softmax(input: Tensor, transform: MonotonicTransform, dtype: torch.dtype
     return F.log_softmax(transformed(input, transform), dim=1).to(dtype)
 
 
+def linear_token_statistics(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    transform: MonotonicTransform,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """log p(target), entropy, argmax, lse and rank of the target, each [N], for the rows ``input`` [N, d] of a head.
+
+    The argmax is the first class with the largest logit, the rank the number of classes with a larger logit than the
+    target's. In ignored rows log p is 0 and the rank -1. Where a row of logits has no distribution (NaN, +inf, all
+    -inf), log p and entropy are NaN, lse is not finite, and argmax and rank mean nothing.
+    """
+    z = F.linear(input, linear_weight, linear_bias)
+    classes = z.shape[1]
+    valid = target != ignore_index
+    outside = valid & ((target < 0) | (target >= classes))
+    raise_if_any(outside, target, classes, ignore_index)
+    index = torch.where(valid & ~outside, target, 0).unsqueeze(1)
+    y = transformed(z, transform)
+    log_p = F.log_softmax(y, dim=1)
+    # p log p -> 0 as p -> 0
+    entropy = -torch.where(torch.isneginf(log_p), 0.0, log_p.exp() * log_p).sum(1)
+    log_prob = log_p.gather(1, index).squeeze(1)
+    log_prob = torch.where(valid, torch.where(outside, torch.nan, log_prob), 0.0)
+    # torch.argmax promises the first of equals for some devices only.
+    place = torch.arange(classes, device=z.device).expand_as(z)
+    argmax = torch.where(z == z.amax(1, keepdim=True), place, classes).amin(1).clamp(max=classes - 1)
+    rank = torch.where(valid & ~outside, (z > z.gather(1, index)).sum(1), -1)
+    return log_prob, entropy, argmax, torch.logsumexp(y, 1), rank
+
+
 def transformed(input: Tensor, transform: MonotonicTransform) -> Tensor:
     """f(input) in the type of the arithmetic, with gradients that stay finite at logits of -inf."""
     compute = arithmetic_dtype(input.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,6 +55,40 @@ def loss_and_gradients(
     )
     named = dict(zip(["loss", "lse"], (output.detach() for output in outputs), strict=False))
     return named | dict(zip(["input", *parameters], gradients, strict=True))
+
+
+def head_loss_and_gradients(
+    head: Mapping[str, Tensor | None],
+    target: Tensor,
+    transform: ms.transforms.MonotonicTransform | None,
+    backend: Any,
+    dtype: torch.dtype | None = None,
+    upstream: tuple[Tensor, ...] = (),
+    **options: Any,
+) -> dict[str, Tensor]:
+    """:func:`loss_and_gradients` of linear_cross_entropy, for ``head``: its input, linear_weight and linear_bias."""
+    transform = copy.deepcopy(transform)
+    if dtype is not None:
+        head = {name: each if each is None else each.to(dtype) for name, each in head.items()}
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        upstream = tuple(each.to(wide) for each in upstream)
+        options = {k: v.to(wide) if isinstance(v, Tensor) else v for k, v in options.items()}
+        if transform is not None:
+            transform = transform.to(wide)
+    leaves = {name: each if each is None else each.detach().clone().requires_grad_() for name, each in head.items()}
+    parameters = {} if transform is None else dict(transform.named_parameters())
+    result = ms.linear_cross_entropy(
+        leaves["input"], leaves["linear_weight"], target, transform, linear_bias=leaves.get("linear_bias"),
+        backend=backend, **options,
+    )  # fmt: skip
+    outputs = result if isinstance(result, tuple) else (result,)
+    named = {name: leaf for name, leaf in (*leaves.items(), *parameters.items()) if leaf is not None}
+    gradients = torch.autograd.grad(
+        outputs, list(named.values()), list(upstream) or [torch.ones_like(output) for output in outputs]
+    )
+    return dict(zip(["loss", "lse"], (output.detach() for output in outputs), strict=False)) | dict(
+        zip(named, gradients, strict=True)
+    )
 
 
 def distance(result: Tensor, truth: Tensor) -> float:

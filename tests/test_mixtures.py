@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import monosoftmax as ms
-from monosoftmax import mixtures
+from monosoftmax import chunked_head, mixtures
 from monosoftmax.mixtures import MixtureOfContexts, MixtureOfSoftmaxes
 
 pytestmark = pytest.mark.filterwarnings("ignore:monosoftmax runs the slow reference")
@@ -275,10 +275,24 @@ def test_logits_exist_for_one_chunk_only(backend):
 def test_the_default_chunk_follows_the_budget(monkeypatch):
     assert mixtures.LOGITS_BUDGET == 64 * 2**20
     monkeypatch.setattr(mixtures, "LOGITS_BUDGET", 10 * 5 * 2000 * 4 + 1)
-    assert memory_of_a_step(100).largest == 10 * 5 * 2000 * 4
+    assert memory_of_a_step(100, "reference").largest == 10 * 5 * 2000 * 4
     monkeypatch.setattr(mixtures, "LOGITS_BUDGET", 1)
     # One row at least; the weight of the decoder is larger than its logits are.
-    assert memory_of_a_step(100).largest == 5 * 2000 * 4
+    assert memory_of_a_step(100, "reference").largest == 5 * 2000 * 4
+
+
+def test_the_fused_backend_chunks_by_itself(monkeypatch):
+    monkeypatch.setattr(mixtures, "LOGITS_BUDGET", 0)  # of no concern to it
+    monkeypatch.setattr(chunked_head, "chunk_rows", lambda classes, dtype: 16)
+    torch.manual_seed(0)
+    data = torch.randn(100, 4), torch.randint(2000, (100,))
+    module = MixtureOfSoftmaxes(4, 2000, 5, backend="cpu")
+    wanted = MixtureOfSoftmaxes(4, 2000, 5, backend="cpu", chunk_rows=7)
+    wanted.load_state_dict(module.state_dict())
+    for layer_ in (module, wanted):
+        layer_(*data).loss.backward()
+    for got, expected in zip(module.parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad)
 
 
 def test_without_gradients_nothing_is_kept(data):

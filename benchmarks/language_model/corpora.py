@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import replacing
+from ..files import replacing
 
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
 SPLITS = ("train", "valid", "test")

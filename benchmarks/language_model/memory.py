@@ -14,16 +14,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..resident_set import ENVIRONMENT, MeasurementError, peak, require_support, reset_peak
 from .models import output_layer
-
-
-class MeasurementError(Exception):
-    """The memory could not be measured, and why."""
 
 
 def how(device: str) -> str:
@@ -49,8 +45,7 @@ def peaks(
     Raises:
         MeasurementError: this system has no way to measure it, or the attempt failed.
     """
-    if not Path("/proc/self/clear_refs").exists():
-        raise MeasurementError("the peak of a process's memory can be reset and read on Linux only")
+    require_support()
     shape = {
         "rows": rows,
         "dim": dim,
@@ -61,14 +56,11 @@ def peaks(
         "threads": threads,
     }
     specification = [{"output": output, **shape} for output in outputs]
-    # glibc keeps freed blocks in its arenas unless they were mapped, and it raises that threshold as a program runs:
-    # fixed, every large tensor is mapped when it is made and gone when it is freed.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", __name__, json.dumps(specification)],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, **ENVIRONMENT},
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -97,17 +89,9 @@ def _measure_layer(
         layer(states, targets).loss.backward()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmHWM")
+    before = reset_peak()
     layer(states, targets).loss.backward()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise MeasurementError(f"/proc/self/status has no {name}")
+    return peak() - before
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 import monosoftmax as ms
 
-from .files import replacing
+from ..files import replacing
 from .measurements import TOLERANCES, logits, transform
 from .training import Trainer
 

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import signal
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,10 +23,11 @@ from tqdm import tqdm
 
 import monosoftmax as ms
 
+from ..files import write_json, write_text
+from ..machine import commit, processor
 from . import measurements, pictures, report
 from .budget import Budget
 from .corpora import Corpus, load
-from .files import write_json, write_text
 from .settings import Run, Settings, difference
 from .training import Trainer, steps_per_epoch
 
@@ -350,42 +350,17 @@ def environment(settings: Settings) -> dict[str, Any]:
     device = torch.device(settings.device)
     return {
         "monosoftmax": ms.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "matplotlib": matplotlib.__version__,
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except FileNotFoundError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
-def _commit() -> str | None:
-    """The git commit of this file's work tree, with a mark where it was changed; None outside of git."""
-    here = Path(__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-        )
-    except FileNotFoundError:
-        return None
-    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def resume_command(arguments: Sequence[str]) -> str:

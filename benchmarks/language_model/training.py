@@ -14,9 +14,9 @@ from torch import Tensor
 
 import monosoftmax as ms
 
+from ..files import replacing
 from .budget import Budget
 from .corpora import Corpus, CorpusError
-from .files import replacing
 from .models import LanguageModel, State, build
 from .settings import Settings
 

@@ -1,8 +1,10 @@
 // The fused kernels over rows of logits, and the table through which the launcher (cross_entropy.cpp) reaches the build
-// of them for an instruction set. Rows [begin, end) of a call are one thread's share; nothing here knows of threads.
+// of them for an instruction set. Nothing here knows of threads: a kernel does rows [begin, end), one thread's share.
+// Of few long rows the threads share the columns [first, last), in two steps: scan, then what needs the whole row.
 //
-// Memory traffic per logit: cross_entropy reads it once; its backward reads it once more and writes the gradient;
-// log_softmax reads it twice and writes once; its backward reads input once and the upstream gradient twice.
+// Memory traffic per logit, beyond what stays in the caches: cross_entropy reads it once, and writes the gradient where
+// one is asked for; its backward reads it once and writes the gradient; log_softmax reads it once and writes once; its
+// backward reads input and the upstream gradient and writes once.
 // Arithmetic is in S: float for float, bfloat16 and half logits, double for double. Each result is rounded once.
 #pragma once
 
@@ -10,6 +12,7 @@
 #include <string_view>
 
 #include "../row/loss.h"
+#include "../row/online_softmax.h"
 
 namespace monosoftmax::cpu {
 
@@ -38,11 +41,12 @@ struct RowStats {
   S* sum;
 };
 
-// Where the gradients of the coefficients are summed: `copies` tables of `size` pieces with `rows` values each, so
-// that successive logits of one piece do not wait for each other; for a vector, one copy of one row.
-struct CoefficientGradient {
-  double* sums;  // [copies, size, rows], or null where nobody needs it
-  int copies;
+// What is known of the columns [first, last) of a row.
+template <class S>
+struct RowPart {
+  OnlineSoftmax<S> softmax;
+  S target_y = 0;       // if the target is among them
+  double weighted = 0;  // sum of w_j y_j, where labels are smoothed
 };
 
 template <class S>
@@ -55,6 +59,21 @@ struct CrossEntropyCall {
   S* loss;
   S* lse;
   RowStats<S> stats;
+  S grad_loss;             // upstream gradient of every loss, for the gradient of input and of the coefficients
+  Rows<void*> grad_input;  // data null: not needed; may be the input
+};
+
+template <class S>
+struct TokenStatisticsCall {
+  Rows<const void*> input;
+  const int64_t* target;
+  int64_t classes, ignore_index;
+  Transform<S> transform;
+  S* log_prob;
+  S* entropy;
+  int64_t* argmax;
+  S* lse;
+  int64_t* rank;
 };
 
 template <class S>
@@ -63,10 +82,11 @@ struct CrossEntropyBackwardCall {
   const int64_t* target;
   Transform<S> transform;
   LossOptions<S> options;
-  const S* grad_loss;  // null: zero
-  const S* grad_lse;   // null: zero
+  S grad_of_every_loss;  // where grad_loss is null
+  const S* grad_loss;
+  const S* grad_lse;  // null: zero
   RowStats<const S> stats;
-  Rows<void*> grad_input;  // data null: not needed
+  Rows<void*> grad_input;  // data null: not needed; may be the input
 };
 
 template <class S>
@@ -85,15 +105,26 @@ struct LogSoftmaxBackwardCall {
   int64_t classes;
   Transform<S> transform;
   RowStats<const S> stats;
+  const double* grad_sum;  // of each row of grad_output
   Rows<void*> grad_input;  // data null: not needed
 };
 
+// `coefficients` is where the gradients of the coefficients are added, of the layout of the coefficients, or null.
 template <class S>
 struct RowKernels {
-  void (*cross_entropy)(const CrossEntropyCall<S>&, int64_t begin, int64_t end);
-  void (*cross_entropy_backward)(const CrossEntropyBackwardCall<S>&, CoefficientGradient, int64_t begin, int64_t end);
+  void (*cross_entropy)(const CrossEntropyCall<S>&, double* coefficients, int64_t begin, int64_t end);
+  RowPart<S> (*cross_entropy_scan)(const CrossEntropyCall<S>&, int64_t row, int64_t first, int64_t last);
+  void (*cross_entropy_finish)(const CrossEntropyCall<S>&, int64_t row, const RowPart<S>& whole);
+  void (*cross_entropy_backward)(const CrossEntropyBackwardCall<S>&, double* coefficients, int64_t begin, int64_t end,
+                                 int64_t first, int64_t last);
+  void (*token_statistics)(const TokenStatisticsCall<S>&, int64_t begin, int64_t end);
   void (*log_softmax)(const LogSoftmaxCall<S>&, int64_t begin, int64_t end);
-  void (*log_softmax_backward)(const LogSoftmaxBackwardCall<S>&, CoefficientGradient, int64_t begin, int64_t end);
+  OnlineSoftmax<S> (*log_softmax_scan)(const LogSoftmaxCall<S>&, int64_t row, int64_t first, int64_t last);
+  void (*log_softmax_finish)(const LogSoftmaxCall<S>&, int64_t row, const OnlineSoftmax<S>& whole, int64_t first,
+                             int64_t last);
+  double (*sum_of_row)(const Rows<const void*>&, int64_t row, int64_t first, int64_t last);
+  void (*log_softmax_backward)(const LogSoftmaxBackwardCall<S>&, double* coefficients, int64_t begin, int64_t end,
+                               int64_t first, int64_t last);
 };
 
 struct InstructionSet {

@@ -4,27 +4,48 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include "../transforms/arithmetic.h"
+#include "piece_table.h"
+#include "simd_math.h"
 
 namespace monosoftmax {
 
 template <class S>
-struct Arithmetic<at::vec::Vectorized<S>> {
+struct VectorArithmetic {
   using Scalar = S;
   using T = at::vec::Vectorized<S>;
-  using Mask = T;
+  template <int kRows, bool kSmall>
+  using Table = cpu::PieceTable<S, kRows, kSmall>;
+  static constexpr int64_t small_table(int rows) { return cpu::small_table<S>(rows); }
 
-  static T exp(T x) { return x.exp(); }
-  static T log1p(T x) { return x.log1p(); }
-  static T tanh(T x) { return x.tanh(); }
   static T abs(T x) { return x.abs(); }
   static T floor(T x) { return x.floor(); }
   static T fma(T a, T b, T c) { return at::vec::fmadd(a, b, c); }
+};
+
+template <>
+struct Arithmetic<at::vec::Vectorized<double>> : VectorArithmetic<double> {
+  using Mask = T;
+  static T exp(T x) { return x.exp(); }
+  static T log1p(T x) { return x.log1p(); }
+  static T tanh(T x, T& slope) {
+    const T result = x.tanh();
+    slope = (T(1) - result) * (T(1) + result);
+    return result;
+  }
   static Mask less(T a, T b) { return a < b; }
   static Mask less_equal(T a, T b) { return a <= b; }
   static T select(Mask mask, T a, T b) { return T::blendv(b, a, mask); }
-  static T gather(const S* base, T index) {
-    return at::vec::gather<sizeof(S)>(base, at::vec::convert_to_int_of_same_size(index));
-  }
+};
+
+template <>
+struct Arithmetic<at::vec::Vectorized<float>> : VectorArithmetic<float> {
+  using Mask = cpu::FloatMask;
+  static T exp(T x) { return cpu::simd_exp(x); }
+  static T log1p(T x) { return cpu::simd_log1p(x); }
+  static T tanh(T x, T& slope) { return cpu::simd_tanh(x, slope); }
+  static Mask less(T a, T b) { return cpu::less(a, b); }
+  static Mask less_equal(T a, T b) { return cpu::less_equal(a, b); }
+  static T select(Mask mask, T a, T b) { return cpu::select(mask, a, b); }
 };
 
 }  // namespace monosoftmax

@@ -26,6 +26,11 @@ class OnlineSoftmax {
     return largest_ == -kInfinity ? S(0) : largest_;
   }
   MONOSOFTMAX_HD void add(double block_sum) { sum_ += block_sum; }
+  // Another part of the same row.
+  MONOSOFTMAX_HD void merge(const OnlineSoftmax& part) {
+    shift(part.largest_);
+    sum_ += part.largest_ == largest_ ? part.sum_ : part.sum_ * std::exp(static_cast<double>(part.largest_) - largest_);
+  }
 
   MONOSOFTMAX_HD S largest() const { return largest_; }
   // 0 for a row of -inf only, which has no distribution: its p and its log_sum are NaN.

@@ -46,6 +46,26 @@ void test_log_sum_exp() {
   }
 }
 
+// A row in two parts: as one, whatever is in them.
+void test_merge() {
+  const std::vector<std::vector<double>> rows = {{-3, 700, 1, 699.5, -kInfinity, 650, 701, -800},
+                                                 {-kInfinity, -kInfinity, -2, 5},
+                                                 {-kInfinity, -kInfinity, -kInfinity},
+                                                 {0, kNaN, 5, 1},
+                                                 {0, 2, kInfinity, 5}};
+  for (const auto& y : rows) {
+    const auto whole = in_blocks(y, y.size());
+    for (size_t cut = 0; cut <= y.size(); ++cut) {
+      auto first = in_blocks({y.begin(), y.begin() + static_cast<int64_t>(cut)}, 2);
+      first.merge(in_blocks({y.begin() + static_cast<int64_t>(cut), y.end()}, 3));
+      CHECK(std::isnan(first.log_sum()) == std::isnan(whole.log_sum()));
+      if (std::isnan(whole.log_sum())) continue;
+      CHECK(first.largest() == whole.largest());
+      CHECK_CLOSE(first.lse(), whole.lse(), 1e-14);
+    }
+  }
+}
+
 struct Row {
   std::vector<double> y;
   LossOptions<double> options;
@@ -102,6 +122,7 @@ void test_loss() {
 int main() {
   using namespace monosoftmax::test;
   test_log_sum_exp();
+  test_merge();
   test_loss();
   return failures == 0 ? 0 : 1;
 }

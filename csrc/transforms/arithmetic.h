@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 // Always inlined on the host: one shared copy of a function, compiled for the widest instruction set of the build,
 // would be what the linker keeps for all of them.
@@ -19,14 +20,53 @@ namespace monosoftmax {
 template <class T>
 struct Arithmetic;
 
+// A table of coefficients lies in memory as [pieces][stride], the coefficients of a piece next to each other, followed
+// by what the transform derives from them.
+constexpr int table_stride(int rows) {
+  int stride = 1;
+  while (stride < rows) stride *= 2;
+  return stride;
+}
+
+// Its look-ups. A piece is a whole number >= 0 of the type of the arithmetic.
+template <class S, int kRows>
+class ScalarTable {
+ public:
+  struct Row {
+    S of[kRows];
+  };
+
+  MONOSOFTMAX_HD ScalarTable(const S* data, int64_t) : data_(data) {}
+  MONOSOFTMAX_HD S at(int row, S piece) const { return data_[static_cast<int64_t>(piece) * table_stride(kRows) + row]; }
+  MONOSOFTMAX_HD Row row(S piece) const {
+    Row result;
+    for (int r = 0; r < kRows; ++r) result.of[r] = at(r, piece);
+    return result;
+  }
+
+ private:
+  const S* data_;
+};
+
 template <class S>
 struct ScalarArithmetic {
   using Scalar = S;
   using Mask = bool;
+  // kSmall: for tables of at most small_table(rows) pieces
+  template <int kRows, bool kSmall>
+  using Table = ScalarTable<S, kRows>;
+  static constexpr int64_t small_table(int) { return 0; }
 
+  // x <= 88
   static MONOSOFTMAX_HD S exp(S x) { return std::exp(x); }
+  // 0 <= x <= 1
   static MONOSOFTMAX_HD S log1p(S x) { return std::log1p(x); }
-  static MONOSOFTMAX_HD S tanh(S x) { return std::tanh(x); }
+  // also its derivative
+  static MONOSOFTMAX_HD S tanh(S x, S& slope) {
+    const S result = std::tanh(x);
+    slope = (S(1) - result) * (S(1) + result);
+    return result;
+  }
   static MONOSOFTMAX_HD S abs(S x) { return std::fabs(x); }
   static MONOSOFTMAX_HD S floor(S x) { return std::floor(x); }
   static MONOSOFTMAX_HD S fma(S a, S b, S c) { return std::fma(a, b, c); }
@@ -34,14 +74,24 @@ struct ScalarArithmetic {
   static MONOSOFTMAX_HD Mask less_equal(S a, S b) { return a <= b; }
   // mask ? a : b
   static MONOSOFTMAX_HD S select(Mask mask, S a, S b) { return mask ? a : b; }
-  // base[index], for an index that is a whole number >= 0
-  static MONOSOFTMAX_HD S gather(const S* base, S index) { return base[static_cast<int64_t>(index)]; }
 };
 
 template <>
 struct Arithmetic<float> : ScalarArithmetic<float> {};
 template <>
 struct Arithmetic<double> : ScalarArithmetic<double> {};
+
+// An array of T that nothing is written to beforehand, not even zeros.
+template <class T, int size>
+class Scratch {
+ public:
+  MONOSOFTMAX_HD T& operator[](int64_t i) { return reinterpret_cast<T*>(bytes_)[i]; }
+  MONOSOFTMAX_HD const T& operator[](int64_t i) const { return reinterpret_cast<const T*>(bytes_)[i]; }
+
+ private:
+  static_assert(std::is_trivially_destructible_v<T>, "nothing is destroyed");
+  alignas(T) unsigned char bytes_[size * sizeof(T)];
+};
 
 // x clamped to [lo, hi]. NaN stays NaN.
 template <class T>
@@ -58,9 +108,9 @@ MONOSOFTMAX_HD T clamp_index(T x, T hi) {
   return A::select(A::less(hi, from_zero), hi, from_zero);
 }
 
-// How many of sorted[0 .. count) are <= x, by bisection; 0 for NaN.
-template <class T>
-MONOSOFTMAX_HD T count_less_equal(const typename Arithmetic<T>::Scalar* sorted, int64_t count, T x) {
+// How many of the increasing at(0) .. at(count - 1) are <= x, by bisection; 0 for NaN.
+template <class T, class At>
+MONOSOFTMAX_HD T count_less_equal(int64_t count, T x, At&& at) {
   using A = Arithmetic<T>;
   using S = typename A::Scalar;
   int64_t step = 1;
@@ -71,7 +121,7 @@ MONOSOFTMAX_HD T count_less_equal(const typename Arithmetic<T>::Scalar* sorted, 
   for (; step > 0; step /= 2) {
     const T next = found + T(static_cast<S>(step));
     const auto beyond = A::less(last, next);
-    const T probe = A::gather(sorted, A::select(beyond, last, next) - T(1));
+    const T probe = at(A::select(beyond, last, next) - T(1));
     const T advanced = A::select(A::less_equal(probe, x), next, found);
     found = A::select(beyond, found, advanced);
   }
@@ -89,14 +139,29 @@ struct Logistic {
     using A = Arithmetic<T>;
     decay = A::exp(T(0) - A::abs(u));
     const T large = T(1) / (T(1) + decay);
-    const T small = decay / (T(1) + decay);
+    const T small = decay * large;
     const auto negative = A::less(u, T(0));
     sigmoid = A::select(negative, small, large);
     sigmoid_complement = A::select(negative, large, small);
   }
 };
 
-// The arguments of a transform as a kernel gets them: a vector [size], or a table [rows, size].
+// tanh(u) to absolute accuracy, which is cheaper than Arithmetic's, and its derivative to relative accuracy.
+template <class T>
+struct HyperbolicTangent {
+  T tanh, slope;
+
+  explicit MONOSOFTMAX_HD HyperbolicTangent(T u) {
+    using A = Arithmetic<T>;
+    const T decay = A::exp(T(-2) * A::abs(u));
+    const T complement = (decay + decay) / (T(1) + decay);  // 1 - |tanh(u)|
+    const T size = T(1) - complement;
+    tanh = A::select(A::less(u, T(0)), T(0) - size, size);
+    slope = complement * (T(1) + size);
+  }
+};
+
+// The arguments of a transform as a kernel gets them: a vector [size], or a table of size pieces.
 template <class S>
 struct Coefficients {
   const S* data;

@@ -10,9 +10,11 @@ class MonotonicMlp {
  public:
   using S = typename Arithmetic<T>::Scalar;
   static constexpr int kTableRows = 0;
+  static constexpr int kMostUnits = 21;  // 3 * 21 + 1 coefficients are the most that a vector has
 
   struct Point {
     T value, derivative;
+    Scratch<T, kMostUnits> tanh, slope;  // of each unit
   };
 
   explicit MONOSOFTMAX_HD MonotonicMlp(const Coefficients<S>& c)
@@ -24,27 +26,33 @@ class MonotonicMlp {
 
   MONOSOFTMAX_HD T value(T z) const {
     T result = T(*linear_) * z;
+#pragma GCC unroll 2
     for (int64_t h = 0; h < units_; ++h) {
-      result = A::fma(T(amplitude_[h]), A::tanh(argument(h, z)), result);
+      result = A::fma(T(amplitude_[h]), HyperbolicTangent<T>(argument(h, z)).tanh, result);
     }
     return result;
   }
   MONOSOFTMAX_HD Point at(T z) const {
-    Point point{T(*linear_) * z, T(*linear_)};
+    Point point;
+    T value = T(*linear_) * z, derivative(*linear_);
+#pragma GCC unroll 2
     for (int64_t h = 0; h < units_; ++h) {
-      const T t = A::tanh(argument(h, z));
-      point.value = A::fma(T(amplitude_[h]), t, point.value);
-      point.derivative = A::fma(T(amplitude_[h] * steepness_[h]), slope(t), point.derivative);
+      const HyperbolicTangent<T> unit(argument(h, z));
+      value = A::fma(T(amplitude_[h]), unit.tanh, value);
+      derivative = A::fma(T(amplitude_[h] * steepness_[h]), unit.slope, derivative);
+      point.tanh[h] = unit.tanh;
+      point.slope[h] = unit.slope;
     }
+    point.value = value;
+    point.derivative = derivative;
     return point;
   }
-  // Evaluates the units again: keeping H of them costs more registers than there are.
-  MONOSOFTMAX_HD void accumulate(const Point&, T z, T gradient, T* sums) const {
+  MONOSOFTMAX_HD void accumulate(const Point& at, T z, T gradient, T* sums) const {
     sums[0] = A::fma(gradient, z, sums[0]);
+#pragma GCC unroll 2
     for (int64_t h = 0; h < units_; ++h) {
-      const T t = A::tanh(argument(h, z));
-      const T by_shift = gradient * T(amplitude_[h]) * slope(t);
-      sums[1 + h] = A::fma(gradient, t, sums[1 + h]);
+      const T by_shift = gradient * T(amplitude_[h]) * at.slope[h];
+      sums[1 + h] = A::fma(gradient, at.tanh[h], sums[1 + h]);
       sums[1 + units_ + h] = A::fma(by_shift, z, sums[1 + units_ + h]);
       sums[1 + 2 * units_ + h] = sums[1 + 2 * units_ + h] + by_shift;
     }
@@ -54,7 +62,6 @@ class MonotonicMlp {
   using A = Arithmetic<T>;
 
   MONOSOFTMAX_HD T argument(int64_t h, T z) const { return A::fma(T(steepness_[h]), z, T(shift_[h])); }
-  static MONOSOFTMAX_HD T slope(T tanh) { return (T(1) - tanh) * (T(1) + tanh); }
 
   const S* linear_;
   const S* amplitude_;

@@ -1,16 +1,17 @@
 // Piecewise linear: f(z) = value_k + slope_k (z - knot_k), k = clamp(floor((z - lo) / width), 0, K - 1).
-// Coefficients: table [2, K] of slopes and values. Constants: lo, width, 1 / width.
+// Coefficients: slope and value of each of K pieces. Constants: lo, width, 1 / width.
 #pragma once
 
 #include "arithmetic.h"
 
 namespace monosoftmax {
 
-template <class T>
+template <class T, bool kSmall>
 class Plif {
  public:
   using S = typename Arithmetic<T>::Scalar;
   static constexpr int kTableRows = 2;
+  static void derive(S*) {}
 
   struct Point {
     T value, derivative;
@@ -18,22 +19,18 @@ class Plif {
   };
 
   explicit MONOSOFTMAX_HD Plif(const Coefficients<S>& c)
-      : slopes_(c.data),
-        values_(c.data + c.size),
+      : table_(c.data, c.size),
         last_(static_cast<S>(c.size - 1)),
         lo_(static_cast<S>(c.constants[0])),
         width_(static_cast<S>(c.constants[1])),
         inverse_width_(static_cast<S>(c.constants[2])) {}
 
-  MONOSOFTMAX_HD T value(T z) const {
-    const T k = piece(z);
-    return A::fma(A::gather(slopes_, k), z - knot(k), A::gather(values_, k));
-  }
+  MONOSOFTMAX_HD T value(T z) const { return at(z).value; }
   MONOSOFTMAX_HD Point at(T z) const {
     const T k = piece(z);
-    const T slope = A::gather(slopes_, k);
+    const auto [slope, value] = table_.row(k).of;
     const T offset = z - knot(k);
-    return {A::fma(slope, offset, A::gather(values_, k)), slope, k, offset};
+    return {A::fma(slope, offset, value), slope, k, offset};
   }
   // gradient * df/d(slope, value) of the piece
   MONOSOFTMAX_HD void contribute(const Point& at, T, T gradient, T (&out)[kTableRows]) const {
@@ -48,8 +45,7 @@ class Plif {
   MONOSOFTMAX_HD T piece(T z) const { return clamp_index(A::floor((z - lo_) * inverse_width_), last_); }
   MONOSOFTMAX_HD T knot(T k) const { return lo_ + k * width_; }
 
-  const S* slopes_;
-  const S* values_;
+  typename A::template Table<kTableRows, kSmall> table_;
   T last_, lo_, width_, inverse_width_;
 };
 

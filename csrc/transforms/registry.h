@@ -47,15 +47,50 @@ inline bool find_transform(std::string_view name, TransformShape* shape) {
   return false;
 }
 
+template <template <class> class F, class S>
+void derive_columns(S*, int64_t) {}
+template <template <class, bool> class F, class S>
+void derive_columns(S* table, int64_t pieces) {
+  for (int64_t k = 0; k < pieces; ++k) F<S, false>::derive(table + k * table_stride(F<S, false>::kTableRows));
+}
+
+// Fills the columns of the table of transform `name` that follow from its coefficients.
+template <class S>
+void complete_table(std::string_view name, S* table, int64_t pieces) {
+#define ROW(NAME, CLASS, ROWS, SMALLEST, LARGEST) \
+  if (name == NAME) derive_columns<CLASS, S>(table, pieces);
+  MONOSOFTMAX_TRANSFORMS(ROW)
+#undef ROW
+}
+
+// Transforms with a vector of coefficients are templates of the type of the arithmetic; those with a table also of
+// whether it is small.
+template <template <class> class F, class T, int kRows, class Visitor>
+void visit_transform(const Coefficients<typename Arithmetic<T>::Scalar>& coefficients, Visitor&& visitor) {
+  static_assert(F<T>::kTableRows == 0 && kRows == 0, "the registry has the rows of the table");
+  visitor(F<T>(coefficients));
+}
+template <template <class, bool> class F, class T, int kRows, class Visitor>
+void visit_transform(const Coefficients<typename Arithmetic<T>::Scalar>& coefficients, Visitor&& visitor) {
+  static_assert(F<T, false>::kTableRows == kRows, "the registry has the rows of the table");
+  constexpr int64_t small = Arithmetic<T>::small_table(kRows);
+  if constexpr (small > 0) {
+    if (coefficients.size <= small) {
+      visitor(F<T, true>(coefficients));
+      return;
+    }
+  }
+  visitor(F<T, false>(coefficients));
+}
+
 // Calls visitor(f) with the transform `name` over the arithmetic type T; whether there is one.
 template <class T, class Visitor>
 bool with_transform(std::string_view name, const Coefficients<typename Arithmetic<T>::Scalar>& coefficients,
                     Visitor&& visitor) {
-#define ROW(NAME, CLASS, ROWS, SMALLEST, LARGEST)                 \
-  if (name == NAME) {                                             \
-    static_assert(CLASS<T>::kTableRows == ROWS, "rows of " NAME); \
-    visitor(CLASS<T>(coefficients));                              \
-    return true;                                                  \
+#define ROW(NAME, CLASS, ROWS, SMALLEST, LARGEST)           \
+  if (name == NAME) {                                       \
+    visit_transform<CLASS, T, ROWS>(coefficients, visitor); \
+    return true;                                            \
   }
   MONOSOFTMAX_TRANSFORMS(ROW)
 #undef ROW

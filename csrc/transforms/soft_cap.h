@@ -18,12 +18,16 @@ class SoftCap {
 
   explicit MONOSOFTMAX_HD SoftCap(const Coefficients<S>& c) : cap_(c.data[0]) {}
 
-  MONOSOFTMAX_HD T value(T z) const { return cap_ * A::tanh(z / cap_); }
+  MONOSOFTMAX_HD T value(T z) const {
+    T slope;
+    return cap_ * A::tanh(z / cap_, slope);
+  }
   MONOSOFTMAX_HD Point at(T z) const {
     // tanh is constant beyond 400; the clamp keeps inf * 0 out of the gradient of c.
     const T u = clamp(z / cap_, T(-400), T(400));
-    const T t = A::tanh(u);
-    return {cap_ * t, (T(1) - t) * (T(1) + t), u, t};
+    T slope;
+    const T t = A::tanh(u, slope);
+    return {cap_ * t, slope, u, t};
   }
   // df/dc = tanh(u) - u (1 - tanh(u)^2), which is 2/3 u^3 for small u: by its series there, where the difference
   // cancels.

@@ -1,0 +1,241 @@
+// Sums over logits of weight * df/dcoefficient: the gradients of the coefficients, where the weight is dL/dy.
+//
+// A kernel adds vectors of logits, ends each strip and each tile of them, and finishes with the factor that its weights
+// still lack. Between tiles rescale() multiplies what was added so far, so that the weights may be relative to the
+// largest y found so far. A few thousand terms are added in the type of the arithmetic, the rest in double precision.
+#pragma once
+
+#include "tiles.h"
+
+namespace monosoftmax::cpu {
+namespace {
+
+// Logits whose contributions to a table are kept until they are added to it, one after the other.
+constexpr int64_t kStrip = 128;
+
+// Up to this many pieces a histogram of a row is kept beside the total, and may be rescaled.
+constexpr int64_t kSmallHistogram = 256;
+
+struct NoSums {
+  static constexpr bool kRescales = true;
+  template <class Point, class T>
+  void add(const Point&, T, T, int64_t) {}
+  template <class Point, class T>
+  void add_alone(const Point&, T, T) {}
+  void end_strip(int64_t) {}
+  void end_tile() {}
+  void rescale(double) {}
+  void finish(double) {}
+};
+
+template <class T, class F>
+class VectorSums {
+ public:
+  static constexpr bool kRescales = true;
+
+  VectorSums(const F& f, double* total, int64_t size) : f_(f), total_(total), size_(size) {
+    std::fill_n(lanes_, size_, T(0));
+    std::fill_n(sums_, size_, 0.0);
+  }
+  void add(const typename F::Point& point, T z, T weight, int64_t) { f_.accumulate(point, z, weight, lanes_); }
+  // To the total at once: for one large weight that the many small ones beside it nearly cancel.
+  void add_alone(const typename F::Point& point, T z, T weight) {
+    T alone[kMostVectorCoefficients];
+    std::fill_n(alone, size_, T(0));
+    f_.accumulate(point, z, weight, alone);
+    for (int64_t p = 0; p < size_; ++p) total_[p] += sum_of_lanes(alone[p]);
+  }
+  void end_strip(int64_t) {}
+  void end_tile() {
+    for (int64_t p = 0; p < size_; ++p) {
+      sums_[p] += sum_of_lanes(lanes_[p]);
+      lanes_[p] = T(0);
+    }
+  }
+  void rescale(double factor) {
+    for (int64_t p = 0; p < size_; ++p) sums_[p] *= factor;
+  }
+  void finish(double factor) {
+    for (int64_t p = 0; p < size_; ++p) {
+      total_[p] += factor * sums_[p];
+      sums_[p] = 0;
+    }
+  }
+
+ private:
+  const F& f_;
+  double* total_;
+  int64_t size_;
+  T lanes_[kMostVectorCoefficients];
+  double sums_[kMostVectorCoefficients];
+};
+
+// The contributions of a strip of logits to the table entries of their pieces.
+template <class T, class F>
+class Strip {
+ public:
+  using S = typename Arithmetic<T>::Scalar;
+  static constexpr int kStride = table_stride(F::kTableRows);
+  using Index = at::vec::int_same_size_t<S>;
+
+  void set(const F& f, const typename F::Point& point, T z, T weight, int64_t at) {
+    T out[F::kTableRows];
+    f.contribute(point, z, weight, out);
+    at::vec::convert_to_int_of_same_size(point.piece).store(piece_ + at);
+    if constexpr (kStride == 2) {
+      const auto [first, second] = at::vec::interleave2(out[0], out[1]);
+      first.store(contribution_ + 2 * at);
+      second.store(contribution_ + 2 * at + T::size());
+    } else {
+      T streams[kStride];
+#pragma GCC unroll 8
+      for (int r = 0; r < kStride; ++r) streams[r] = r < F::kTableRows ? out[r] : T(0);
+      interleave<kStride / 2>(streams);
+#pragma GCC unroll 8
+      for (int r = 0; r < kStride; ++r) streams[r].store(contribution_ + kStride * at + r * T::size());
+    }
+  }
+  Index piece(int64_t i) const { return piece_[i]; }
+  // Adds the contribution of logit i to an entry. In one vector: the compiler does not see that the two lie apart.
+  template <class Sum>
+  void add_to(Sum* entry, int64_t i) const {
+    typedef S Contribution __attribute__((vector_size(kStride * sizeof(S)), may_alias));
+    typedef Sum Entry __attribute__((vector_size(kStride * sizeof(Sum)), may_alias));
+    const Contribution& from = *reinterpret_cast<const Contribution*>(contribution_ + kStride * i);
+    Entry& to = *reinterpret_cast<Entry*>(entry);
+    if constexpr (std::is_same_v<S, Sum>) {
+      to += from;
+    } else {
+      to += __builtin_convertvector(from, Entry);
+    }
+  }
+
+ private:
+  // streams[r][i] to place kStride * i + r: rounds that interleave stream r with r + half, until there is one.
+  template <int half>
+  static void interleave(T (&streams)[kStride]) {
+    constexpr int kWidth = kStride / 2 / half;  // vectors of a stream in this round
+    T next[kStride];
+#pragma GCC unroll 8
+    for (int i = 0; i < kStride / 2; ++i) {
+      const auto [first, second] = at::vec::interleave2(streams[i], streams[i + half * kWidth]);
+      next[2 * i] = first;
+      next[2 * i + 1] = second;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kStride; ++r) streams[r] = next[r];
+    if constexpr (half > 1) interleave<half / 2>(streams);
+  }
+
+  Index piece_[kStrip];
+  alignas(64) S contribution_[kStrip * kStride];
+};
+
+template <class T, class F>
+void add_to_table(const F& f, const typename F::Point& point, T z, T weight, double* table) {
+  constexpr int kStride = table_stride(F::kTableRows);
+  T out[F::kTableRows];
+  f.contribute(point, z, weight, out);
+  typename Arithmetic<T>::Scalar piece[T::size()], lanes[T::size()];
+  point.piece.store(piece);
+  for (int r = 0; r < F::kTableRows; ++r) {
+    out[r].store(lanes);
+    for (int i = 0; i < T::size(); ++i) table[static_cast<int64_t>(piece[i]) * kStride + r] += lanes[i];
+  }
+}
+
+// Four copies, so that successive logits of one piece do not wait for each other.
+template <class T, class F>
+class SmallHistogram {
+ public:
+  static constexpr bool kRescales = true;
+
+  SmallHistogram(const F& f, double* total, int64_t pieces) : f_(f), total_(total), size_(pieces * kStride) {
+    std::fill_n(copies_, kCopies * size_, S(0));
+    std::fill_n(sums_, size_, 0.0);
+  }
+  void add(const typename F::Point& point, T z, T weight, int64_t at) { strip_.set(f_, point, z, weight, at); }
+  void add_alone(const typename F::Point& point, T z, T weight) { add_to_table(f_, point, z, weight, total_); }
+  void end_strip(int64_t n) {
+    int64_t i = 0;
+    for (; i + kCopies <= n; i += kCopies) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kCopies; ++c) strip_.add_to(copies_ + c * size_ + strip_.piece(i + c) * kStride, i + c);
+    }
+    for (; i < n; ++i) strip_.add_to(copies_ + strip_.piece(i) * kStride, i);
+  }
+  void end_tile() {
+    if (++tiles_ == kTilesKept) flush();
+  }
+  void rescale(double factor) {
+    flush();
+    for (int64_t i = 0; i < size_; ++i) sums_[i] *= factor;
+  }
+  void finish(double factor) {
+    flush();
+    for (int64_t i = 0; i < size_; ++i) {
+      total_[i] += factor * sums_[i];
+      sums_[i] = 0;
+    }
+  }
+
+ private:
+  using S = typename Arithmetic<T>::Scalar;
+  static constexpr int kCopies = 4, kTilesKept = 4;
+  static constexpr int kStride = Strip<T, F>::kStride;
+
+  void flush() {
+    tiles_ = 0;
+    for (int c = 0; c < kCopies; ++c) {
+      S* copy = copies_ + c * size_;
+      for (int64_t i = 0; i < size_; ++i) sums_[i] += copy[i];
+    }
+    std::fill_n(copies_, kCopies * size_, S(0));
+  }
+
+  const F& f_;
+  double* total_;
+  int64_t size_;
+  int tiles_ = 0;
+  Strip<T, F> strip_;
+  alignas(64) S copies_[kCopies * kSmallHistogram * kStride];
+  double sums_[kSmallHistogram * kStride];
+};
+
+// For tables of which a copy for each row would cost more than the row: added to the total as they come.
+template <class T, class F>
+class LargeHistogram {
+ public:
+  static constexpr bool kRescales = false;
+
+  LargeHistogram(const F& f, double* total, int64_t) : f_(f), total_(total) {}
+  void add(const typename F::Point& point, T z, T weight, int64_t at) { strip_.set(f_, point, z, weight, at); }
+  void add_alone(const typename F::Point& point, T z, T weight) { add_to_table(f_, point, z, weight, total_); }
+  void end_strip(int64_t n) {
+    for (int64_t i = 0; i < n; ++i) strip_.add_to(total_ + strip_.piece(i) * Strip<T, F>::kStride, i);
+  }
+  void end_tile() {}
+  void finish(double) {}
+
+ private:
+  const F& f_;
+  double* total_;
+  Strip<T, F> strip_;
+};
+
+// Calls visitor(sums) with the sums for transform f of a table or vector of `size`; NoSums for a null total.
+template <class T, class F, class Visitor>
+void with_sums(const F& f, double* total, int64_t size, Visitor&& visitor) {
+  if (total == nullptr) {
+    visitor(NoSums());
+  } else if constexpr (F::kTableRows == 0) {
+    visitor(VectorSums<T, F>(f, total, size));
+  } else if (size <= kSmallHistogram) {
+    visitor(SmallHistogram<T, F>(f, total, size));
+  } else {
+    visitor(LargeHistogram<T, F>(f, total, size));
+  }
+}
+
+}  // namespace
+}  // namespace monosoftmax::cpu

@@ -1,0 +1,178 @@
+// Tiles: as much of a row as stays in the L1 cache while it is worked on, in the type S of the arithmetic.
+#pragma once
+
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+
+#include "row_kernels.h"
+#include "vectorized.h"
+
+namespace monosoftmax::cpu {
+namespace {
+
+constexpr int64_t kTile = 1024;
+
+template <class S>
+constexpr Element element_of() {
+  return std::is_same_v<S, double> ? Element::kDouble : Element::kFloat;
+}
+
+inline int64_t bytes_of(Element element) {
+  return element == Element::kDouble ? 8 : element == Element::kFloat ? 4 : 2;
+}
+
+template <class Pointer>
+auto* element_at(const Rows<Pointer>& rows, int64_t row, int64_t column) {
+  using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+  return static_cast<Byte*>(rows.data) + (row * rows.stride + column) * bytes_of(rows.element);
+}
+
+template <class Half>
+void widen(const Half* from, float* to, int64_t n) {
+  using H = at::vec::Vectorized<Half>;
+  int64_t i = 0;
+  for (; i + H::size() <= n; i += H::size()) {
+    at::vec::convert<float, 2, Half, 1>(H::loadu(from + i)).store(to + i);
+  }
+  for (; i < n; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+template <class Half>
+void narrow(const float* from, Half* to, int64_t n) {
+  using H = at::vec::Vectorized<Half>;
+  int64_t i = 0;
+  for (; i + H::size() <= n; i += H::size()) {
+    at::vec::convert<Half, 1, float, 2>(at::vec::VectorizedN<float, 2>::loadu(from + i)).store(to + i);
+  }
+  for (; i < n; ++i) to[i] = static_cast<Half>(from[i]);
+}
+
+// Elements [begin, begin + n) of a row as S: where they are if they are of that type, else converted into buffer.
+template <class S>
+const S* load_tile(const Rows<const void*>& rows, int64_t row, int64_t begin, int64_t n, S* buffer) {
+  const char* at = element_at(rows, row, begin);
+  if constexpr (std::is_same_v<S, float>) {
+    if (rows.element == Element::kBFloat16) {
+      widen(reinterpret_cast<const c10::BFloat16*>(at), buffer, n);
+      return buffer;
+    }
+    if (rows.element == Element::kHalf) {
+      widen(reinterpret_cast<const c10::Half*>(at), buffer, n);
+      return buffer;
+    }
+  } else if (rows.element == Element::kFloat) {
+    std::copy_n(reinterpret_cast<const float*>(at), n, buffer);
+    return buffer;
+  }
+  return reinterpret_cast<const S*>(at);
+}
+
+template <class S>
+S load_one(const Rows<const void*>& rows, int64_t row, int64_t column) {
+  S buffer[1];
+  return *load_tile(rows, row, column, 1, buffer);
+}
+
+// Writes n results of type S to elements [begin, begin + n) of a row, rounding each once.
+template <class S>
+class TileWriter {
+ public:
+  TileWriter(const Rows<void*>& rows, int64_t row, int64_t begin, int64_t n)
+      : element_(rows.element), n_(n), destination_(element_at(rows, row, begin)) {}
+  // Where to put the results before finish().
+  S* place() { return element_ == element_of<S>() ? reinterpret_cast<S*>(destination_) : buffer_; }
+  void finish() {
+    if (element_ == element_of<S>()) return;
+    if (element_ == Element::kDouble) {
+      std::copy_n(buffer_, n_, reinterpret_cast<double*>(destination_));
+    } else if (element_ == Element::kFloat) {
+      std::transform(buffer_, buffer_ + n_, reinterpret_cast<float*>(destination_),
+                     [](S x) { return static_cast<float>(x); });
+    } else if (element_ == Element::kBFloat16) {
+      to_half<c10::BFloat16>();
+    } else {
+      to_half<c10::Half>();
+    }
+  }
+
+ private:
+  template <class Half>
+  void to_half() {
+    Half* to = reinterpret_cast<Half*>(destination_);
+    if constexpr (std::is_same_v<S, float>) {
+      narrow(buffer_, to, n_);
+    } else {
+      std::transform(buffer_, buffer_ + n_, to, [](S x) { return static_cast<Half>(x); });
+    }
+  }
+
+  Element element_;
+  int64_t n_;
+  char* destination_;
+  S buffer_[kTile];
+};
+
+inline void zero_row(const Rows<void*>& rows, int64_t row, int64_t first, int64_t last) {
+  std::fill_n(element_at(rows, row, first), (last - first) * bytes_of(rows.element), 0);
+}
+
+template <class T>
+T load(const typename Arithmetic<T>::Scalar* from, int64_t n) {
+  return n >= T::size() ? T::loadu(from) : T::loadu(from, n);
+}
+
+template <class T>
+void store(T x, typename Arithmetic<T>::Scalar* to, int64_t n) {
+  n >= T::size() ? x.store(to) : x.store(to, static_cast<int>(n));
+}
+
+template <class T>
+double sum_of_lanes(T x) {
+  typename Arithmetic<T>::Scalar lanes[T::size()];
+  x.store(lanes);
+  double sum = 0;
+  for (const auto lane : lanes) sum += lane;
+  return sum;
+}
+
+template <class T>
+typename Arithmetic<T>::Scalar first_lane(T x) {
+  typename Arithmetic<T>::Scalar lanes[T::size()];
+  x.store(lanes);
+  return lanes[0];
+}
+
+// The largest of n numbers, or any number where one is NaN: their sum of exponentials will be NaN.
+template <class T, class S = typename Arithmetic<T>::Scalar>
+S largest_of(const S* x, int64_t n) {
+  T even(-std::numeric_limits<S>::infinity()), odd = even;
+  int64_t i = 0;
+  for (; i + 2 * T::size() <= n; i += 2 * T::size()) {
+    even = at::vec::clamp_min(T::loadu(x + i), even);
+    odd = at::vec::clamp_min(T::loadu(x + i + T::size()), odd);
+  }
+  S lanes[T::size()];
+  at::vec::clamp_min(odd, even).store(lanes);
+  S largest = *std::max_element(lanes, lanes + T::size());
+  for (; i < n; ++i) largest = std::max(largest, x[i]);
+  return largest;
+}
+
+// sum_j w_j y_j of one tile; a null weight is 1. In double: the loss subtracts the largest y from it once the row is
+// known, and what is left may be small.
+template <class S>
+double weighted_sum(const S* y, const S* weight, int64_t n) {
+  double sum = 0;
+  if (weight == nullptr) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += y[i];
+  } else {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(weight[i]) * y[i];
+  }
+  return sum;
+}
+
+}  // namespace
+}  // namespace monosoftmax::cpu

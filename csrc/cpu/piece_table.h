@@ -7,6 +7,8 @@
 #include "../transforms/arithmetic.h"
 
 namespace monosoftmax::cpu {
+// Of each instruction set its own: the linker keeps one copy of what two files define by the same name.
+inline namespace CPU_CAPABILITY {
 
 // The most pieces that a table in registers holds; 0 where the instructions have no such permutation.
 template <class S>
@@ -160,4 +162,5 @@ class PieceTable<float, kRows, true> {
 
 #endif
 
+}  // namespace CPU_CAPABILITY
 }  // namespace monosoftmax::cpu

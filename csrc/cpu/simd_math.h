@@ -7,6 +7,8 @@
 #include <ATen/cpu/vec/vec.h>
 
 namespace monosoftmax::cpu {
+// Of each instruction set its own: the linker keeps one copy of what two files define by the same name.
+inline namespace CPU_CAPABILITY {
 
 using Floats = at::vec::Vectorized<float>;
 
@@ -85,4 +87,5 @@ inline Floats simd_tanh(Floats x, Floats& slope) {
   return select(less(size, Floats(0.5f)), small, large);
 }
 
+}  // namespace CPU_CAPABILITY
 }  // namespace monosoftmax::cpu

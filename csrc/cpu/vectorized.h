@@ -9,6 +9,8 @@
 
 namespace monosoftmax {
 
+inline namespace CPU_CAPABILITY {
+
 template <class S>
 struct VectorArithmetic {
   using Scalar = S;
@@ -21,6 +23,8 @@ struct VectorArithmetic {
   static T floor(T x) { return x.floor(); }
   static T fma(T a, T b, T c) { return at::vec::fmadd(a, b, c); }
 };
+
+}  // namespace CPU_CAPABILITY
 
 template <>
 struct Arithmetic<at::vec::Vectorized<double>> : VectorArithmetic<double> {

@@ -47,10 +47,10 @@ test-cpp: $(VENV)/.requirements
 	$(BIN)/cmake --build build/cpp --parallel 2
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error
 
-test-python: install
+test-python: install $(VENV)/.peers
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-slow: install
+test-slow: install $(VENV)/.peers
 	$(BIN)/python -m pytest -m slow
 
 format: $(VENV)/.requirements

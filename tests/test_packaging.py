@@ -55,6 +55,22 @@ def test_every_cpp_file_is_built_once() -> None:
     assert sorted(listed) == sorted(str(path.relative_to(ROOT / "csrc")) for path in ROOT.glob("csrc/**/*.cpp"))
 
 
+@pytest.mark.parametrize("build", sorted(ROOT.glob("build/temp*")), ids=lambda build: build.name)
+def test_instruction_sets_share_no_code(build: Path) -> None:
+    """Of a function that two object files define, the linker keeps one copy, made for the wrong instructions."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    owners: dict[str, list[str]] = {}
+    for path in build.glob("row_kernels_*/**/*.o"):
+        symbols = subprocess.run(["nm", "--defined-only", "-C", path], check=True, capture_output=True, text=True)
+        for line in symbols.stdout.splitlines():
+            _, kind, name = line.split(maxsplit=2)
+            if kind in "WVu" and "monosoftmax" in name and path.name not in owners.setdefault(name, []):
+                owners[name].append(path.name)
+    assert owners
+    assert not {name: files for name, files in owners.items() if len(files) > 1}
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("requirements/*.txt")), ids=lambda path: path.name)
 def test_requirements_are_pinned(path: Path) -> None:
     requirements = [line for line in path.read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]

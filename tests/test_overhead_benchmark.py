@@ -6,7 +6,6 @@ import gc
 import importlib
 import json
 import math
-import sys
 import multiprocessing
 import os
 import subprocess

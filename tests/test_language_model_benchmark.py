@@ -18,7 +18,7 @@ pytest.importorskip("tabulate", reason="the benchmarks need requirements/benchma
 pytest.importorskip("matplotlib", reason="the benchmarks need requirements/benchmarks.txt")
 pytest.importorskip("tqdm", reason="the benchmarks need requirements/benchmarks.txt")
 
-from benchmarks import files
+from benchmarks import files, resident_set
 from benchmarks.language_model import __main__ as command
 from benchmarks.language_model import corpora, measurements, memory, models, report, run, settings, training
 from benchmarks.language_model.budget import Budget
@@ -339,7 +339,7 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the processes that measure memory, which have a test of their own: each loads torch for 3 s."""
 
     def refuse(*arguments: object, **shape: object) -> dict[str, int]:
-        raise memory.MeasurementError("not in this test")
+        raise resident_set.MeasurementError("not in this test")
 
     monkeypatch.setattr(measurements, "peaks", refuse)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import monosoftmax as ms
 
-from .memory import MeasurementError, peaks
+from ..resident_set import MeasurementError
+from .memory import peaks
 from .settings import Settings
 from .training import Trainer
 

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..resident_set import ENVIRONMENT, MeasurementError, peak, require_support, reset_peak
+from ..resident_set import measured_apart, peak, reset_peak
 from .models import output_layer
 
 
@@ -45,7 +43,6 @@ def peaks(
     Raises:
         MeasurementError: this system has no way to measure it, or the attempt failed.
     """
-    require_support()
     shape = {
         "rows": rows,
         "dim": dim,
@@ -56,16 +53,7 @@ def peaks(
         "threads": threads,
     }
     specification = [{"output": output, **shape} for output in outputs]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", __name__, json.dumps(specification)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **ENVIRONMENT},
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise MeasurementError(f"the process that measures it failed: {last}")
-    return dict(zip(outputs, json.loads(done.stdout), strict=True))
+    return dict(zip(outputs, measured_apart(__name__, specification), strict=True))
 
 
 def _measure(specification: dict[str, Any]) -> int:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +18,7 @@ from typing import Any
 import torch
 
 from ..machine import available_bytes
-from ..resident_set import ENVIRONMENT, MeasurementError, peak, require_support, reset_peak
+from ..resident_set import measured_apart, peak, reset_peak
 from .cases import Case, make_inputs
 from .contestants import Contestant, prepare
 from .limits import limit_allocations, one_line
@@ -35,18 +33,8 @@ def peaks(case: Case, names: Sequence[str], threads: int) -> dict[str, int | str
     Raises:
         MeasurementError: this system has no way to measure it, or the attempt failed.
     """
-    require_support()
     specification = {"case": case.to_json(), "names": list(names), "threads": threads}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", __name__, json.dumps(specification)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **ENVIRONMENT},
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise MeasurementError(f"the process that measures it failed: {last}")
-    found: dict[str, int | str] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, int | str] = measured_apart(__name__, specification)
     return found
 
 

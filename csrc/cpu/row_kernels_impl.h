@@ -1,5 +1,6 @@
-// The kernels of row_kernels.h, compiled once for each instruction set. Everything is in an anonymous namespace, so
-// that the linker cannot merge code of one instruction set into another's.
+// The kernels of row_kernels.h, compiled once for each instruction set. Everything is in an anonymous namespace, and
+// what it includes in one with the name of the instruction set: the linker must not merge the code of one with
+// another's.
 //
 // A row is worked through in tiles that stay in the L1 cache. f is increasing, so the largest y of a tile is f of its
 // largest logit. Hazards: a padded lane of the last vector of a row must reach neither the sum (f(-inf) may be finite)

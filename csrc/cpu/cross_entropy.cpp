@@ -270,7 +270,7 @@ Tensor empty_gradient(const Tensor& input) {
   Tensor gradient = at::empty(input.sizes(), input.options());
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = 4096;
-  constexpr size_t kWorthwhile = 16 << 20;
+  constexpr size_t kWorthwhile = 4 << 20;
   if (gradient.nbytes() >= kWorthwhile) {
     const auto begin = (reinterpret_cast<uintptr_t>(gradient.mutable_data_ptr()) + kPage - 1) / kPage * kPage;
     const auto end = (reinterpret_cast<uintptr_t>(gradient.mutable_data_ptr()) + gradient.nbytes()) / kPage * kPage;

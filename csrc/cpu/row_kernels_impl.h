@@ -32,7 +32,7 @@ void with_transform_of(const Transform<S>& transform, Visitor&& visitor) {
 template <class T, class F, class OnTile, class S = typename Arithmetic<T>::Scalar>
 OnlineSoftmax<S> scan_row(const F& f, const Rows<const void*>& input, int64_t row, int64_t first, int64_t last,
                           OnTile&& on_tile) {
-  S buffer[kTile];
+  alignas(kLine) S buffer[kTile];
   OnlineSoftmax<S> state;
   for (int64_t begin = first; begin < last; begin += kTile) {
     const int64_t n = std::min(kTile, last - begin);
@@ -63,7 +63,7 @@ template <class T, class F, class Sums, class S, class GradientOf>
 void backward_row(const F& f, const Rows<const void*>& input, int64_t row, int64_t first, int64_t last, S largest,
                   S sum, TargetGradient<S> target, const Rows<void*>& grad_input, Sums& sums,
                   GradientOf&& gradient_of) {
-  S buffer[kTile];
+  alignas(kLine) S buffer[kTile];
   // A row of -inf only has no p: NaN, as its loss.
   const T inverse_sum(sum == 0 ? std::numeric_limits<S>::quiet_NaN() : 1 / sum);
   const T shift(largest), lowest(static_cast<S>(kLowest));
@@ -147,7 +147,7 @@ RowPart<S> scan_part(const F& f, const CrossEntropyCall<S>& call, int64_t row, i
   part.softmax = scan_row<T>(f, call.input, row, first, last, [&](int64_t at, int64_t n, const S* z) {
     if (at <= target && target < at + n) part.target_y = first_lane(f.value(T(z[target - at])));
     if (call.options.smooths()) {
-      S y[kTile];
+      alignas(kLine) S y[kTile];
       for (int64_t i = 0; i < n; i += T::size()) store(f.value(load<T>(z + i, n - i)), y + i, n - i);
       part.weighted += weighted_sum(y, call.options.weight == nullptr ? nullptr : call.options.weight + at, n);
     }
@@ -171,15 +171,15 @@ void cross_entropy_finish(const CrossEntropyCall<S>& call, int64_t row, const Ro
 // with the shift that its tile knows, the second, over what is still in the L2 cache, multiplies by what was missing.
 // No label smoothing: its part of the gradient is not a multiple of p.
 template <class T, class F, class Sums, class S = typename Arithmetic<T>::Scalar>
-void row_with_gradient(const F& f, const CrossEntropyCall<S>& call, int64_t row, std::vector<S>& unscaled_row,
+void row_with_gradient(const F& f, const CrossEntropyCall<S>& call, int64_t row, std::vector<Tile<S>>& unscaled_row,
                        std::vector<S>& shifts, Sums& sums) {
   using A = Arithmetic<T>;
   const int64_t classes = call.options.classes, target = call.target[row];
   const bool in_place = call.grad_input.element == element_of<S>();
   S* unscaled = nullptr;
   if (call.grad_input.data != nullptr) {
-    unscaled_row.resize(in_place ? 0 : classes);
-    unscaled = in_place ? reinterpret_cast<S*>(element_at(call.grad_input, row, 0)) : unscaled_row.data();
+    unscaled_row.resize(in_place ? 0 : (classes + kTile - 1) / kTile);
+    unscaled = in_place ? reinterpret_cast<S*>(element_at(call.grad_input, row, 0)) : unscaled_row.data()->x;
   }
   const T lowest(static_cast<S>(kLowest));
   const T target_z(load_one<S>(call.input, row, target));
@@ -187,7 +187,7 @@ void row_with_gradient(const F& f, const CrossEntropyCall<S>& call, int64_t row,
   S but_target[T::size()];
   for (int i = 0; i < T::size(); ++i) but_target[i] = target_vector + i == target ? 0 : 1;
 
-  S buffer[kTile];
+  alignas(kLine) S buffer[kTile];
   RowPart<S> whole;
   shifts.clear();
   for (int64_t begin = 0; begin < classes; begin += kTile) {
@@ -202,6 +202,7 @@ void row_with_gradient(const F& f, const CrossEntropyCall<S>& call, int64_t row,
     T sum(0);
     for (int64_t strip = 0; strip < n; strip += kStrip) {
       const int64_t end = std::min(strip + kStrip, n);
+      if (unscaled != nullptr && !in_place) prefetch(call.grad_input, row, begin + strip, begin + end);
       for (int64_t i = strip; i < end; i += T::size()) {
         const T z = at::vec::maximum(load<T>(logits + i, n - i), lowest);
         const typename F::Point point = f.at(z);
@@ -236,13 +237,11 @@ void row_with_gradient(const F& f, const CrossEntropyCall<S>& call, int64_t row,
   if (unscaled == nullptr) return;
   for (int64_t begin = 0, tile = 0; begin < classes; begin += kTile, ++tile) {
     const int64_t n = std::min(kTile, classes - begin);
-    const T factor(static_cast<S>(of_p * inverse_sum * std::exp(static_cast<double>(shifts[tile]) - largest)));
-    TileWriter<S> writer(call.grad_input, row, begin, n);
-    S* out = writer.place();
-    for (int64_t i = 0; i < n; i += T::size()) store(load<T>(unscaled + begin + i, n - i) * factor, out + i, n - i);
-    if (begin <= target && target < begin + n) out[target - begin] = first_lane(of_target * point.derivative);
-    writer.finish();
+    const S factor = static_cast<S>(of_p * inverse_sum * std::exp(static_cast<double>(shifts[tile]) - largest));
+    write_scaled<T>(unscaled + begin, factor, call.grad_input, row, begin, n);
   }
+  const S at_target = first_lane(of_target * point.derivative);
+  write_scaled<T>(&at_target, S(1), call.grad_input, row, target, 1);
 }
 
 template <class S>
@@ -252,7 +251,8 @@ void cross_entropy(const CrossEntropyCall<S>& call, double* coefficients, int64_
   const bool has_gradient = call.grad_input.data != nullptr || coefficients != nullptr;
   with_transform_of<T>(call.transform, [&](const auto& f) {
     with_sums<T>(f, coefficients, call.transform.size, [&](auto&& sums) {
-      std::vector<S> unscaled_row, shifts;
+      std::vector<Tile<S>> unscaled_row;
+      std::vector<S> shifts;
       for (int64_t row = begin; row < end; ++row) {
         const bool ignored = call.target[row] == call.options.ignore_index;
         call.loss[row] = call.lse[row] = call.stats.largest[row] = call.stats.sum[row] = 0;
@@ -291,7 +291,7 @@ void token_statistics(const TokenStatisticsCall<S>& call, int64_t begin, int64_t
   using T = at::vec::Vectorized<S>;
   using A = Arithmetic<T>;
   with_transform_of<T>(call.transform, [&](const auto& f) {
-    S buffer[kTile];
+    alignas(kLine) S buffer[kTile];
     for (int64_t row = begin; row < end; ++row) {
       const int64_t target = call.target[row];
       const bool valid = target != call.ignore_index;
@@ -356,7 +356,7 @@ void log_softmax_finish(const LogSoftmaxCall<S>& call, int64_t row, const Online
   call.stats.sum[row] = whole.sum();
   const T shift(whole.largest()), log_sum(whole.log_sum());
   with_transform_of<T>(call.transform, [&](const auto& f) {
-    S buffer[kTile];
+    alignas(kLine) S buffer[kTile];
     for (int64_t at = first; at < last; at += kTile) {
       const int64_t n = std::min(kTile, last - at);
       const S* z = load_tile(call.input, row, at, n, buffer);
@@ -379,7 +379,7 @@ void log_softmax(const LogSoftmaxCall<S>& call, int64_t begin, int64_t end) {
 
 template <class S>
 double sum_of_row(const Rows<const void*>& rows, int64_t row, int64_t first, int64_t last) {
-  S buffer[kTile];
+  alignas(kLine) S buffer[kTile];
   double sum = 0;
   for (int64_t at = first; at < last; at += kTile) {
     const int64_t n = std::min(kTile, last - at);
@@ -394,7 +394,7 @@ void log_softmax_backward(const LogSoftmaxBackwardCall<S>& call, double* coeffic
   using T = at::vec::Vectorized<S>;
   with_transform_of<T>(call.transform, [&](const auto& f) {
     with_sums<T>(f, coefficients, call.transform.size, [&](auto&& sums) {
-      S buffer[kTile];
+      alignas(kLine) S buffer[kTile];
       for (int64_t row = begin; row < end; ++row) {
         const T sum_of_grad(static_cast<S>(call.grad_sum[row]));
         const S* grad = nullptr;

@@ -13,6 +13,14 @@ namespace {
 
 constexpr int64_t kTile = 1024;
 
+// Of a cache line, in bytes: a vector that straddles two of them costs two accesses.
+constexpr int64_t kLine = 64;
+
+template <class S>
+struct alignas(kLine) Tile {
+  S x[kTile];
+};
+
 template <class S>
 constexpr Element element_of() {
   return std::is_same_v<S, double> ? Element::kDouble : Element::kFloat;
@@ -38,14 +46,17 @@ void widen(const Half* from, float* to, int64_t n) {
   for (; i < n; ++i) to[i] = static_cast<float>(from[i]);
 }
 
+// to = factor * from, rounded once.
 template <class Half>
-void narrow(const float* from, Half* to, int64_t n) {
+void narrow(const float* from, float factor, Half* to, int64_t n) {
   using H = at::vec::Vectorized<Half>;
+  using Pair = at::vec::VectorizedN<float, 2>;
+  const Pair factors(factor);
   int64_t i = 0;
   for (; i + H::size() <= n; i += H::size()) {
-    at::vec::convert<Half, 1, float, 2>(at::vec::VectorizedN<float, 2>::loadu(from + i)).store(to + i);
+    at::vec::convert<Half, 1, float, 2>(Pair::loadu(from + i) * factors).store(to + i);
   }
-  for (; i < n; ++i) to[i] = static_cast<Half>(from[i]);
+  for (; i < n; ++i) to[i] = static_cast<Half>(from[i] * factor);
 }
 
 // Elements [begin, begin + n) of a row as S: where they are if they are of that type, else converted into buffer.
@@ -101,7 +112,7 @@ class TileWriter {
   void to_half() {
     Half* to = reinterpret_cast<Half*>(destination_);
     if constexpr (std::is_same_v<S, float>) {
-      narrow(buffer_, to, n_);
+      narrow(buffer_, 1, to, n_);
     } else {
       std::transform(buffer_, buffer_ + n_, to, [](S x) { return static_cast<Half>(x); });
     }
@@ -110,8 +121,31 @@ class TileWriter {
   Element element_;
   int64_t n_;
   char* destination_;
-  S buffer_[kTile];
+  alignas(kLine) S buffer_[kTile];
 };
+
+// Asks for the memory of elements [begin, end) of a row, to write to it later.
+inline void prefetch(const Rows<void*>& rows, int64_t row, int64_t begin, int64_t end) {
+  const char* last = element_at(rows, row, end);
+  for (const char* at = element_at(rows, row, begin); at < last; at += kLine) __builtin_prefetch(at, 1);
+}
+
+// factor * from, into elements [begin, begin + n) of a row of elements of type S or, where S is float, of halves.
+template <class T, class S = typename Arithmetic<T>::Scalar>
+void write_scaled(const S* from, S factor, const Rows<void*>& rows, int64_t row, int64_t begin, int64_t n) {
+  char* destination = element_at(rows, row, begin);
+  if constexpr (std::is_same_v<S, float>) {
+    if (rows.element == Element::kBFloat16) {
+      return narrow(from, factor, reinterpret_cast<c10::BFloat16*>(destination), n);
+    }
+    if (rows.element == Element::kHalf) return narrow(from, factor, reinterpret_cast<c10::Half*>(destination), n);
+  }
+  const T factors(factor);
+  S* to = reinterpret_cast<S*>(destination);
+  int64_t i = 0;
+  for (; i + T::size() <= n; i += T::size()) (T::loadu(from + i) * factors).store(to + i);
+  for (; i < n; ++i) to[i] = from[i] * factor;
+}
 
 inline void zero_row(const Rows<void*>& rows, int64_t row, int64_t first, int64_t last) {
   std::fill_n(element_at(rows, row, first), (last - first) * bytes_of(rows.element), 0);

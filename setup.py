@@ -128,7 +128,10 @@ class BuildKernels(BuildExtension):
 
 setup(
     # A top-level module named triton_kernels would collide with another project's.
-    packages=[*find_packages(include=["monosoftmax", "monosoftmax.*"]), "monosoftmax.triton_kernels"],
+    packages=[
+        *find_packages(include=["monosoftmax", "monosoftmax.*"]),
+        *(f"monosoftmax.{each}" for each in find_packages(include=["triton_kernels", "triton_kernels.*"])),
+    ],
     package_dir={"monosoftmax.triton_kernels": "triton_kernels"},
     ext_modules=[
         CppExtension(

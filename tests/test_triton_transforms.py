@@ -17,7 +17,7 @@ tl = pytest.importorskip("triton.language")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-from triton_interpreter import as_interpreted, interpreted  # noqa: E402
+from triton_interpreter import interpreted  # noqa: E402
 
 from monosoftmax.triton_kernels.transforms import REGISTRY  # noqa: E402
 
@@ -72,7 +72,7 @@ def _run(transform: Any, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Ten
     with interpreted(evaluate) as kernel:
         kernel[(triton.cdiv(n, 128),)](
             z, weight, value, point, sums, coefficients, n, c0, c1, c2,
-            **{key: as_interpreted(each) for key, each in arguments.items()},
+            **arguments,
         )  # fmt: skip
     if arguments["is_table"]:
         gradient = torch.zeros(coefficients.shape, dtype=torch.float64)

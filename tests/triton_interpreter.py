@@ -4,7 +4,8 @@
 functions stay what they are, and :func:`interpreted` replaces them while it lasts.
 
 The interpreter of Triton 3.7 is patched where it is silently wrong: floats given to a kernel stay Python floats (a GPU
-gets float32). Loads and stores outside the storages of the kernel's tensors raise.
+gets float32), and float32 is truncated to bfloat16. Arithmetic on bfloat16 itself stays wrong: the kernels convert to
+float32 first. Loads and stores outside the storages of the kernel's tensors raise.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ def interpreted(kernel: JITFunction) -> Iterator[Any]:
         replace(interpreter.GridExecutor, "_init_args_hst", _noting_storages(interpreter.GridExecutor._init_args_hst))
         replace(builder, "create_masked_load", _checked(builder.create_masked_load, "load", mask_at=0))
         replace(builder, "create_masked_store", _checked(builder.create_masked_store, "store", mask_at=1))
+        replace(builder, "cast_impl", _rounding_to_bfloat16(builder.cast_impl))
+        replace(interpreter.GridExecutor, "__call__", _with_interpreted_functions(interpreter.GridExecutor.__call__))
         replace(interpreter, "_implicit_cvt", _with_float32_scalars(interpreter._implicit_cvt))
         # Once here, and not at every call of a device function, which would also leave the language patched.
         scope = interpreter._patch_lang(_AnyModule)
@@ -99,6 +102,23 @@ def _checked(access: Any, what: str, mask_at: int) -> Any:
         return access(self, pointers, *arguments)
 
     return checked
+
+
+def _with_interpreted_functions(call: Any) -> Any:
+    def calling(self: Any, *arguments: Any, **options: Any) -> Any:
+        return call(self, *arguments, **{name: as_interpreted(each) for name, each in options.items()})
+
+    return calling
+
+
+def _rounding_to_bfloat16(cast: Any) -> Any:
+    def casting(self: Any, source: Any, to: Any) -> Any:
+        if to.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32:
+            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
+            return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+        return cast(self, source, to)
+
+    return casting
 
 
 def _with_float32_scalars(convert: Any) -> Any:

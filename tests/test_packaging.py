@@ -145,6 +145,7 @@ def test_sdist_installs_with_the_extension(tree: Path, tmp_path: Path) -> None:
     install(archive, site, MONOSOFTMAX_CPP="1")
     assert {path.name for path in site.iterdir()} == {"monosoftmax", f"monosoftmax-{ms.__version__}.dist-info"}
     assert (site / "monosoftmax/py.typed").exists()
+    assert (site / "monosoftmax/triton_kernels/transforms/plif.py").exists()
     info = json.loads(run_installed(site, "-m", "monosoftmax.info", "--json"))
     assert info["backends"]["cpu"]["available"], info
     where = "import monosoftmax.triton_kernels as module; print(module.__file__)"

@@ -1,7 +1,8 @@
-"""The Triton kernels over rows of logits, in the interpreter, against the reference in float64."""
+"""The Triton kernels over rows of logits: in the interpreter against float64, and compiled for GPUs."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +12,17 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from triton_compiler import TARGETS, compiled_without_spills
 from triton_interpreter import interpreted
 
 from monosoftmax import reference
 from monosoftmax.triton_kernels.cross_entropy import (
     Loss,
+    block_of,
     cross_entropy_backward_kernel,
     cross_entropy_kernel,
 )
+from monosoftmax.triton_kernels.transforms import REGISTRY
 
 ROWS, BLOCK = 5, 128
 IGNORED = 2  # the row
@@ -60,15 +64,14 @@ def _truth(
     transform: Any,
     loss: Loss,
     upstream: tuple[Tensor, Tensor | None],
-    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    z = input.to(dtype).requires_grad_()
-    weight = None if loss.weight is None else loss.weight.to(dtype)
+    z = input.double().requires_grad_()
+    weight = None if loss.weight is None else loss.weight.double()
     options = (loss.ignore_index, loss.label_smoothing, loss.z_loss, loss.return_lse)
-    losses, lse = reference.cross_entropy(z, target, transform.to(dtype), weight, *options)
-    outputs, gradients = [losses], [upstream[0].to(dtype)]
+    losses, lse = reference.cross_entropy(z, target, transform.double(), weight, *options)
+    outputs, gradients = [losses], [upstream[0].double()]
     if upstream[1] is not None:
-        outputs, gradients = [losses, lse], [upstream[0].to(dtype), upstream[1].to(dtype)]
+        outputs, gradients = [losses, lse], [upstream[0].double(), upstream[1].double()]
     (gradient,) = torch.autograd.grad(outputs, z, gradients)
     transform.float()
     return losses.detach(), lse.detach(), gradient
@@ -163,6 +166,18 @@ def test_target_out_of_range_poisons_its_row_only(outside: int) -> None:
     assert losses[others].isfinite().all() and gradient[others].isfinite().all()
 
 
+def test_rows_further_apart_than_an_int32_counts() -> None:
+    """Row 2 begins at element 2^31. The memory between the rows is never touched, and so never there."""
+    transform = disturbed("plif")
+    near, target, _ = _case(129, torch.bfloat16, 1.0)
+    near, target = near[:3].contiguous(), torch.tensor([3, 1, 2])
+    far = torch.empty(2**31 + 129, dtype=torch.bfloat16).as_strided((3, 129), (2**30, 1))
+    far.copy_(near)
+    loss, upstream = _loss(transform), (torch.ones(3), None)
+    for one, other in zip(_run(near, target, loss, upstream), _run(far, target, loss, upstream, out=far), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_no_rows() -> None:
     transform = disturbed("plif")
     empty = torch.empty(0, 7)
@@ -170,3 +185,25 @@ def test_no_rows() -> None:
         empty, torch.empty(0, dtype=torch.int64), _loss(transform), (torch.empty(0), None)
     )
     assert losses.shape == (0,) and stats.shape == (2, 0) and gradient.shape == (0, 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_compiles_without_spills(name: str, target: str, tmp_path: Path) -> None:
+    """bfloat16 logits in rows that begin and end at multiples of 16 elements."""
+    functions = REGISTRY[name]
+    types = dict.fromkeys(("weight", "weight_sum", "coefficients", "loss", "lse", "row_stats"), "*fp32")
+    types |= {"grad_loss": "*fp32", "grad_lse": "*fp32", "input": "*bf16", "grad_input": "*bf16", "target": "*i64"}
+    types |= dict.fromkeys(("rows", "classes", "stride", "grad_stride", "ignore_index"), "i32")
+    types |= dict.fromkeys(("c0", "c1", "c2", "target_share", "smooth_share", "z_loss"), "fp32")
+    aligned = ("input", "grad_input", "classes", "stride", "grad_stride")
+    size = disturbed(name).coefficients().shape[-1]
+    common = {"size": size, "weighted": False, "smooths": False, "BLOCK": block_of(50304)}
+    for kernel, constants in (
+        (cross_entropy_kernel, {"value": functions.value, "return_lse": False}),
+        (cross_entropy_backward_kernel, {"point": functions.point, "of_lse": False}),
+    ):
+        assembly = compiled_without_spills(kernel, types, common | constants, target, tmp_path, 8, aligned)
+        if target != "gfx942":
+            assert "ld.global.v4.b32" in assembly  # 16 bytes at once

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,10 @@ from torch import Tensor
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = pytest.importorskip("triton.language")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton_compiler import TARGETS, compiled_without_spills  # noqa: E402
 from triton_interpreter import interpreted  # noqa: E402
 
 from monosoftmax.triton_kernels.transforms import REGISTRY  # noqa: E402
-
-TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)}
-TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
-_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 @triton.jit
@@ -131,17 +124,4 @@ def test_compiles_without_spills(name: str, target: str, tmp_path: Path) -> None
     arguments = _arguments(name, disturbed(name).coefficients())
     types = {each: "*fp32" for each in ("Z", "WEIGHT", "VALUE", "POINT", "SUMS", "coefficients")}
     types |= {"n": "i32", "c0": "fp32", "c1": "fp32", "c2": "fp32"}
-    names = evaluate.arg_names
-    source = ASTSource(
-        evaluate,
-        {each: types.get(each, "constexpr") for each in names},
-        constexprs={(names.index(key),): each for key, each in arguments.items()},
-    )
-    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": 4})
-    if target == "gfx942":
-        assert re.search(r"\.vgpr_spill_count:\s+0\b", compiled.asm["amdgcn"])
-    else:
-        (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
-        command = [_CUOBJDUMP, "-res-usage", tmp_path / "kernel.cubin"]
-        report = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert re.search(r"\bSTACK:0\b", report.stdout + report.stderr)  # where registers are spilled to
+    compiled_without_spills(evaluate, types, arguments, target, tmp_path)

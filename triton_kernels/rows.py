@@ -1,4 +1,4 @@
-"""What the kernels over rows share: the log-sum-exp of a row that arrives in tiles, and the loss of a row.
+"""What the kernels over rows share: the log-sum-exp of a row that arrives in tiles.
 
 As on the CPU (``csrc/row``), a row is described by its largest y and sum exp(y - largest), not by lse alone: p formed
 from these repeats the exponentials of the sum, so that the p of a row add up to 1.

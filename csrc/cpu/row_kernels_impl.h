@@ -179,7 +179,8 @@ void row_with_gradient(const F& f, const CrossEntropyCall<S>& call, int64_t row,
   S* unscaled = nullptr;
   if (call.grad_input.data != nullptr) {
     unscaled_row.resize(in_place ? 0 : (classes + kTile - 1) / kTile);
-    unscaled = in_place ? reinterpret_cast<S*>(element_at(call.grad_input, row, 0)) : unscaled_row.data()->x;
+    unscaled = reinterpret_cast<S*>(in_place ? element_at(call.grad_input, row, 0)
+                                             : reinterpret_cast<char*>(unscaled_row.data()));
   }
   const T lowest(static_cast<S>(kLowest));
   const T target_z(load_one<S>(call.input, row, target));

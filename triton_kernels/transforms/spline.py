@@ -36,9 +36,7 @@ def point(z, coefficients, size: tl.constexpr, c0, c1, c2):
     steep = slope * inverse_denominator
     rest = 1.0 - xi
     derivative = steep * steep * (d1 * xi * xi + 2.0 * slope * bump + d0 * rest * rest)
-    # Beyond an end one of the two is 0, and the other's product with it is NaN only where it is infinite.
-    outside = tl.where(offset < 0, d0 * below, tl.where(width < offset, d1 * above, 0.0))
-    result = y + height * ratio + outside
+    result = y + height * ratio + tl.where(offset < 0, d0 * below, d1 * above)
     return result, derivative, piece, xi, below, above, width, height, d0, d1, inverse_denominator, ratio
 
 

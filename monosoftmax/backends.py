@@ -6,7 +6,10 @@ silently: :func:`explain` says what was chosen and why; a backend that is asked 
 
 from __future__ import annotations
 
+import functools
 import importlib
+import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,7 +89,7 @@ class Explanation:
 @dataclass(frozen=True)
 class _Backend:
     #: The reason why it cannot run here, or None.
-    problem: str | None
+    problem: Callable[[], str | None]
     #: What it is, and with what it runs.
     detail: Callable[[], str]
     #: The reason why it cannot take a call, or None.
@@ -107,9 +110,23 @@ def _cpu_detail() -> str:
 def _cpu_refusal(call: Call) -> str | None:
     if call.device != "cpu":
         return f"it takes CPU tensors, input is on {call.device}"
+    return _no_fused_kernel(call)
+
+
+def _no_fused_kernel(call: Call) -> str | None:
     if call.transform.kernel is None:
         return f"{type(call.transform).__name__} has no fused kernel"
     return None
+
+
+#: What an operation of the head does beyond its product and its fused kernel.
+_LINEAR_HOW = {
+    "linear_cross_entropy": (
+        ", products of the gradients of a mean or sum, all in the forward pass; memory beyond inputs, outputs and "
+        "gradients does not grow with N times V"
+    ),
+    "linear_token_statistics": "",
+}
 
 
 def _cpu_how(call: Call) -> str:
@@ -118,28 +135,66 @@ def _cpu_how(call: Call) -> str:
             "one fused C++ kernel, which computes the gradient of a mean or sum in the forward pass; "
             "memory beyond inputs, outputs and gradients is O(N)"
         )
-    if call.operation == "linear_cross_entropy":
-        return (
-            "chunks of rows through one buffer of logits: matrix product, fused C++ kernel, products of the gradients "
-            "of a mean or sum, all in the forward pass; memory beyond inputs, outputs and gradients does not grow with "
-            "N times V"
-        )
-    if call.operation == "linear_token_statistics":
-        return "chunks of rows through one buffer of logits: matrix product, fused C++ kernel"
+    if call.operation in _LINEAR_HOW:
+        return f"chunks of rows through one buffer of logits: matrix product, fused C++ kernel{_LINEAR_HOW[call.operation]}"
     return "one fused C++ kernel each way; memory beyond inputs, outputs and gradients is O(N)"
+
+
+def _interpreting() -> bool:
+    """Whether Triton's interpreter stands in for a GPU; triton is not imported to find out."""
+    triton = sys.modules.get("triton")
+    return os.environ.get("TRITON_INTERPRET") == "1" if triton is None else bool(triton.knobs.runtime.interpret)
+
+
+def _triton_problem() -> str | None:
+    if not torch.cuda.is_available() and not _interpreting():
+        return "torch finds no GPU"
+    return _load_triton_kernels()
+
+
+@functools.cache
+def _load_triton_kernels() -> str | None:
+    """Registers the kernels; the reason why that cannot be, or None."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton does not load ({error}): pip install triton"
+    importlib.import_module(f"{__package__}.triton_kernels.operators")
+    return None
+
+
+def _triton_detail() -> str:
+    where = "its interpreter, on the CPU" if _interpreting() else torch.cuda.get_device_name()
+    return f"Triton {sys.modules['triton'].__version__}, {where}"
+
+
+def _triton_refusal(call: Call) -> str | None:
+    if call.device != "cuda" and not (call.device == "cpu" and _interpreting()):
+        return f"it takes CUDA tensors, input is on {call.device}"
+    if call.dtype == torch.float64:
+        return "it computes in float32, input is float64"
+    return _no_fused_kernel(call)
+
+
+def _triton_how(call: Call) -> str:
+    if call.operation == "cross_entropy":
+        return "one fused Triton kernel; a table of coefficients adds buffers for the sums of its gradient"
+    if call.operation == "log_softmax":
+        return "one fused Triton kernel each way"
+    return f"chunks of rows through one buffer of logits: matrix product, fused Triton kernel{_LINEAR_HOW[call.operation]}"
 
 
 def _planned(name: str) -> _Backend:
     problem = f"the {name} kernels are not part of this version"
-    return _Backend(problem, lambda: problem, lambda call: problem, lambda call: problem)
+    return _Backend(lambda: problem, lambda: problem, lambda call: problem, lambda call: problem)
 
 
 _BACKENDS = {
     "cuda": _planned("CUDA"),
-    "triton": _planned("Triton"),
-    "cpu": _Backend(_extension_problem or None, _cpu_detail, _cpu_refusal, _cpu_how),
+    "triton": _Backend(_triton_problem, _triton_detail, _triton_refusal, _triton_how),
+    "cpu": _Backend(lambda: _extension_problem or None, _cpu_detail, _cpu_refusal, _cpu_how),
     "reference": _Backend(
-        None, lambda: "plain PyTorch on any device, twice differentiable", lambda call: None, _reference_how
+        lambda: None, lambda: "plain PyTorch on any device, twice differentiable", lambda call: None, _reference_how
     ),
 }
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -148,8 +203,8 @@ _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "referenc
 def available() -> dict[str, Status]:
     """The backends by name: which can run here, and why the others cannot. ``python -m monosoftmax.info`` prints it."""
     return {
-        name: Status(True, backend.detail()) if backend.problem is None else Status(False, backend.problem)
-        for name, backend in _BACKENDS.items()
+        name: Status(True, backend.detail()) if problem is None else Status(False, problem)
+        for name, backend, problem in ((name, each, each.problem()) for name, each in _BACKENDS.items())
     }
 
 
@@ -213,4 +268,4 @@ def _choose(call: Call, backend: BackendName) -> tuple[str, dict[str, str]]:
 
 def _reason_against(name: str, call: Call) -> str | None:
     backend = _BACKENDS[name]
-    return backend.problem or backend.refusal(call)
+    return backend.problem() or backend.refusal(call)

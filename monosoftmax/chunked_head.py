@@ -18,7 +18,8 @@ from . import reference
 from .ops import FUSED_BACKENDS, library, operator
 from .transforms.base import arithmetic_dtype
 
-_DISPATCH_KEYS = {"cpu": "CPU"}
+#: CPU tensors under Triton's interpreter.
+_DISPATCH_KEYS = {"cpu": ("CPU",), "triton": ("CUDA", "CPU")}
 
 #: Bytes of logits in a chunk: at most, unless it had fewer than _FEWEST_ROWS; and at least, whatever its rows.
 _LARGEST, _SMALLEST = 64 * 2**20, 4 * 2**20
@@ -279,7 +280,8 @@ def _check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
 def _without_autocast(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
     # The operands have the type that they are meant to be multiplied in.
     def kernel(*arguments: Any) -> Any:
-        with torch.autocast(_DISPATCH_KEYS[backend].lower(), enabled=False):
+        device = next(each.device.type for each in arguments if isinstance(each, Tensor))
+        with torch.autocast(device, enabled=False):
             return function(backend, *arguments)
 
     return kernel
@@ -292,9 +294,10 @@ def register(backend: str) -> None:
         ("linear_cross_entropy_backward", _linear_cross_entropy_backward),
         ("linear_token_statistics", _linear_token_statistics),
     ):
-        library.impl(  # type: ignore[no-untyped-call]
-            operator(name, backend), _without_autocast(function, backend), _DISPATCH_KEYS[backend]
-        )
+        for key in _DISPATCH_KEYS[backend]:
+            library.impl(  # type: ignore[no-untyped-call]
+                operator(name, backend), _without_autocast(function, backend), key
+            )
 
 
 for _backend in FUSED_BACKENDS:

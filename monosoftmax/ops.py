@@ -2,7 +2,7 @@
 
 Every operator has one overload for each fused backend, e.g. ``torch.ops.monosoftmax.cross_entropy.cpu``. An overload,
 not a dispatch key, names the backend because two of them may serve one device. The kernels are registered by the
-backends (``csrc/cpu/cross_entropy.cpp`` for ``cpu``; the ``linear_`` ones, which are made of the others, by
+backends (``csrc/cpu/cross_entropy.cpp`` for ``cpu``, ``triton_kernels/operators.py`` for ``triton``; the ``linear_`` ones, which are made of the others, by
 :mod:`monosoftmax.chunked_head`), the derivatives by :mod:`monosoftmax.autograd`.
 
 Common arguments: ``input`` [N, V], rows with any stride and columns with stride 1; ``target`` [N] int64; ``weight``
@@ -24,7 +24,7 @@ from torch import Tensor
 from .transforms.base import arithmetic_dtype
 
 #: Backends with fused kernels. Each has an overload of its name.
-FUSED_BACKENDS = ("cpu",)
+FUSED_BACKENDS = ("cpu", "triton")
 
 _TRANSFORM = "Tensor coefficients, str transform, float[] constants"
 _LOSS = f"Tensor input, Tensor target, Tensor? weight, {_TRANSFORM}"

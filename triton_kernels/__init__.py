@@ -1,5 +1,6 @@
-"""Triton kernels, installed as ``monosoftmax.triton_kernels``.
+"""Triton kernels, installed as ``monosoftmax.triton_kernels``: the ``triton`` backend.
 
-This version has the mathematics of the transforms (:mod:`.transforms`) and first kernels over rows; no backend uses
-them yet.
+From the ground up: :mod:`.arithmetic`, :mod:`.transforms` (f, its derivative, its coefficients' gradients), :mod:`.tiles`
+and :mod:`.rows` (a row in tiles, its log-sum-exp), :mod:`.coefficient_sums`; the kernels :mod:`.cross_entropy`,
+:mod:`.log_softmax` and :mod:`.token_statistics`; their launchers, :mod:`.launch`; the operators, :mod:`.operators`.
 """

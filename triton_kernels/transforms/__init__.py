@@ -1,43 +1,82 @@
 """The transforms as Triton device functions: a file for each, and a row in :data:`REGISTRY`.
 
-A file has three functions of a tensor ``z`` of float32. ``coefficients`` points to the float32 coefficients that
-:meth:`monosoftmax.transforms.MonotonicTransform.coefficients` gives, contiguous: a vector of ``size`` numbers, or rows
-of ``size`` pieces each. ``c0``, ``c1`` and ``c2`` are its constants, 0 where it has fewer.
+A file has four functions of float32; ``z`` is a tensor of any shape, ``size`` a constexpr.
 
-- ``value(z, coefficients, size, c0, c1, c2)`` is f(z).
-- ``point(...)`` is a tuple of f(z), f'(z) and what ``contribution`` needs of them, from one evaluation; for a table the
-  third is the piece, int32, in which z lies.
-- ``contribution(index, point, z, weight, coefficients, size)`` is weight * df/dcoefficient: of coefficient ``index``, a
-  constexpr, of a vector, or of row ``index`` of the table at the piece of z.
+- ``parameters(coefficients, size, c0, c1, c2)`` loads what a program needs before its first logit: a tuple, the
+  ``parameters`` of the others. ``coefficients`` points to what ``pack`` gave (or else to what
+  :meth:`monosoftmax.transforms.MonotonicTransform.coefficients` gives), ``size`` is the number of coefficients, or of
+  the pieces of a table; ``c0``, ``c1`` and ``c2`` are the transform's constants, 0 where it has fewer.
+- ``value(z, parameters, size)`` is f(z).
+- ``point(z, parameters, size)`` is a tuple of the same f(z), f'(z) and what ``contributions`` needs of them, from one
+  evaluation; for a table the third is the piece, int32, in which z lies.
+- ``contributions(group, point, z, weight, parameters, size)`` is a tuple of weight * df/dcoefficient: of a table, for
+  each of its rows, at the piece of z; of a vector, for the coefficients of ``group``, a constexpr.
+
+``pack(coefficients, constants)``, in plain PyTorch, lays the coefficients out as the kernels read them, and
+``unpack(sums)`` brings the sums of the contributions of a vector, in the order of the groups, into theirs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from . import gss, identity, monotonic_mlp, plif, sigmoid_cap, sigsoftmax, soft_cap, spline, temperature
 
 
-class TransformFunctions(NamedTuple):
-    """The device functions of a transform, and the rows of its table of coefficients (0: they are a vector)."""
+def _as_they_are(coefficients: Tensor, constants: Sequence[float]) -> Tensor:
+    return coefficients.contiguous()
 
+
+def _one_group(size: int) -> int:
+    return 1
+
+
+def _in_order(sums: Tensor) -> Tensor:
+    return sums
+
+
+class TransformFunctions(NamedTuple):
+    """The functions of a transform, and the rows of its table of coefficients (0: they are a vector)."""
+
+    parameters: JITFunction
     value: JITFunction
     point: JITFunction
-    contribution: JITFunction
-    table_rows: int
+    contributions: JITFunction
+    table_rows: int = 0
+    pack: Callable[[Tensor, Sequence[float]], Tensor] = _as_they_are
+    groups: Callable[[int], int] = _one_group
+    unpack: Callable[[Tensor], Tensor] = _in_order
 
 
 #: By the name that MonotonicTransform.kernel has.
 REGISTRY = {
-    "identity": TransformFunctions(identity.value, identity.point, identity.contribution, 0),
-    "temperature": TransformFunctions(temperature.value, temperature.point, temperature.contribution, 0),
-    "plif": TransformFunctions(plif.value, plif.point, plif.contribution, 2),
-    "sigsoftmax": TransformFunctions(sigsoftmax.value, sigsoftmax.point, sigsoftmax.contribution, 0),
-    "gss": TransformFunctions(gss.value, gss.point, gss.contribution, 0),
-    "soft_cap": TransformFunctions(soft_cap.value, soft_cap.point, soft_cap.contribution, 0),
-    "sigmoid_cap": TransformFunctions(sigmoid_cap.value, sigmoid_cap.point, sigmoid_cap.contribution, 0),
-    "monotonic_mlp": TransformFunctions(monotonic_mlp.value, monotonic_mlp.point, monotonic_mlp.contribution, 0),
-    "spline": TransformFunctions(spline.value, spline.point, spline.contribution, 6),
+    "identity": TransformFunctions(identity.parameters, identity.value, identity.point, identity.contributions),
+    "temperature": TransformFunctions(
+        temperature.parameters, temperature.value, temperature.point, temperature.contributions
+    ),
+    "plif": TransformFunctions(
+        plif.parameters, plif.value, plif.point, plif.contributions, table_rows=2, pack=plif.pack
+    ),
+    "sigsoftmax": TransformFunctions(
+        sigsoftmax.parameters, sigsoftmax.value, sigsoftmax.point, sigsoftmax.contributions
+    ),
+    "gss": TransformFunctions(gss.parameters, gss.value, gss.point, gss.contributions),
+    "soft_cap": TransformFunctions(soft_cap.parameters, soft_cap.value, soft_cap.point, soft_cap.contributions),
+    "sigmoid_cap": TransformFunctions(
+        sigmoid_cap.parameters, sigmoid_cap.value, sigmoid_cap.point, sigmoid_cap.contributions
+    ),
+    "monotonic_mlp": TransformFunctions(
+        monotonic_mlp.parameters,
+        monotonic_mlp.value,
+        monotonic_mlp.point,
+        monotonic_mlp.contributions,
+        pack=monotonic_mlp.pack,
+        groups=monotonic_mlp.groups,
+        unpack=monotonic_mlp.unpack,
+    ),
+    "spline": TransformFunctions(spline.parameters, spline.value, spline.point, spline.contributions, table_rows=6),
 }

@@ -5,31 +5,36 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..arithmetic import log1p, logistic
+from ..arithmetic import LOG2_E, exp2, log1p, logistic
 
 
 @triton.jit
-def value(z, coefficients, size, c0, c1, c2):
-    c = tl.load(coefficients + 1)
-    return _from(z - c, log1p(tl.exp(-tl.abs(z - c))), tl.load(coefficients), c)
+def parameters(coefficients, size: tl.constexpr, c0, c1, c2):
+    return tl.load(coefficients), tl.load(coefficients + 1)
 
 
 @triton.jit
-def point(z, coefficients, size, c0, c1, c2):
-    k, c = tl.load(coefficients), tl.load(coefficients + 1)
-    u = z - c
-    sigmoid, complement, decay = logistic(u)
+def value(z, parameters, size: tl.constexpr):
+    k, c = parameters
+    # -|x| and the product are part of the instructions around them.
+    return _from(z, log1p(exp2(-tl.abs(z * LOG2_E - c * LOG2_E))), k, c)
+
+
+@triton.jit
+def point(z, parameters, size: tl.constexpr):
+    k, c = parameters
+    sigmoid, complement, decay = logistic(z - c)
     log_term = log1p(decay)
-    by_k = tl.where(u < 0, u, 0.0) - log_term
-    return _from(u, log_term, k, c), sigmoid + k * complement, by_k, (1.0 - k) * complement
+    by_k = tl.minimum(z - c, 0.0) - log_term
+    return value(z, parameters, size), sigmoid + k * complement, by_k, (1.0 - k) * complement
 
 
 @triton.jit
-def contribution(index: tl.constexpr, point, z, weight, coefficients, size):
-    return weight * point[2 + index]
+def contributions(group: tl.constexpr, point, z, weight, parameters, size: tl.constexpr):
+    return weight * point[2], weight * point[3]
 
 
 @triton.jit
-def _from(u, log_term, k, c):
-    # The linear part of softplus is taken out by hand: no inf - inf at either end.
-    return c + tl.where(u < 0, k * u, u) - (k - 1.0) * log_term
+def _from(z, log_term, k, c):
+    # Of softplus, the linear part is taken out by hand: no inf - inf at either end.
+    return tl.where(z < c, k * z + (1.0 - k) * c, z) - (k - 1.0) * log_term

@@ -7,15 +7,20 @@ import triton.language as tl
 
 
 @triton.jit
-def value(z, coefficients, size, c0, c1, c2):
+def parameters(coefficients, size: tl.constexpr, c0, c1, c2):
+    return (c0,)
+
+
+@triton.jit
+def value(z, parameters, size: tl.constexpr):
     return z
 
 
 @triton.jit
-def point(z, coefficients, size, c0, c1, c2):
+def point(z, parameters, size: tl.constexpr):
     return z, tl.full(z.shape, 1.0, tl.float32)
 
 
 @triton.jit
-def contribution(index: tl.constexpr, point, z, weight, coefficients, size):
+def contributions(group: tl.constexpr, point, z, weight, parameters, size: tl.constexpr):
     tl.static_assert(False, "the identity has no coefficients")

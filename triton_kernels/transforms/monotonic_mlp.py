@@ -1,45 +1,67 @@
-"""f(z) = w0 z + sum_h a_h tanh(b_h z + c_h). Coefficients: w0, a[H], b[H], c[H]; size is a constexpr."""
+"""f(z) = w0 z + sum_h a_h tanh(b_h z + c_h). The kernels read the coefficients as w0, then a, b, c of each unit."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..arithmetic import hyperbolic_tangent
 
 
-@triton.jit
-def value(z, coefficients, size: tl.constexpr, c0, c1, c2):
-    return point(z, coefficients, size, c0, c1, c2)[0]
+def pack(coefficients: Tensor, constants: Sequence[float]) -> Tensor:
+    """w0, a[H], b[H], c[H] unit by unit."""
+    return torch.cat((coefficients[:1], coefficients[1:].reshape(3, -1).t().reshape(-1)))
+
+
+def unpack(sums: Tensor) -> Tensor:
+    """The inverse of :func:`pack`."""
+    return torch.cat((sums[:1], sums[1:].reshape(-1, 3).t().reshape(-1)))
+
+
+def groups(size: int) -> int:
+    """w0, and the three coefficients of each unit."""
+    return 1 + (size - 1) // 3
 
 
 @triton.jit
-def point(z, coefficients, size: tl.constexpr, c0, c1, c2):
-    units: tl.constexpr = (size - 1) // 3
-    linear = tl.load(coefficients)
+def parameters(coefficients, size: tl.constexpr, c0, c1, c2):
+    return (coefficients,)
+
+
+@triton.jit
+def value(z, parameters, size: tl.constexpr):
+    return point(z, parameters, size)[0]
+
+
+@triton.jit
+def point(z, parameters, size: tl.constexpr):
+    linear = tl.load(parameters[0])
     result = linear * z
     derivative = tl.zeros(z.shape, tl.float32) + linear
-    for h in range(units):
-        amplitude, steepness = tl.load(coefficients + 1 + h), tl.load(coefficients + 1 + units + h)
-        tanh, slope = hyperbolic_tangent(steepness * z + tl.load(coefficients + 1 + 2 * units + h))
+    for h in range((size - 1) // 3):
+        amplitude, steepness, tanh, slope = _unit(z, parameters[0] + 1 + 3 * h)
         result += amplitude * tanh
         derivative += amplitude * steepness * slope
     return result, derivative
 
 
 @triton.jit
-def contribution(index: tl.constexpr, point, z, weight, coefficients, size: tl.constexpr):
-    # A unit is evaluated again: kept, 2 H values of each logit would leave the registers.
-    if index == 0:
-        return weight * z
+def contributions(group: tl.constexpr, point, z, weight, parameters, size: tl.constexpr):
+    if group == 0:
+        return (weight * z,)
     else:
-        units: tl.constexpr = (size - 1) // 3
-        unit: tl.constexpr = (index - 1) % units
-        amplitude, steepness = tl.load(coefficients + 1 + unit), tl.load(coefficients + 1 + units + unit)
-        tanh, slope = hyperbolic_tangent(steepness * z + tl.load(coefficients + 1 + 2 * units + unit))
-        if index <= units:
-            return weight * tanh
-        elif index <= 2 * units:
-            return weight * amplitude * slope * z
-        else:
-            return weight * amplitude * slope
+        # A unit is evaluated again: kept, 2 H values of each logit would leave the registers.
+        amplitude, _, tanh, slope = _unit(z, parameters[0] + 3 * group - 2)
+        by_shift = weight * amplitude * slope
+        return weight * tanh, by_shift * z, by_shift
+
+
+@triton.jit
+def _unit(z, coefficients):
+    amplitude, steepness = tl.load(coefficients), tl.load(coefficients + 1)
+    tanh, slope = hyperbolic_tangent(steepness * z + tl.load(coefficients + 2))
+    return amplitude, steepness, tanh, slope

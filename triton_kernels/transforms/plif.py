@@ -1,33 +1,50 @@
-"""f(z) = value_k + slope_k (z - knot_k), k = clamp(floor((z - lo) / width), 0, K - 1).
+"""f(z) = intercept_k + slope_k z, k = clamp(floor((z - lo) / width), 0, K - 1).
 
-Coefficients: rows of slopes and of values, of K pieces. Constants: lo, width, 1 / width.
+The table that the kernels read has two int64 a piece. The halves of the first are slope and intercept = value - slope *
+knot in float32, one look-up of 8 bytes; the second has the knot, which only the gradient of a slope needs. Its rounding is one of slope * z, where that of value + slope *
+(z - knot) is one of each term: as f(0) = 0, they differ where f bends strongly only. Constants: lo, width, 1 / width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..arithmetic import clamp_index
+from ..arithmetic import clamp_index, entry_at, halves_of
+
+
+def pack(coefficients: Tensor, constants: Sequence[float]) -> Tensor:
+    """[K, 2] int64 of the [2, K] slopes and values."""
+    lo, width, _ = constants
+    slopes, values = coefficients.double()
+    knots = lo + width * torch.arange(slopes.shape[0], dtype=torch.float64, device=slopes.device)
+    return torch.stack((slopes, values - slopes * knots, knots, knots), dim=1).float().view(torch.int64)
 
 
 @triton.jit
-def value(z, coefficients, size, c0, c1, c2):
-    return point(z, coefficients, size, c0, c1, c2)[0]
+def parameters(coefficients, size: tl.constexpr, c0, c1, c2):
+    return coefficients, c0, c2
 
 
 @triton.jit
-def point(z, coefficients, size, c0, c1, c2):
+def value(z, parameters, size: tl.constexpr):
+    return point(z, parameters, size)[0]
+
+
+@triton.jit
+def point(z, parameters, size: tl.constexpr):
+    table, lo, inverse_width = parameters
     # In these very operations the reference finds the piece: both see a logit next to a knot on the same side.
-    piece = clamp_index(tl.floor((z - c0) * c2), size - 1.0)
-    slope = tl.load(coefficients + piece)
-    offset = z - (c0 + piece.to(tl.float32) * c1)
-    return tl.load(coefficients + size + piece) + slope * offset, slope, piece, offset
+    piece = clamp_index((z - lo) * inverse_width, size - 1.0)
+    slope, intercept = halves_of(tl.load(entry_at(table, piece, 16, tl.int64)))
+    return slope * z + intercept, slope, piece
 
 
 @triton.jit
-def contribution(index: tl.constexpr, point, z, weight, coefficients, size):
-    if index == 0:
-        return weight * point[3]
-    else:
-        return weight
+def contributions(group: tl.constexpr, point, z, weight, parameters, size: tl.constexpr):
+    knot = tl.load(entry_at(parameters[0], point[2], 16, tl.float32) + 2)
+    return weight * (z - knot), weight

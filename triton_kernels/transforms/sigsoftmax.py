@@ -5,25 +5,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..arithmetic import log1p, logistic
+from ..arithmetic import exp, log1p, logistic
 
 
 @triton.jit
-def value(z, coefficients, size, c0, c1, c2):
-    return _from(z, tl.exp(-tl.abs(z)))
+def parameters(coefficients, size: tl.constexpr, c0, c1, c2):
+    return (c0,)
 
 
 @triton.jit
-def point(z, coefficients, size, c0, c1, c2):
+def value(z, parameters, size: tl.constexpr):
+    return _from(z, exp(-tl.abs(z)))
+
+
+@triton.jit
+def point(z, parameters, size: tl.constexpr):
     _, complement, decay = logistic(z)
     return _from(z, decay), 1.0 + complement
 
 
 @triton.jit
-def contribution(index: tl.constexpr, point, z, weight, coefficients, size):
+def contributions(group: tl.constexpr, point, z, weight, parameters, size: tl.constexpr):
     tl.static_assert(False, "sigsoftmax has no coefficients")
 
 
 @triton.jit
 def _from(z, decay):
-    return z + (tl.where(z < 0, z, 0.0) - log1p(decay))
+    return z + (tl.minimum(z, 0.0) - log1p(decay))

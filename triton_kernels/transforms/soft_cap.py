@@ -1,32 +1,38 @@
-"""f(z) = c tanh(z / c). Coefficients: c."""
+"""f(z) = c tanh(z / c) = c - 2 c / (1 + exp(2 z / c)), with an absolute error of c 1e-7. Coefficients: c."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from ..arithmetic import clamp, hyperbolic_tangent
+from ..arithmetic import LOG2_E, clamp, divide, exp2, hyperbolic_tangent
 
 
 @triton.jit
-def value(z, coefficients, size, c0, c1, c2):
-    return point(z, coefficients, size, c0, c1, c2)[0]
-
-
-@triton.jit
-def point(z, coefficients, size, c0, c1, c2):
+def parameters(coefficients, size: tl.constexpr, c0, c1, c2):
     cap = tl.load(coefficients)
-    # tanh is constant beyond 400; the clamp keeps inf * 0 out of the gradient of c.
-    u = clamp(z / cap, -400.0, 400.0)
-    tanh, slope = hyperbolic_tangent(u)
-    return cap * tanh, slope, u, tanh
+    return cap, 1.0 / cap, 2.0 * LOG2_E / cap
 
 
 @triton.jit
-def contribution(index: tl.constexpr, point, z, weight, coefficients, size):
+def value(z, parameters, size: tl.constexpr):
+    cap, _, steepness = parameters
+    return cap - divide(2.0 * cap, 1.0 + exp2(z * steepness))
+
+
+@triton.jit
+def point(z, parameters, size: tl.constexpr):
+    # tanh is constant beyond 400; the clamp keeps inf * 0 out of the gradient of c.
+    u = clamp(z * parameters[1], -400.0, 400.0)
+    tanh, slope = hyperbolic_tangent(u)
+    return value(z, parameters, size), slope, u, tanh
+
+
+@triton.jit
+def contributions(group: tl.constexpr, point, z, weight, parameters, size: tl.constexpr):
     # df/dc = tanh(u) - u (1 - tanh(u)^2), which is 2/3 u^3 for small u: by its series there, where the difference
     # cancels.
     u = point[2]
     square = u * u
     series = u * square * (2 / 3.0 - square * (8 / 15.0 - square * (34 / 105.0)))
-    return weight * tl.where(square < 1e-2, series, point[3] - u * point[1])
+    return (weight * tl.where(square < 1e-2, series, point[3] - u * point[1]),)

@@ -11,14 +11,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def value(z, coefficients, size: tl.constexpr, c0, c1, c2):
-    return point(z, coefficients, size, c0, c1, c2)[0]
+from ..arithmetic import divide
 
 
 @triton.jit
-def point(z, coefficients, size: tl.constexpr, c0, c1, c2):
+def parameters(coefficients, size: tl.constexpr, c0, c1, c2):
+    return (coefficients,)
+
+
+@triton.jit
+def value(z, parameters, size: tl.constexpr):
+    return point(z, parameters, size)[0]
+
+
+@triton.jit
+def point(z, parameters, size: tl.constexpr):
+    coefficients = parameters[0]
     piece = _piece(z, coefficients, size)
     x, width = tl.load(coefficients + piece), tl.load(coefficients + size + piece)
     y, height = tl.load(coefficients + 2 * size + piece), tl.load(coefficients + 3 * size + piece)
@@ -27,11 +35,12 @@ def point(z, coefficients, size: tl.constexpr, c0, c1, c2):
     inside = tl.where(offset < 0, 0.0, tl.where(width < offset, width, offset))
     below = tl.where(offset < 0, offset, 0.0)
     above = tl.where(width < offset, offset - width, 0.0)
-    slope = height / width
-    xi = inside / width
+    inverse_width = divide(1.0, width)
+    slope = height * inverse_width
+    xi = inside * inverse_width
     bump = xi * (1.0 - xi)
     # xi^2 + (1-xi)^2 is 1 - 2 xi (1-xi)
-    inverse_denominator = 1.0 / (slope + (d0 + d1 - 2.0 * slope) * bump)
+    inverse_denominator = divide(1.0, slope + (d0 + d1 - 2.0 * slope) * bump)
     ratio = (slope * xi * xi + d0 * bump) * inverse_denominator
     steep = slope * inverse_denominator
     rest = 1.0 - xi
@@ -41,26 +50,23 @@ def point(z, coefficients, size: tl.constexpr, c0, c1, c2):
 
 
 @triton.jit
-def contribution(index: tl.constexpr, point, z, weight, coefficients, size: tl.constexpr):
+def contributions(group: tl.constexpr, point, z, weight, parameters, size: tl.constexpr):
     _, derivative, _, xi, below, above, width, height, d0, d1, inverse_denominator, ratio = point
     rest = 1.0 - xi
     scaled = height * (xi * rest) * inverse_denominator
     # With N the numerator: d(N/D)/ds = (xi^2 D - N (xi^2 + (1-xi)^2)) / D^2, whose parts in s cancel exactly.
     by_slope = scaled * inverse_denominator * (d1 * xi * xi - d0 * rest * rest)
-    if index == 0:
-        return -weight * derivative
-    elif index == 1:
-        # width moves the piece under a fixed z: xi falls by xi / width, where z is inside.
-        inside = -derivative * xi - by_slope * (height / width) / width
-        return weight * tl.where(above > 0, -d1, tl.where(below < 0, 0.0, inside))
-    elif index == 2:
-        return weight
-    elif index == 3:
-        return weight * (ratio + by_slope / width)
-    elif index == 4:
-        return weight * (scaled * (1.0 - ratio) + below)
-    else:
-        return weight * (above - scaled * ratio)
+    inverse_width = divide(1.0, width)
+    # width moves the piece under a fixed z: xi falls by xi / width, where z is inside.
+    inside = -derivative * xi - by_slope * (height * inverse_width) * inverse_width
+    return (
+        -weight * derivative,
+        weight * tl.where(above > 0, -d1, tl.where(below < 0, 0.0, inside)),
+        weight,
+        weight * (ratio + by_slope * inverse_width),
+        weight * (scaled * (1.0 - ratio) + below),
+        weight * (above - scaled * ratio),
+    )
 
 
 @triton.jit

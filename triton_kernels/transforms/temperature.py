@@ -7,16 +7,20 @@ import triton.language as tl
 
 
 @triton.jit
-def value(z, coefficients, size, c0, c1, c2):
-    return z / tl.load(coefficients)
+def parameters(coefficients, size: tl.constexpr, c0, c1, c2):
+    return (1.0 / tl.load(coefficients),)
 
 
 @triton.jit
-def point(z, coefficients, size, c0, c1, c2):
-    tau = tl.load(coefficients)
-    return z / tau, tl.full(z.shape, 1.0, tl.float32) / tau
+def value(z, parameters, size: tl.constexpr):
+    return z * parameters[0]
 
 
 @triton.jit
-def contribution(index: tl.constexpr, point, z, weight, coefficients, size):
-    return -weight * (point[0] * point[1])
+def point(z, parameters, size: tl.constexpr):
+    return z * parameters[0], tl.zeros(z.shape, tl.float32) + parameters[0]
+
+
+@triton.jit
+def contributions(group: tl.constexpr, point, z, weight, parameters, size: tl.constexpr):
+    return (-weight * (point[0] * parameters[0]),)

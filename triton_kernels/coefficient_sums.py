@@ -1,0 +1,137 @@
+"""Sums over logits of dL/dy * df/dcoefficient: the gradients of the coefficients.
+
+A program adds up the rows that it is given, and a second stage in PyTorch adds up the programs, in float64 and in one
+order. Where a logit contributes to all coefficients (a vector), each lane keeps them in registers. Where it contributes
+to those of its piece (a table of K pieces), :func:`regime_of` chooses by K:
+
+- ``"registers"``: each lane keeps the whole table in registers, and adds to each piece what falls into it, or 0.
+- ``"lanes"``: each lane has a table of its own, in memory that stays in the L2 cache. No two threads share an address,
+  and the additions of one follow each other, so that sums are the same in every run: no atomics.
+- ``"global"``: one table for all, to which every logit is added by atomics, in an order that changes from run to run.
+- ``"written"``: contributions are written, for PyTorch to add up in a fixed order; where determinism is asked for.
+
+Instructions per logit, with PLIF's two rows: 3 K; a load, 2 additions and a store; 2 atomics; 3 stores. (Memory: 8 LANES
+K bytes a program for ``"lanes"``.)
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arithmetic import entry_at, halves_of, pair_of
+from .tiles import split_columns
+
+#: Up to so many coefficients a table is kept in registers; up to so many pieces each lane has its own.
+_REGISTERS, _LANES = 8, 256
+
+
+def regime_of(table_rows: int, size: int, deterministic: bool) -> str:
+    """How the gradient of ``size`` coefficients, or of a table of ``size`` pieces, is summed."""
+    if table_rows * size <= _REGISTERS:
+        return "registers"
+    if size <= _LANES:
+        return "lanes"
+    return "written" if deterministic else "global"
+
+
+@triton.jit
+def begin_sums(
+    lanes, program,
+    size: tl.constexpr, table_rows: tl.constexpr, regime: tl.constexpr, count: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """``count`` sums [LANES] of nothing, and the program's part of ``lanes``, set to 0 where it has one."""
+    sums = ()
+    for _ in tl.static_range(count):
+        sums = sums + (tl.zeros((LANES,), tl.float32),)
+    if regime == "lanes":
+        entries: tl.constexpr = size * (table_rows // 2)
+        lanes += program.to(tl.int64) * (entries * LANES)
+        for entry in range(entries):
+            tl.store(lanes + entry * LANES + tl.arange(0, LANES), tl.zeros((LANES,), tl.int64))
+    return sums, lanes
+
+
+@triton.jit
+def add_contributions(
+    sums, totals, lanes, z, at_z, weight, index, inside, parameters, elements,
+    functions: tl.constexpr, size: tl.constexpr, groups: tl.constexpr, table_rows: tl.constexpr, regime: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """``sums`` with a tile's weight * df/dcoefficient, for the logits z and f's point ``at_z`` there.
+
+    "global" adds them to ``totals`` [table_rows, size]; "written" stores them in ``totals`` [table_rows, elements] at
+    ``index``, and the pieces in ``lanes`` [elements]. Their weights are 0 where not ``inside``.
+    """
+    if regime == "registers":
+        return _add_to_registers(sums, z, at_z, weight, parameters, functions[3], size, groups, table_rows)
+    elif regime == "none":
+        return sums
+    else:
+        terms = functions[3](0, at_z, z, weight, parameters, size)
+        if regime == "lanes":
+            _add_to_lanes(lanes, terms, at_z[2], size, LANES, WIDTH)
+        else:
+            for row in tl.static_range(table_rows):
+                if regime == "global":
+                    tl.atomic_add(totals + row * size + at_z[2], terms[row], mask=inside, sem="relaxed")
+                else:
+                    tl.store(totals + row * elements + index, terms[row], mask=inside)
+            if regime == "written":
+                tl.store(lanes + index, at_z[2].to(tl.int64), mask=inside)
+        return sums
+
+
+@triton.jit
+def end_sums(
+    sums, totals, lanes, program,
+    size: tl.constexpr, table_rows: tl.constexpr, regime: tl.constexpr, count: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Writes the sums over a program's lanes to its row of ``totals`` [programs, coefficients]."""
+    for i in tl.static_range(count):
+        tl.store(totals + program * count + i, tl.sum(sums[i], 0))
+    if regime == "lanes":
+        partial = totals + program * (table_rows * size)
+        for pair in tl.static_range(table_rows // 2):
+            for piece in range(size):
+                low, high = halves_of(tl.load(lanes + (pair * size + piece) * LANES + tl.arange(0, LANES)))
+                tl.store(partial + 2 * pair * size + piece, tl.sum(low, 0))
+                tl.store(partial + (2 * pair + 1) * size + piece, tl.sum(high, 0))
+
+
+@triton.jit
+def _add_to_registers(
+    sums, z, at_z, weight, parameters,
+    contributions: tl.constexpr, size: tl.constexpr, groups: tl.constexpr, table_rows: tl.constexpr,
+):  # fmt: skip
+    """``sums`` with a tile's contributions: to a vector, group by group; to a table, row by row to each piece."""
+    updated = ()
+    if table_rows > 0:
+        terms = contributions(0, at_z, z, weight, parameters, size)
+        for row in tl.static_range(table_rows):
+            for piece in tl.static_range(size):
+                here = tl.where(at_z[2] == piece, terms[row], 0.0)
+                updated = updated + (sums[row * size + piece] + tl.sum(here, 1),)
+    else:
+        for group in tl.static_range(groups):
+            terms = contributions(group, at_z, z, weight, parameters, size)
+            for i in tl.static_range(len(terms)):
+                updated = updated + (sums[len(updated)] + tl.sum(terms[i], 1),)
+    return updated
+
+
+@triton.jit
+def _add_to_lanes(lanes, terms, piece, size: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Adds a tile's contributions, a tuple of [LANES, WIDTH] for each row of the table, to the table of each lane.
+
+    The WIDTH logits of a lane may lie in one piece: they are added one after the other.
+    """
+    pieces = split_columns(piece, WIDTH)
+    of_lane = lanes + tl.arange(0, LANES)
+    for pair in tl.static_range(len(terms) // 2):
+        first = split_columns(terms[2 * pair], WIDTH)
+        second = split_columns(terms[2 * pair + 1], WIDTH)
+        for i in tl.static_range(WIDTH):
+            entry = entry_at(of_lane + pair * size * LANES, pieces[i], 8 * LANES, tl.int64)
+            low, high = halves_of(tl.load(entry))
+            tl.store(entry, pair_of(low + first[i], high + second[i]))

@@ -1,0 +1,106 @@
+"""log softmax of f(logits): the log-probabilities of rows, and the gradients of their logits and of f's coefficients.
+
+    log p_j = (y_j - largest) - log(sum_k exp(y_k - largest))
+    dL/dy_j = G_j - p_j sum_k G_k
+
+for upstream gradients G. Memory traffic per logit: log p reads it once from memory and once from a cache, and writes
+once; the gradient reads G twice (once from a cache) and the logit once, and writes once. Arithmetic is float32, each
+result is rounded once. Hazards: as :mod:`.cross_entropy`; a row of -inf only has no distribution and is NaN.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arithmetic import exp
+from .coefficient_sums import add_contributions, begin_sums, end_sums
+from .rows import LOWEST, log_of_sum, scan_row
+from .tiles import edge_begin, full_tiles, inside_row, load_full_tile, positions_from, row_shift, row_start
+
+
+@triton.jit(do_not_specialize=["rows", "classes", "stride", "out_stride"])
+def log_softmax_kernel(
+    input, coefficients, output, row_stats, rows, classes, stride, out_stride, c0, c1, c2,
+    functions: tl.constexpr, size: tl.constexpr,
+    ALIGNMENT: tl.constexpr, OUT_ALIGNED: tl.constexpr, EDGES: tl.constexpr, WHOLE: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """output [rows, classes] and row_stats [2, rows]; one program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    parameters = functions[0](coefficients, size, c0, c1, c2)
+    shift = row_shift(input, row, stride, ALIGNMENT)
+    length = classes + shift
+    start = row_start(input, row, stride, shift, True)
+    out = row_start(output, row, out_stride, shift, OUT_ALIGNED)
+    largest, total, _ = scan_row(
+        start, shift, length, parameters, row_stats, 0.0, functions[1], size, False, False, EDGES, WHOLE, LANES, WIDTH
+    )
+    tl.store(row_stats + row, largest)
+    tl.store(row_stats + rows + row, total)
+    log_sum = log_of_sum(total)
+    full = full_tiles(length, EDGES, LANES, WIDTH)
+    for tile in range(full):
+        begin = (tile + EDGES - 1) * (LANES * WIDTH)
+        y = functions[1](load_full_tile(start, begin, True, LANES, WIDTH), parameters, size)
+        log_p = (y - largest) - log_sum
+        tl.store(out + positions_from(begin, LANES, WIDTH), log_p.to(output.dtype.element_ty))
+    for edge in range(EDGES):
+        begin = edge_begin(edge, full, EDGES, LANES, WIDTH)
+        position = positions_from(begin, LANES, WIDTH)
+        inside = inside_row(begin, shift, length, WHOLE, LANES, WIDTH)
+        y = functions[1](tl.load(start + position, mask=inside, other=0.0).to(tl.float32), parameters, size)
+        log_p = (y - largest) - log_sum
+        tl.store(out + position, log_p.to(output.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "classes", "stride", "grad_stride", "out_stride"])
+def log_softmax_backward_kernel(
+    grad_output, input, coefficients, row_stats, grad_input, totals, lanes,
+    rows, classes, stride, grad_stride, out_stride, c0, c1, c2,
+    functions: tl.constexpr, size: tl.constexpr, groups: tl.constexpr, table_rows: tl.constexpr,
+    regime: tl.constexpr, count: tl.constexpr, gradient: tl.constexpr,
+    ALIGNMENT: tl.constexpr, OUT_ALIGNED: tl.constexpr, EDGES: tl.constexpr, WHOLE: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """grad_input [rows, classes] where ``gradient``; ``regime`` other than "none": the sums of the contributions.
+
+    A program has one row, or every num_programs-th where there are sums to keep. grad_output has rows of any alignment.
+    """
+    program = tl.program_id(0)
+    parameters = functions[0](coefficients, size, c0, c1, c2)
+    sums, lanes = begin_sums(lanes, program, size, table_rows, regime, count, LANES)
+    end, step = program + 1, 1
+    if regime != "none":
+        end, step = rows, tl.num_programs(0)
+    for row_number in range(program, end, step):
+        row = tl.full((), 0, tl.int64) + row_number
+        shift = row_shift(input, row, stride, ALIGNMENT)
+        length = classes + shift
+        start = row_start(input, row, stride, shift, True)
+        upstream = row_start(grad_output, row, grad_stride, shift, False)
+        out = row_start(grad_input, row, out_stride, shift, OUT_ALIGNED) if gradient else grad_input
+        largest, total = tl.load(row_stats + row), tl.load(row_stats + rows + row)
+        inverse = tl.where(total == 0, float("nan"), 1.0 / total)
+        tiles = tl.cdiv(length, LANES * WIDTH)
+        upstream_sums = tl.zeros((LANES,), tl.float32)
+        for tile in range(tiles):
+            position = positions_from(tile * (LANES * WIDTH), LANES, WIDTH)
+            inside = (position >= shift) & (position < length)
+            upstream_sums += tl.sum(tl.load(upstream + position, mask=inside, other=0.0).to(tl.float32), 1)
+        of_p = tl.sum(upstream_sums, 0) * inverse
+        for tile in range(tiles):
+            position = positions_from(tile * (LANES * WIDTH), LANES, WIDTH)
+            inside = (position >= shift) & (position < length)
+            z = tl.load(start + position, mask=inside, other=0.0).to(tl.float32)
+            z = tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+            at_z = functions[2](z, parameters, size)
+            dy = tl.load(upstream + position, mask=inside, other=0.0).to(tl.float32)
+            dy = tl.where(inside, dy - of_p * exp(at_z[0] - largest), 0.0)
+            if gradient:
+                tl.store(out + position, (dy * at_z[1]).to(grad_input.dtype.element_ty), mask=inside)
+            sums = add_contributions(
+                sums, totals, lanes, z, at_z, dy, row * classes + (position - shift), inside, parameters,
+                rows * classes.to(tl.int64), functions, size, groups, table_rows, regime, LANES, WIDTH,
+            )  # fmt: skip
+    end_sums(sums, totals, lanes, program, size, table_rows, regime, count, LANES)

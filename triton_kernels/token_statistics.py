@@ -1,0 +1,67 @@
+"""What is known of each token under softmax(f(logits)): log p of the target, entropy, argmax, lse, rank of the target.
+
+    entropy = log(sum_j e_j) + sum_j e_j (largest - y_j) / sum_j e_j,   e_j = exp(y_j - largest)
+
+f is increasing: the argmax and the rank are those of the logits. One program a row. Memory traffic per logit: one read
+from memory, one from a cache. Hazards: as :mod:`.cross_entropy`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arithmetic import exp
+from .rows import LOWEST, log_of_sum, lse_of, scan_row
+from .tiles import positions_from, row_shift, row_start
+
+
+@triton.jit(do_not_specialize=["classes", "stride", "ignore_index"])
+def token_statistics_kernel(
+    input, target, coefficients, log_prob, entropy, argmax, lse, rank,
+    classes, stride, c0, c1, c2, ignore_index,
+    functions: tl.constexpr, size: tl.constexpr,
+    ALIGNMENT: tl.constexpr, EDGES: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One number a row into each of log_prob, entropy, argmax, lse and rank."""
+    row = tl.program_id(0).to(tl.int64)
+    parameters = functions[0](coefficients, size, c0, c1, c2)
+    shift = row_shift(input, row, stride, ALIGNMENT)
+    length = classes + shift
+    start = row_start(input, row, stride, shift, True)
+    t = tl.load(target + row)
+    ignored = t == ignore_index
+    valid = (t >= 0) & (t < classes)
+    target_z = tl.load(start + (tl.where(valid, t, 0) + shift)).to(tl.float32)
+    largest, total, _ = scan_row(
+        start, shift, length, parameters, entropy, 0.0, functions[1], size, False, False, EDGES, WHOLE, LANES, WIDTH
+    )
+    tiles = tl.cdiv(length, LANES * WIDTH)
+    best = tl.full((LANES,), float("-inf"), tl.float32)
+    larger = tl.zeros((LANES,), tl.int32)
+    gaps = tl.zeros((LANES,), tl.float32)
+    for tile in range(tiles):
+        position = positions_from(tile * (LANES * WIDTH), LANES, WIDTH)
+        inside = (position >= shift) & (position < length)
+        z = tl.load(start + position, mask=inside, other=float("-inf")).to(tl.float32)
+        best = tl.maximum(best, tl.max(z, 1))
+        larger += tl.sum((z > target_z).to(tl.int32), 1)
+        gap = largest - functions[1](tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL), parameters, size)
+        gaps += tl.sum(tl.where(inside, exp(-gap) * gap, 0.0), 1)
+    largest_z = tl.max(best, 0)
+    first = tl.full((LANES,), 2147483647, tl.int32)
+    for tile in range(tiles):
+        position = positions_from(tile * (LANES * WIDTH), LANES, WIDTH)
+        inside = (position >= shift) & (position < length)
+        z = tl.load(start + position, mask=inside, other=float("nan")).to(tl.float32)
+        first = tl.minimum(first, tl.min(tl.where(z == largest_z, position, 2147483647), 1))
+    # Where nothing equals the largest, a NaN is in the row, and the place means nothing: but it is a class.
+    place = tl.minimum(tl.min(first, 0), length - 1) - shift
+    log_sum = log_of_sum(total)
+    log_p = (functions[1](target_z, parameters, size) - largest) - log_sum
+    log_p = tl.where(valid, log_p, float("nan"))
+    tl.store(log_prob + row, tl.where(ignored, 0.0, log_p))
+    tl.store(entropy + row, log_sum + tl.sum(gaps, 0) / total)
+    tl.store(argmax + row, place.to(tl.int64))
+    tl.store(lse + row, lse_of(largest, total))
+    tl.store(rank + row, tl.where(valid & ~ignored, tl.sum(larger, 0), -1).to(tl.int64))

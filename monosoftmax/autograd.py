@@ -68,13 +68,17 @@ def linear_cross_entropy(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    method: str,
+    chunk_rows: int,
+    filter_eps: float,
     return_lse: bool,
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`cross_entropy` of the logits input @ linear_weight.T + linear_bias, which exist in chunks only."""
     loss, lse, _, total, *_ = operator("linear_cross_entropy", backend)(
         input, linear_weight, linear_bias, target, weight, *_kernel_arguments(input, transform),
-        ignore_index, label_smoothing, z_loss, return_lse, scale, False, False, False, False,
+        ignore_index, label_smoothing, z_loss, method, chunk_rows, filter_eps, return_lse, scale,
+        False, False, False, False,
     )  # fmt: skip
     return loss, lse, total
 
@@ -149,6 +153,7 @@ def _loss_function(
             input, shift = tensors[0], None
             # Gradients that the caller asks for stay his own.
             ahead = scale is not None and any(needs) and not any(asked) and _may_compute_ahead(input, linear)
+            ahead = ahead and "recompute" not in options
             with _below_autograd(), torch.set_grad_enabled(grad_enabled):
                 scale_of_gradients = scale
                 if ahead and linear and input.dtype == torch.float16:

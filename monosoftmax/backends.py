@@ -59,6 +59,9 @@ class Call:
     device: str
     dtype: torch.dtype
     transform: MonotonicTransform
+    #: Of the head: what is asked for, and whether the size of a chunk is.
+    method: str = "auto"
+    has_chunk_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,14 @@ def _reference_how(call: Call) -> str:
     return "plain PyTorch; holds the transformed logits [N, V] in float32 or float64"
 
 
+def _reference_refusal(call: Call) -> str | None:
+    if call.method != "auto":
+        return f'it holds the logits in full, and has no method="{call.method}"'
+    if call.has_chunk_rows:
+        return "it holds the logits in full, and has no use for chunk_rows"
+    return None
+
+
 def _cpu_detail() -> str:
     assert extension is not None
     return f"C++, {extension.cpu_capability()} instructions, {torch.get_num_threads()} threads"
@@ -110,6 +121,8 @@ def _cpu_detail() -> str:
 def _cpu_refusal(call: Call) -> str | None:
     if call.device != "cpu":
         return f"it takes CPU tensors, input is on {call.device}"
+    if call.method == "recompute":
+        return 'it has no method="recompute": the triton backend has'
     return _no_fused_kernel(call)
 
 
@@ -118,6 +131,8 @@ def _no_fused_kernel(call: Call) -> str | None:
         return f"{type(call.transform).__name__} has no fused kernel"
     return None
 
+
+_CHUNKED_HOW = "chunks of rows through one buffer of logits: matrix product, fused "
 
 #: What an operation of the head does beyond its product and its fused kernel.
 _LINEAR_HOW = {
@@ -136,7 +151,7 @@ def _cpu_how(call: Call) -> str:
             "memory beyond inputs, outputs and gradients is O(N)"
         )
     if call.operation in _LINEAR_HOW:
-        return f"chunks of rows through one buffer of logits: matrix product, fused C++ kernel{_LINEAR_HOW[call.operation]}"
+        return f"{_CHUNKED_HOW}C++ kernel{_LINEAR_HOW[call.operation]}"
     return "one fused C++ kernel each way; memory beyond inputs, outputs and gradients is O(N)"
 
 
@@ -181,7 +196,39 @@ def _triton_how(call: Call) -> str:
         return "one fused Triton kernel; a table of coefficients adds buffers for the sums of its gradient"
     if call.operation == "log_softmax":
         return "one fused Triton kernel each way"
-    return f"chunks of rows through one buffer of logits: matrix product, fused Triton kernel{_LINEAR_HOW[call.operation]}"
+    if call.method == "recompute":
+        return _RECOMPUTE_HOW
+    chunked = (
+        f"chunks of rows through one buffer of logits: matrix product, fused Triton kernel{_LINEAR_HOW[call.operation]}"
+    )
+    if call.operation == "linear_cross_entropy" and call.method == "auto" and call.dtype != torch.float32:
+        return f"{chunked}; for d <= {_RECOMPUTE_FEATURES} and without gradients: {_RECOMPUTE_HOW}"
+    return chunked
+
+
+_RECOMPUTE_HOW = (
+    "logits formed tile by tile in the kernels that use them, and again for the gradients, which are summed by atomics; "
+    "no logits in memory"
+)
+
+#: The most features of a head whose logits are formed tile by tile without being asked for.
+_RECOMPUTE_FEATURES = 1024
+
+
+def head_method(
+    backend: str, features: int, dtype: torch.dtype, needs_gradient: bool
+) -> Literal["chunked", "recompute"]:
+    """What ``method="auto"`` is for a head of ``features`` features.
+
+    ``"recompute"`` on the triton backend, in half precision, where no gradient is needed and there are 1024 features at
+    most. There, writing and reading the logits of a chunk, 4 to 6 bytes each, takes an H100 (3.35 TB/s) as long as 1 to
+    2 thousand features take it at the peak of its matrix units (990 TFLOP/s): what the one kernel saves, it may lose
+    again to a slower product. With gradients, the chunked head multiplies three times and the other one four times.
+    These are figures of a data sheet: neither was timed.
+    """
+    if backend == "triton" and not needs_gradient and dtype != torch.float32 and features <= _RECOMPUTE_FEATURES:
+        return "recompute"
+    return "chunked"
 
 
 def _planned(name: str) -> _Backend:
@@ -194,7 +241,7 @@ _BACKENDS = {
     "triton": _Backend(_triton_problem, _triton_detail, _triton_refusal, _triton_how),
     "cpu": _Backend(lambda: _extension_problem or None, _cpu_detail, _cpu_refusal, _cpu_how),
     "reference": _Backend(
-        lambda: None, lambda: "plain PyTorch on any device, twice differentiable", lambda call: None, _reference_how
+        lambda: None, lambda: "plain PyTorch on any device, twice differentiable", _reference_refusal, _reference_how
     ),
 }
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -214,6 +261,7 @@ def explain(
     transform: MonotonicTransform | None = None,
     *,
     backend: BackendName = "auto",
+    method: Literal["auto", "chunked", "recompute"] = "auto",
 ) -> Explanation:
     """Which backend takes a call of ``operation`` with these arguments, and why each better one does not.
 
@@ -222,13 +270,14 @@ def explain(
         input: the logits, or the input of the head. Only its device and dtype are looked at.
         transform: as given to the call.
         backend: as given to the call.
+        method: as given to ``linear_cross_entropy``.
 
     Raises:
         ValueError: ``operation`` or ``backend`` is unknown, or the named backend cannot take the call.
     """
     if operation not in get_args(Operation):
         raise ValueError(f"operation must be one of {', '.join(get_args(Operation))}, got {operation!r}")
-    call = Call(operation, input.device.type, input.dtype, Identity() if transform is None else transform)
+    call = Call(operation, input.device.type, input.dtype, Identity() if transform is None else transform, method)
     chosen, refused = _choose(call, backend)
     return Explanation(chosen, _BACKENDS[chosen].how(call), refused)
 
@@ -257,7 +306,7 @@ def _choose(call: Call, backend: BackendName) -> tuple[str, dict[str, str]]:
             if reason is None:
                 return name, refused
             refused[name] = reason
-        raise AssertionError("the reference backend takes every call")
+        raise ValueError("no backend takes this call: " + "; ".join(f"{k}: {v}" for k, v in refused.items()))
     if backend not in _BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(get_args(BackendName))}, got {backend!r}")
     reason = _reason_against(backend, call)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from .transforms import Identity, MonotonicTransform
+from .transforms.base import require_count
 
 Reduction = Literal["none", "mean", "sum"]
+HeadMethod = Literal["auto", "chunked", "recompute"]
 
 FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IDENTITY = Identity()
@@ -118,6 +120,19 @@ def check_loss_options(
         raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f'reduction must be "none", "mean" or "sum", got {reduction!r}')
+
+
+def check_head_options(method: HeadMethod, chunk_rows: int | None, filter_eps: float) -> None:
+    if method not in get_args(HeadMethod):
+        raise ValueError(f"method must be one of {', '.join(get_args(HeadMethod))}, got {method!r}")
+    if chunk_rows is not None:
+        require_count("chunk_rows", chunk_rows)
+        if method == "recompute":
+            raise ValueError('chunk_rows is for chunks of logits, which method="recompute" does not have')
+    if not 0 <= filter_eps < 1:
+        raise ValueError(f"filter_eps must be at least 0 and less than 1, got {filter_eps}")
+    if filter_eps > 0 and method != "recompute":
+        raise ValueError(f'filter_eps needs method="recompute", got method={method!r}')
 
 
 def check_device(name: str, transform: MonotonicTransform, device: torch.device) -> None:

@@ -8,7 +8,9 @@ depends on the backend but the names of the operators, and nothing waits for a d
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,12 +27,20 @@ _DISPATCH_KEYS = {"cpu": ("CPU",), "triton": ("CUDA", "CPU")}
 _LARGEST, _SMALLEST = 64 * 2**20, 4 * 2**20
 _FEWEST_ROWS, _ENOUGH_ROWS = 128, 256
 
+#: The same on a GPU: rows in a chunk, at least and at most, and the bytes of logits that decide between them.
+_ROWS_ON_GPU, _LARGEST_ON_GPU = (2048, 4096), 2**30
+
 #: Classes in a block of a product whose result is widened, or whose operands are.
 _BLOCK = 2048
 
 
-def chunk_rows(classes: int, dtype: torch.dtype) -> int:
+def chunk_rows(classes: int, dtype: torch.dtype, device: str = "cpu") -> int:
     """Rows in a chunk. Not a function of N, so that memory beyond inputs and gradients is not one either.
+
+    On a GPU 2048 to 4096, as many as 1 GiB of logits holds: its products want that many rows to be bound by arithmetic
+    (2 V d of them for each read of V d weights), and launches are few.
+
+    On the CPU, by the caches:
 
     A chunk reads the V d numbers of linear_weight and, where its gradient is formed, reads and writes as many sums: a
     price that is independent of the rows, and like the products proportional to V d. So the rows that pay it back are
@@ -38,6 +48,9 @@ def chunk_rows(classes: int, dtype: torch.dtype) -> int:
     of 128 rows, 0.74 s of 256, 0.77 s of 512, whose logits no longer stay in the cache. For few classes the price of a
     call of each operator counts instead, and rows are many.
     """
+    if device != "cpu":
+        fewest, most = _ROWS_ON_GPU
+        return max(fewest, min(most, _LARGEST_ON_GPU // (classes * dtype.itemsize)))
     largest, smallest = (size // (classes * dtype.itemsize) for size in (_LARGEST, _SMALLEST))
     return max(_FEWEST_ROWS, min(largest, max(_ENOUGH_ROWS, smallest)))
 
@@ -68,12 +81,13 @@ class _Head:
         need_input: bool = False,
         need_weight: bool = False,
         need_bias: bool = False,
+        rows_in_chunk: int = 0,
     ) -> None:
         self.input, self.weight, self.bias = input, linear_weight, linear_bias
         self.need_input, self.need_weight, self.need_bias = need_input, need_weight, need_bias
         self.needs_logit_gradient = need_input or need_weight or need_bias
         rows, (classes, features) = input.shape[0], linear_weight.shape
-        self.rows = chunk_rows(classes, input.dtype)
+        self.rows = rows_in_chunk or chunk_rows(classes, input.dtype, input.device.type)
         self.wide = not _has_fast_products(input)
         self._product = None if self.wide else _onednn_product(input)
         self._buffer = input.new_empty((min(rows, self.rows) if self._product is None else 0, classes))
@@ -182,11 +196,18 @@ def _onednn_product(input: Tensor) -> Callable[..., Tensor] | None:
 def _linear_cross_entropy(
     backend: str, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor,
     weight: Tensor | None, coefficients: Tensor, transform: str, constants: list[float], ignore_index: int,
-    label_smoothing: float, z_loss: float, return_lse: bool, scale: Tensor | None,
-    need_input: bool, need_linear_weight: bool, need_linear_bias: bool, need_coefficients: bool,
+    label_smoothing: float, z_loss: float, method: str, chunk_rows: int, filter_eps: float, return_lse: bool,
+    scale: Tensor | None, need_input: bool, need_linear_weight: bool, need_linear_bias: bool, need_coefficients: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     _check_targets(target, linear_weight.shape[0], ignore_index)
-    head = _Head(input, linear_weight, linear_bias, need_input, need_linear_weight, need_linear_bias)
+    if method == "recompute":
+        results: tuple[Tensor, ...] = recompute_head(backend).linear_cross_entropy(
+            input, linear_weight, linear_bias, target, weight, coefficients, transform, constants, ignore_index,
+            label_smoothing, z_loss, return_lse, scale, need_input, need_linear_weight, need_linear_bias,
+            need_coefficients,
+        )  # fmt: skip
+        return results
+    head = _Head(input, linear_weight, linear_bias, need_input, need_linear_weight, need_linear_bias, chunk_rows)
     if scale is None and (head.needs_logit_gradient or need_coefficients):
         raise ValueError("monosoftmax: gradients need a scale")
     row_operator = operator("cross_entropy_" if head.needs_logit_gradient else "cross_entropy", backend)
@@ -199,11 +220,11 @@ def _linear_cross_entropy(
             return_lse, scale,
         )  # fmt: skip
         if head.needs_logit_gradient:
-            *results, grad_coefficients = row_operator(*arguments, need_coefficients)
+            *of_rows, grad_coefficients = row_operator(*arguments, need_coefficients)
             head.add_gradients(chunk, logits)
         else:
-            *results, _, _, grad_coefficients = row_operator(*arguments, False, need_coefficients)
-        loss[chunk], lse[chunk], row_stats[:, chunk] = results
+            *of_rows, _, _, grad_coefficients = row_operator(*arguments, False, need_coefficients)
+        loss[chunk], lse[chunk], row_stats[:, chunk] = of_rows
         sums.add(grad_coefficients)
         del logits, arguments
     total = loss.new_empty(0) if scale is None else loss.sum() * scale
@@ -214,9 +235,17 @@ def _linear_cross_entropy_backward(
     backend: str, grad_loss: Tensor | None, grad_lse: Tensor | None, input: Tensor, linear_weight: Tensor,
     linear_bias: Tensor | None, target: Tensor, weight: Tensor | None, coefficients: Tensor, transform: str,
     constants: list[float], row_stats: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
+    method: str, chunk_rows: int, filter_eps: float,
     need_input: bool, need_linear_weight: bool, need_linear_bias: bool, need_coefficients: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    head = _Head(input, linear_weight, linear_bias, need_input, need_linear_weight, need_linear_bias)
+    if method == "recompute":
+        gradients: tuple[Tensor, ...] = recompute_head(backend).linear_cross_entropy_backward(
+            grad_loss, grad_lse, input, linear_weight, linear_bias, target, weight, coefficients, transform, constants,
+            row_stats, ignore_index, label_smoothing, z_loss, filter_eps, need_input, need_linear_weight,
+            need_linear_bias, need_coefficients,
+        )  # fmt: skip
+        return gradients
+    head = _Head(input, linear_weight, linear_bias, need_input, need_linear_weight, need_linear_bias, chunk_rows)
     sums = _CoefficientSums(coefficients, need_coefficients)
     shift = None
     if input.dtype == torch.float16 and target.numel() > 0:
@@ -255,6 +284,13 @@ def _linear_token_statistics(
         )
         del logits
     return log_prob, entropy, argmax, lse, rank
+
+
+def recompute_head(backend: str) -> ModuleType:
+    """The module of a backend whose kernels compute the logits of a tile where they are used, twice."""
+    if backend != "triton":
+        raise ValueError(f'monosoftmax: the {backend} backend has no method "recompute"')
+    return importlib.import_module(f"{__package__}.triton_kernels.recompute_head")
 
 
 class _CoefficientSums:

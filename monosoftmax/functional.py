@@ -9,13 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import autograd, reference
-from .backends import BackendName, Call, choose
+from .backends import BackendName, Call, choose, head_method
 from .checks import (
     FLOATING_DTYPES,
+    HeadMethod,
     Reduction,
     check_device,
     check_floating,
     check_head,
+    check_head_options,
     check_ignore_index,
     check_loss_options,
     check_target,
@@ -163,6 +165,9 @@ def linear_cross_entropy(
     reduction: Reduction = ...,
     return_lse: Literal[False] = ...,
     backend: BackendName = ...,
+    method: HeadMethod = ...,
+    chunk_rows: int | None = ...,
+    filter_eps: float = ...,
 ) -> Tensor: ...
 @overload
 def linear_cross_entropy(
@@ -179,6 +184,9 @@ def linear_cross_entropy(
     reduction: Reduction = ...,
     return_lse: Literal[True],
     backend: BackendName = ...,
+    method: HeadMethod = ...,
+    chunk_rows: int | None = ...,
+    filter_eps: float = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def linear_cross_entropy(
     input: Tensor,
@@ -194,6 +202,9 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     return_lse: bool = False,
     backend: BackendName = "auto",
+    method: HeadMethod = "auto",
+    chunk_rows: int | None = None,
+    filter_eps: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r""":func:`cross_entropy` of the logits :math:`z = \text{input}\,\text{linear\_weight}^T + \text{linear\_bias}`.
 
@@ -215,6 +226,13 @@ def linear_cross_entropy(
         linear_bias: (V,).
         transform, weight, ignore_index, label_smoothing, z_loss, reduction, return_lse, backend: as in
             :func:`cross_entropy`.
+        method: how the logits are kept out of memory: ``"chunked"`` as above; ``"recompute"``, of the triton backend,
+            forms them tile by tile inside the kernels that use them, and again in the backward pass, so that no logit
+            is ever in memory: its sums of gradients are atomic, in an order that changes from run to run. ``"auto"``
+            is :func:`monosoftmax.backends.head_method`.
+        chunk_rows: rows in a chunk; the backend chooses by default.
+        filter_eps: with ``"recompute"``, tiles of logits in which no :math:`|\partial \ell_i / \partial f(z_{ij})|`
+            exceeds ``filter_eps`` times the upstream gradient of its row add nothing to the gradients; 0 is exact.
 
     Returns:
         As :func:`cross_entropy`.
@@ -227,7 +245,7 @@ def linear_cross_entropy(
     """
     losses = linear_losses(
         input, linear_weight, target, transform, linear_bias, weight, ignore_index, label_smoothing, z_loss,
-        reduction, return_lse, backend,
+        reduction, return_lse, backend, method, chunk_rows, filter_eps,
     )  # fmt: skip
     return losses.result(return_lse)
 
@@ -245,13 +263,18 @@ def linear_losses(
     reduction: Reduction,
     return_lse: bool,
     backend: BackendName,
+    method: HeadMethod = "auto",
+    chunk_rows: int | None = None,
+    filter_eps: float = 0.0,
 ) -> Losses:
     """:func:`linear_cross_entropy`, with the losses of the rows and their mean or sum both."""
     transform = check_transform(transform)
     check_head(input, linear_weight, linear_bias, target)
     check_loss_options(linear_weight.shape[0], input.device, weight, ignore_index, label_smoothing, z_loss, reduction)
     check_device("transform", transform, input.device)
-    chosen = choose(Call("linear_cross_entropy", input.device.type, input.dtype, transform), backend)
+    check_head_options(method, chunk_rows, filter_eps)
+    call = Call("linear_cross_entropy", input.device.type, input.dtype, transform, method, chunk_rows is not None)
+    chosen = choose(call, backend)
     rows = input.reshape(-1, input.shape[-1])
     if chosen == "reference":
         logits = F.linear(rows, linear_weight, linear_bias)
@@ -261,9 +284,13 @@ def linear_losses(
     rows, linear_weight, linear_bias = _operands(rows, linear_weight, linear_bias)
     row_target, weight = target.reshape(-1), _class_weight(weight, rows)
     normalizer = _normalizer(row_target, weight, ignore_index, linear_weight.shape[0], reduction, rows.dtype)
+    if method == "auto":
+        leaves = (rows, linear_weight, linear_bias, *transform.parameters())
+        needs_gradient = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in leaves)
+        method = "chunked" if chunk_rows else head_method(chosen, rows.shape[1], rows.dtype, needs_gradient)
     loss, lse, total = autograd.linear_cross_entropy(
         chosen, rows, linear_weight, linear_bias, row_target, transform, weight, ignore_index, label_smoothing, z_loss,
-        return_lse, None if normalizer is None else normalizer.reciprocal(),
+        method, chunk_rows or 0, filter_eps, return_lse, None if normalizer is None else normalizer.reciprocal(),
     )  # fmt: skip
     return Losses(loss.reshape(target.shape), lse.reshape(target.shape), None if normalizer is None else total)
 

@@ -2,8 +2,9 @@
 
 Every operator has one overload for each fused backend, e.g. ``torch.ops.monosoftmax.cross_entropy.cpu``. An overload,
 not a dispatch key, names the backend because two of them may serve one device. The kernels are registered by the
-backends (``csrc/cpu/cross_entropy.cpp`` for ``cpu``, ``triton_kernels/operators.py`` for ``triton``; the ``linear_`` ones, which are made of the others, by
-:mod:`monosoftmax.chunked_head`), the derivatives by :mod:`monosoftmax.autograd`.
+backends (``csrc/cpu/cross_entropy.cpp`` for ``cpu``, ``triton_kernels/operators.py`` for ``triton``; the ``linear_``
+ones, which are made of the others, by :mod:`monosoftmax.chunked_head`), the derivatives by
+:mod:`monosoftmax.autograd`.
 
 Common arguments: ``input`` [N, V], rows with any stride and columns with stride 1; ``target`` [N] int64; ``weight``
 [V] in the arithmetic type (float64 for float64 input, else float32); ``transform``, ``coefficients`` (in the
@@ -33,6 +34,8 @@ _LINEAR_LOSS = f"{_HEAD}, Tensor target, Tensor? weight, {_TRANSFORM}"
 _LINEAR_NEEDS = "bool need_input, bool need_linear_weight, bool need_linear_bias, bool need_coefficients"
 _LINEAR_GRADIENTS = "Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias, Tensor grad_coefficients"
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss"
+#: method is "chunked" or "recompute"; chunk_rows 0 leaves the size of a chunk to the backend.
+_LINEAR_OPTIONS = f"{_OPTIONS}, str method, int chunk_rows, float filter_eps"
 
 SCHEMAS = {
     # -> loss [N], lse [N] (unless return_lse: 0 in ignored rows, and not differentiable), row_stats; and, where a scale
@@ -64,11 +67,12 @@ SCHEMAS = {
     # The same of the logits input @ linear_weight.T + linear_bias, which exist for one chunk of rows at a time. The
     # gradients of linear_weight and linear_bias are sums over the chunks, in the arithmetic type.
     "linear_cross_entropy": (
-        f"({_LINEAR_LOSS}, {_OPTIONS}, bool return_lse, Tensor? scale, {_LINEAR_NEEDS}) -> "
+        f"({_LINEAR_LOSS}, {_LINEAR_OPTIONS}, bool return_lse, Tensor? scale, {_LINEAR_NEEDS}) -> "
         f"(Tensor loss, Tensor lse, Tensor row_stats, Tensor total, {_LINEAR_GRADIENTS})"
     ),
     "linear_cross_entropy_backward": (
-        f"(Tensor? grad_loss, Tensor? grad_lse, {_LINEAR_LOSS}, Tensor row_stats, {_OPTIONS}, {_LINEAR_NEEDS}) -> "
+        f"(Tensor? grad_loss, Tensor? grad_lse, {_LINEAR_LOSS}, Tensor row_stats, {_LINEAR_OPTIONS}, "
+        f"{_LINEAR_NEEDS}) -> "
         f"({_LINEAR_GRADIENTS})"
     ),
     "linear_token_statistics": (
@@ -162,14 +166,14 @@ def _linear_gradients(
 
 def _fake_linear_cross_entropy(  # type: ignore[no-untyped-def]
     input, linear_weight, linear_bias, target, weight, coefficients, transform, constants,
-    ignore_index, label_smoothing, z_loss, return_lse, scale, *needs,
+    ignore_index, label_smoothing, z_loss, method, chunk_rows, filter_eps, return_lse, scale, *needs,
 ):  # fmt: skip
     return *_row_results(input), _total(scale, input), *_linear_gradients(input, linear_weight, coefficients, *needs)
 
 
 def _fake_linear_cross_entropy_backward(  # type: ignore[no-untyped-def]
     grad_loss, grad_lse, input, linear_weight, linear_bias, target, weight, coefficients, transform, constants,
-    row_stats, ignore_index, label_smoothing, z_loss, *needs,
+    row_stats, ignore_index, label_smoothing, z_loss, method, chunk_rows, filter_eps, *needs,
 ):  # fmt: skip
     return _linear_gradients(input, linear_weight, coefficients, *needs)
 

@@ -26,3 +26,17 @@ def _same_number_of_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _triton_in_its_interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests with the parameter backend="triton" run its kernels on the CPU."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is None or callspec.params.get("backend") != "triton":
+        yield
+        return
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from triton_interpreter import interpreting
+
+    with interpreting():
+        yield

@@ -14,9 +14,12 @@ from torch.nn import functional as F
 import monosoftmax as ms
 
 BACKENDS = ["reference", "cpu"]
+#: "triton" in its interpreter. It has no float64, and does not look at targets, which are on a GPU.
+WITH_TRITON = [*BACKENDS, "triton"]
+FUSED = ["cpu", "triton"]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TRITON)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
@@ -158,18 +161,19 @@ def test_rows_of_any_stride(dtype: torch.dtype) -> None:
         assert torch.equal(storage, before)
 
 
-def test_target_gradient_next_to_certainty() -> None:
+@pytest.mark.parametrize("backend", FUSED)
+def test_target_gradient_next_to_certainty(backend: Any) -> None:
     """p of a certain prediction is off by the rounding of 1, not by that of lse, which is 30 times larger here."""
     input = torch.zeros(1, 5000)
     input[0, 17] = 30.0
     target = torch.tensor([17])
     truth = loss_and_gradients(input, target, None, "reference", torch.float64)
-    result = loss_and_gradients(input, target, None, "cpu")
+    result = loss_and_gradients(input, target, None, backend)
     torch.testing.assert_close(result["loss"].double(), truth["loss"], rtol=0, atol=6e-8)
     torch.testing.assert_close(result["input"].double(), truth["input"], rtol=0, atol=6e-8)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TRITON)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_masked_logits(backend: Any, name: str) -> None:
     """Logits of -inf have probability exp(f(-inf) - lse), and every gradient is finite."""
@@ -188,7 +192,7 @@ def test_masked_logits(backend: Any, name: str) -> None:
     torch.testing.assert_close(result["loss"], wanted["loss"])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TRITON)
 def test_special_rows_are_those_of_torch(backend: Any) -> None:
     nan, inf = torch.nan, torch.inf
     input = torch.tensor(
@@ -204,7 +208,7 @@ def test_special_rows_are_those_of_torch(backend: Any) -> None:
     assert gradient[0].isnan().all() and gradient[1].isnan().any() and gradient[2].isnan().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TRITON)
 def test_empty_and_ignored_batches(backend: Any) -> None:
     transform = ms.transforms.PLIF()
     empty = torch.zeros(0, 7, requires_grad=True)
@@ -225,7 +229,7 @@ def test_empty_and_ignored_batches(backend: Any) -> None:
     assert F.cross_entropy(torch.zeros(3, 7), target).isnan()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TRITON)
 def test_ignored_rows_contribute_nothing(backend: Any) -> None:
     torch.manual_seed(0)
     input = torch.randn(6, 11)
@@ -239,7 +243,7 @@ def test_ignored_rows_contribute_nothing(backend: Any) -> None:
     torch.testing.assert_close(result["input"][target >= 0], kept["input"])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TRITON)
 def test_ignore_index_may_be_a_class(backend: Any) -> None:
     input = torch.randn(6, 11)
     target = torch.tensor([1, 3, 10, 3, 0, 4])
@@ -248,7 +252,7 @@ def test_ignore_index_may_be_a_class(backend: Any) -> None:
     torch.testing.assert_close(loss, F.cross_entropy(input, target, weight=weight, ignore_index=3))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TRITON)
 def test_lse_of_ignored_rows(backend: Any) -> None:
     input = torch.randn(4, 9, requires_grad=True)
     target = torch.tensor([1, -100, 2, -100])
@@ -277,17 +281,18 @@ def test_loss_is_shift_invariant(name: str) -> None:
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("needs_input", [False, True])
 @pytest.mark.parametrize("needs_transform", [False, True])
-def test_requires_grad_combinations(name: str, needs_input: bool, needs_transform: bool) -> None:
+@pytest.mark.parametrize("backend", FUSED)
+def test_requires_grad_combinations(backend: Any, name: str, needs_input: bool, needs_transform: bool) -> None:
     transform = disturbed(name).requires_grad_(needs_transform)
     input = torch.randn(4, 30, requires_grad=needs_input)
     target = torch.tensor([0, 5, 29, 3])
-    loss = ms.cross_entropy(input, target, transform, backend="cpu")
+    loss = ms.cross_entropy(input, target, transform, backend=backend)
     differentiable = needs_input or any(p.requires_grad for p in transform.parameters())
     assert loss.requires_grad == differentiable
     if not differentiable:
         return
     loss.backward()
-    whole = loss_and_gradients(input, target, transform.requires_grad_(), "cpu")
+    whole = loss_and_gradients(input, target, transform.requires_grad_(), backend)
     if needs_input:
         assert torch.equal(input.grad, whole["input"])  # type: ignore[arg-type]
     else:
@@ -299,11 +304,13 @@ def test_requires_grad_combinations(name: str, needs_input: bool, needs_transfor
             assert parameter.grad is None
 
 
-def test_same_result_twice() -> None:
+@pytest.mark.parametrize("backend", FUSED)
+def test_same_result_twice(backend: Any) -> None:
     torch.manual_seed(0)
-    input, target = torch.randn(64, 3000), torch.randint(0, 3000, (64,))
+    rows = 64 if backend == "cpu" else 8
+    input, target = torch.randn(rows, 3000), torch.randint(0, 3000, (rows,))
     transform = disturbed("plif")
-    first, second = (loss_and_gradients(input, target, transform, "cpu") for _ in range(2))
+    first, second = (loss_and_gradients(input, target, transform, backend) for _ in range(2))
     for key in first:
         assert torch.equal(first[key], second[key]), key
 
@@ -357,7 +364,7 @@ def test_log_softmax_dtype_is_rounded_once(backend: Any, dtype: torch.dtype, out
     assert torch.equal(result, ms.log_softmax(input, backend=backend).to(out))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TRITON)
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3)])
 def test_linear_cross_entropy(backend: Any, leading: tuple[int, ...]) -> None:
     torch.manual_seed(0)

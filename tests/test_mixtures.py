@@ -283,7 +283,7 @@ def test_the_default_chunk_follows_the_budget(monkeypatch):
 
 def test_the_fused_backend_chunks_by_itself(monkeypatch):
     monkeypatch.setattr(mixtures, "LOGITS_BUDGET", 0)  # of no concern to it
-    monkeypatch.setattr(chunked_head, "chunk_rows", lambda classes, dtype: 16)
+    monkeypatch.setattr(chunked_head, "chunk_rows", lambda *_: 16)
     torch.manual_seed(0)
     data = torch.randn(100, 4), torch.randint(2000, (100,))
     module = MixtureOfSoftmaxes(4, 2000, 5, backend="cpu")

@@ -75,15 +75,16 @@ def test_opcheck_linear_cross_entropy(name: str, options: tuple[Any, ...], bias:
     leaves = [None if each is None else each.clone().requires_grad_() for each in head]
     weight = torch.rand(CLASSES) if options[1] else None
     coefficients, *rest = _arguments(name)
+    options = (*options[:3], "chunked", 0, 0.0, options[3])
     arguments = (*leaves, target, weight, coefficients, *rest, *options)
     _opcheck("linear_cross_entropy", (*arguments, None, *(False,) * 4))
     _opcheck("linear_cross_entropy", (*arguments, torch.tensor(0.3), *(False,) * 4))
     row_stats = ops.operator("linear_cross_entropy", "cpu")(*arguments, None, *(False,) * 4)[2].detach()
-    upstream = torch.rand(ROWS), torch.rand(ROWS) if options[3] else None
+    upstream = torch.rand(ROWS), torch.rand(ROWS) if options[-1] else None
     below = (*head, target, weight, coefficients.detach(), *rest)
     for needs in [(True, True, bias, True), (False, True, False, False), (False, False, False, True)]:
         _opcheck("linear_cross_entropy", (*below, *options, torch.tensor(0.3), *needs))
-        _opcheck("linear_cross_entropy_backward", (*upstream, *below, row_stats, *options[:3], *needs))
+        _opcheck("linear_cross_entropy_backward", (*upstream, *below, row_stats, *options[:-1], *needs))
     _opcheck("linear_token_statistics", (*head, target, coefficients.detach(), *rest, -100))
 
 

@@ -1,209 +1,369 @@
-"""The Triton kernels over rows of logits: in the interpreter against float64, and compiled for GPUs."""
+"""The Triton kernels over rows of logits against the reference in float64, interpreted, or on a GPU where one is.
+
+The tests of ``ms.cross_entropy`` run on the triton backend, too (tests/test_cross_entropy.py); here are the dimensions
+that are these kernels' own: tiles, alignments, how sums are kept, programs, and what a launch is compiled for.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from losses import TRANSFORMS, disturbed
+from losses import TRANSFORMS, distance, disturbed, loss_and_gradients
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from triton_compiler import TARGETS, compiled_without_spills
-from triton_interpreter import interpreted
+from triton_interpreter import interpreting
 
+import monosoftmax as ms
 from monosoftmax import reference
-from monosoftmax.triton_kernels.cross_entropy import (
-    Loss,
-    block_of,
-    cross_entropy_backward_kernel,
-    cross_entropy_kernel,
+from monosoftmax.triton_kernels import coefficient_sums, launch, operators
+from monosoftmax.triton_kernels.vocabulary_parallel import (
+    merge_shards,
+    shard_backward,
+    shard_forward,
 )
-from monosoftmax.triton_kernels.transforms import REGISTRY
 
-ROWS, BLOCK = 5, 128
-IGNORED = 2  # the row
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROWS, IGNORED = 5, 2
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiles of 32 lanes, 128 or 256 logits; two programs keep sums."""
+    monkeypatch.setattr(launch, "_LANES", 32)
+    monkeypatch.setattr(launch, "_LANES_WITH_TABLES", 32)
+    monkeypatch.setattr(launch, "_PROGRAMS", 2)
+    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 1)
+    with interpreting() if DEVICE == "cpu" else nullcontext():
+        yield
+
+
+def _rows(classes: int, dtype: torch.dtype, std: float = 3.0, begin: int = 0, padding: int = 3) -> Tensor:
+    """Rows of logits between columns that must not be read, the first ``begin`` elements after 16 bytes."""
+    generator = torch.Generator().manual_seed(classes)
+    padded = torch.full((ROWS, begin + classes + padding), torch.nan, dtype=dtype)
+    padded[:, begin : begin + classes] = std * torch.randn(ROWS, classes, generator=generator)
+    return padded.to(DEVICE)[:, begin : begin + classes]
+
+
+def _target(classes: int) -> Tensor:
+    target = torch.randint(0, classes, (ROWS,), generator=torch.Generator().manual_seed(1))
+    target[IGNORED] = -100
+    return target.to(DEVICE)
+
+
+def _assert_close(input: Tensor, target: Tensor, transform: Any, backend: str = "triton", **options: Any) -> None:
+    """No further from the float64 truth than 3 times float32 PyTorch, plus rounding."""
+    transform = transform.to(DEVICE)
+    truth = loss_and_gradients(input, target, transform, "reference", torch.float64, **options)
+    plain = loss_and_gradients(input.float(), target, transform, "reference", **options)
+    result = loss_and_gradients(input, target, transform, backend, **options)
+    for key, wanted in truth.items():
+        slack = 4e-7 * wanted.norm().item() + 1e-7
+        if key == "input" and input.dtype != torch.float32:
+            slack += torch.finfo(input.dtype).eps * wanted.norm().item()
+        if key not in ("loss", "lse", "input"):
+            slack += 1e-6  # a sum that cancels: plain PyTorch's error may be small by luck
+        assert result[key].isfinite().all(), key
+        assert distance(result[key], wanted) <= 3 * distance(plain[key], wanted) + slack, key
+
+
+@pytest.mark.parametrize("classes", [1, 7, 31, 127, 128, 129, 256, 520])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_loss_and_gradients(name: str, classes: int) -> None:
+    _assert_close(_rows(classes, torch.float32), _target(classes), disturbed(name))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    _assert_close(_rows(1033, dtype), _target(1033), disturbed(name), reduction="sum")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [9, 512, 1031])
+@pytest.mark.parametrize(("begin", "padding"), [(0, 0), (0, 3), (5, 0), (1, 8)])
+def test_rows_that_begin_anywhere(dtype: torch.dtype, classes: int, begin: int, padding: int) -> None:
+    """Aligned or not, whole vectors or not: the same as rows that are."""
+    input, target = _rows(classes, dtype, begin=begin, padding=padding), _target(classes)
+    transform = disturbed("plif", num_pieces=10, bound=6.0).to(DEVICE)
+    result = loss_and_gradients(input, target, transform, "triton", reduction="sum")
+    aligned = _rows(classes, dtype, padding=-classes % 8 + 8)
+    assert launch.tile_arguments(aligned)["ALIGNMENT"] == "aligned"
+    wanted = loss_and_gradients(aligned, target, transform, "triton", reduction="sum")
+    for key in wanted:
+        torch.testing.assert_close(
+            result[key], wanted[key], rtol=2 * torch.finfo(result[key].dtype).eps, atol=2e-6, msg=key
+        )
+
+
 OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"weighted": True},
+    {"weight": True},
     {"label_smoothing": 0.1},
-    {"label_smoothing": 0.1, "weighted": True, "z_loss": 1e-3, "return_lse": True},
+    {"label_smoothing": 0.1, "weight": True, "z_loss": 1e-3, "return_lse": True},
     {"z_loss": 1e-2},
+    {"return_lse": True},
 ]
 
 
-def _run(input: Tensor, target: Tensor, loss: Loss, upstream: tuple[Tensor, Tensor | None], **how: Any) -> Any:
-    with interpreted(cross_entropy_kernel):
-        results = loss.forward(input, target)
-    with interpreted(cross_entropy_backward_kernel):
-        gradient = loss.backward(upstream[0], upstream[1], input, target, results[2], **how)
-    return (*results, gradient)
-
-
-def _case(classes: int, dtype: torch.dtype, std: float, weighted: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-    generator = torch.Generator().manual_seed(classes)
-    # Rows that are not next to each other, between columns that must not be read.
-    padded = torch.full((ROWS, classes + 3), torch.nan, dtype=dtype)
-    padded[:, :classes] = std * torch.randn(ROWS, classes, generator=generator)
-    target = torch.randint(0, classes, (ROWS,), generator=generator)
-    target[IGNORED] = -100
-    return padded[:, :classes], target, torch.rand(classes, generator=generator) if weighted else None
-
-
-def _loss(transform: Any, weight: Tensor | None = None, **options: Any) -> Loss:
-    coefficients = transform.coefficients().detach().contiguous()
-    return Loss(transform.kernel, coefficients, transform.constants(), weight, block=BLOCK, **options)
-
-
-def _truth(
-    input: Tensor,
-    target: Tensor,
-    transform: Any,
-    loss: Loss,
-    upstream: tuple[Tensor, Tensor | None],
-) -> tuple[Tensor, Tensor, Tensor]:
-    z = input.double().requires_grad_()
-    weight = None if loss.weight is None else loss.weight.double()
-    options = (loss.ignore_index, loss.label_smoothing, loss.z_loss, loss.return_lse)
-    losses, lse = reference.cross_entropy(z, target, transform.double(), weight, *options)
-    outputs, gradients = [losses], [upstream[0].double()]
-    if upstream[1] is not None:
-        outputs, gradients = [losses, lse], [upstream[0].double(), upstream[1].double()]
-    (gradient,) = torch.autograd.grad(outputs, z, gradients)
-    transform.float()
-    return losses.detach(), lse.detach(), gradient
-
-
-@pytest.mark.parametrize("classes", [1, 127, 128, 129, 300])
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_loss_and_gradient(name: str, classes: int) -> None:
-    transform = disturbed(name)
-    input, target, _ = _case(classes, torch.float32, 3.0)
-    loss, upstream = _loss(transform), (torch.rand(ROWS), None)
-    losses, _, _, gradient = _run(input, target, loss, upstream)
-    truth = _truth(input, target, transform, loss, upstream)
-    torch.testing.assert_close(losses.double(), truth[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradient.double(), truth[2], rtol=1e-5, atol=2e-6)
-    assert (gradient[IGNORED] == 0).all()
-
-
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("name", ["identity", "plif", "soft_cap"])
-def test_options(name: str, options: dict[str, Any]) -> None:
-    transform = disturbed(name)
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_options(name: str, reduction: str, options: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
     given = dict(options)
-    input, target, weight = _case(300, torch.float32, 3.0, given.pop("weighted", False))
-    loss = _loss(transform, weight, **given)
-    upstream = torch.rand(ROWS), torch.rand(ROWS) if loss.return_lse else None
-    losses, lse, _, gradient = _run(input, target, loss, upstream)
-    truth = _truth(input, target, transform, loss, upstream)
-    torch.testing.assert_close(losses.double(), truth[0], rtol=1e-5, atol=1e-5)
-    if loss.return_lse:
-        torch.testing.assert_close(lse.double(), truth[1], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradient.double(), truth[2], rtol=1e-5, atol=2e-6)
+    if given.pop("weight", False):
+        given["weight"] = (torch.rand(300, generator=generator) + 0.1).to(DEVICE)
+    shape = (ROWS,) if reduction == "none" else ()
+    upstream = [torch.rand(shape, generator=generator), torch.rand(ROWS, generator=generator)]
+    upstream = [each.to(DEVICE) for each in upstream[: 1 + given.get("return_lse", False)]]
+    _assert_close(
+        _rows(300, torch.float32), _target(300), disturbed(name), upstream=tuple(upstream), reduction=reduction, **given
+    )
+
+
+@pytest.mark.parametrize("pieces", [1, 4, 5, 64, 256, 257, 1000])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_every_way_of_summing(pieces: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_WRITTEN", 700)  # two rows at a time
+    wanted = "registers" if pieces <= 4 else "lanes" if pieces <= 256 else "written" if deterministic else "global"
+    assert coefficient_sums.regime_of(2, pieces, deterministic) == wanted
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        transform = disturbed("plif", num_pieces=pieces, bound=6.0)
+        for options in ({"reduction": "sum"}, {"reduction": "none", "upstream": (torch.rand(ROWS, device=DEVICE),)}):
+            _assert_close(_rows(300, torch.float32), _target(300), transform, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", ["plif", "spline", "monotonic_mlp"])
+def test_sums_do_not_depend_on_the_programs_beyond_rounding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    input, target, transform = _rows(300, torch.float32), _target(300), disturbed(name).to(DEVICE)
+    results = []
+    for programs in (1, 2, 5, 7):
+        monkeypatch.setattr(launch, "_PROGRAMS", programs)
+        results.append(loss_and_gradients(input, target, transform, "triton"))
+    for result in results[1:]:
+        for key, wanted in results[0].items():
+            torch.testing.assert_close(result[key], wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_half_precision_is_rounded_once(dtype: torch.dtype, in_place: bool) -> None:
-    transform = disturbed("plif")
-    input, target, _ = _case(300, dtype, 3.0)
-    loss, upstream = _loss(transform), (torch.rand(ROWS), None)
-    exact = _truth(input, target, transform, loss, upstream)[2]
-    *_, gradient = _run(input, target, loss, upstream, out=input if in_place else None)
+    transform = disturbed("plif").to(DEVICE)
+    input, target = _rows(300, dtype), _target(300)
+    exact = loss_and_gradients(input, target, transform, "reference", torch.float64, reduction="sum")["input"]
+    arguments = (target, None, transform.coefficients().detach(), "plif", list(transform.constants()), -100, 0.0, 0.0)
+    scale = torch.ones((), device=DEVICE)
+    if in_place:
+        operators.cross_entropy_(input, *arguments, False, scale, True)
+        gradient = input
+    else:
+        before = input.clone()
+        gradient = operators.cross_entropy(input, *arguments, False, scale, True, True)[4]
+        assert torch.equal(input, before)
     assert gradient.dtype == dtype
-    assert (gradient.data_ptr() == input.data_ptr()) == in_place
     # Half an ulp, and what float32 arithmetic adds.
     ulp = torch.finfo(dtype).eps * exact.abs() + (2**-24 if dtype == torch.float16 else 0)
     assert ((gradient.double() - exact).abs() <= 0.502 * ulp + 2e-6 * exact.abs()).all()
 
 
-def test_certain_row_keeps_its_small_gradient() -> None:
-    """p of the target next to 1: the loss and 1 - p are not lost. The sum is float32, as plain PyTorch's."""
-    transform = disturbed("identity")
-    input, target, _ = _case(300, torch.float32, 1.0)
-    input[0, target[0]] = 14.0
-    loss, upstream = _loss(transform), (torch.ones(ROWS), None)
-    losses, _, _, gradient = _run(input, target, loss, upstream)
-    truth = _truth(input, target, transform, loss, upstream)
-    assert losses[0].item() == pytest.approx(truth[0][0].item(), rel=1e-3)
-    torch.testing.assert_close(gradient[0].double(), truth[2][0], rtol=1e-3, atol=0)
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_in_place_and_later_are_the_same(name: str) -> None:
+    """The gradient of the one kernel for both, of the backward one, and of those that overwrite the logits."""
+    transform = disturbed(name).to(DEVICE)
+    coefficients = transform.coefficients().detach()
+    arguments = (_target(300), None, coefficients, name, list(transform.constants()))
+    options, scale = (-100, 0.1, 0.01), torch.tensor(0.3, device=DEVICE)
+    input = _rows(300, torch.float32)
+    loss, lse, stats, total, gradient, sums = operators.cross_entropy(
+        input, *arguments, *options, True, scale, True, True
+    )
+    torch.testing.assert_close(total, 0.3 * loss.sum())
+    upstream = scale.expand(ROWS)
+    later = operators.cross_entropy_backward(upstream, None, input, *arguments, stats, *options, True, True)
+    over, again = _rows(300, torch.float32), _rows(300, torch.float32)
+    in_place = operators.cross_entropy_(over, *arguments, *options, True, scale, True)
+    sums_later = operators.cross_entropy_backward_(upstream, None, again, *arguments, stats, *options, True)
+    for each in (later[0], over, again):
+        assert torch.equal(each, gradient)
+    for each in (later[1], in_place[3], sums_later):
+        torch.testing.assert_close(each, sums, rtol=1e-6, atol=1e-7)
+    assert torch.equal(in_place[0], loss) and torch.equal(in_place[1], lse)
 
 
-@pytest.mark.parametrize("name", ["identity", "soft_cap", "plif"])
-def test_extreme_rows(name: str) -> None:
+@pytest.mark.parametrize("name", ["identity", "soft_cap", "plif", "gss"])
+@pytest.mark.parametrize("needs_coefficients", [False, True])
+def test_extreme_rows(name: str, needs_coefficients: bool) -> None:
     """-inf is allowed, a row of -inf only or with NaN or +inf is NaN, and the rows beside it are not touched."""
-    transform = disturbed(name)
-    input, target, _ = _case(129, torch.float32, 1.0)
+    transform = disturbed(name).to(DEVICE).requires_grad_(needs_coefficients)
+    input, target = _rows(129, torch.float32, 1.0), torch.tensor([0, 1, -100, 3, 4], device=DEVICE)
     clean = input.clone()
-    target[:] = torch.tensor([0, 1, -100, 3, 4])
     input[0, 5] = -torch.inf
     input[1] = -torch.inf
     input[3, 128] = torch.nan
-    loss, upstream = _loss(transform), (torch.ones(ROWS), None)
-    losses, _, _, gradient = _run(input, target, loss, upstream)
+    leaf = input.requires_grad_()
+    losses = ms.cross_entropy(leaf, target, transform, reduction="none", backend="triton")
+    (gradient,) = torch.autograd.grad(losses.sum(), leaf, retain_graph=True)
     fine = [0, 2, 4] if not transform.bounded_below else [0, 1, 2, 4]
     assert losses[fine].isfinite().all() and gradient[fine].isfinite().all()
     assert losses[3].isnan() and gradient[3].isnan().all()
     if not transform.bounded_below:
         assert losses[1].isnan() and gradient[1].isnan().all()
         assert gradient[0, 5] == 0
-    alone, _, _, gradient_alone = _run(clean, target, loss, upstream)
-    assert alone[4] == losses[4] and torch.equal(gradient_alone[4], gradient[4])
+    alone = ms.cross_entropy(clean, target, transform, reduction="none", backend="triton")
+    assert torch.equal(alone[[2, 4]], losses[[2, 4]])
 
 
 @pytest.mark.parametrize("outside", [-1, 129, 2**40])
-def test_target_out_of_range_poisons_its_row_only(outside: int) -> None:
-    transform = disturbed("plif")
-    input, target, weight = _case(129, torch.float32, 1.0, weighted=True)
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_target_out_of_range_poisons_its_row_only(outside: int, z_loss: float) -> None:
+    transform = disturbed("plif").to(DEVICE)
+    input, target = _rows(129, torch.float32, 1.0).requires_grad_(), _target(129)
     target[1] = outside
-    losses, _, _, gradient = _run(input, target, _loss(transform, weight), (torch.ones(ROWS), None))
+    weight = torch.rand(129).to(DEVICE)
+    losses = ms.cross_entropy(
+        input, target, transform, weight=weight, z_loss=z_loss, reduction="none", backend="triton"
+    )
+    (gradient,) = torch.autograd.grad(losses.sum(), input)
     others = [0, 2, 3, 4]
     assert losses[1].isnan() and gradient[1].isnan().all()
     assert losses[others].isfinite().all() and gradient[others].isfinite().all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_ignored_rows_may_hold_anything(value: float) -> None:
+    transform = disturbed("gss").to(DEVICE)
+    input, target = _rows(129, torch.bfloat16), _target(129)
+    wanted = loss_and_gradients(input, target, transform, "triton", z_loss=0.1, reduction="sum")
+    input[IGNORED] = value
+    result = loss_and_gradients(input, target, transform, "triton", z_loss=0.1, reduction="sum")
+    for key in wanted:
+        assert torch.equal(result[key], wanted[key]), key
+
+
 def test_rows_further_apart_than_an_int32_counts() -> None:
     """Row 2 begins at element 2^31. The memory between the rows is never touched, and so never there."""
-    transform = disturbed("plif")
-    near, target, _ = _case(129, torch.bfloat16, 1.0)
-    near, target = near[:3].contiguous(), torch.tensor([3, 1, 2])
-    far = torch.empty(2**31 + 129, dtype=torch.bfloat16).as_strided((3, 129), (2**30, 1))
+    transform = disturbed("plif").to(DEVICE)
+    near, target = _rows(129, torch.bfloat16)[:3].contiguous(), torch.tensor([3, 1, 2], device=DEVICE)
+    far = torch.empty(2**31 + 129, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 129), (2**30, 1))
     far.copy_(near)
-    loss, upstream = _loss(transform), (torch.ones(3), None)
-    for one, other in zip(_run(near, target, loss, upstream), _run(far, target, loss, upstream, out=far), strict=True):
-        assert torch.equal(one, other)
+    arguments = (target, None, transform.coefficients().detach(), "plif", list(transform.constants()), -100, 0.0, 0.0)
+    scale = torch.ones((), device=DEVICE)
+    results = [operators.cross_entropy_(each, *arguments, False, scale, True) for each in (near, far)]
+    assert torch.equal(near, far)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out", DTYPES)
+@pytest.mark.parametrize("begin", [0, 1])
+def test_log_softmax(dtype: torch.dtype, out: torch.dtype, begin: int) -> None:
+    for name in ("identity", "plif", "soft_cap"):
+        transform = disturbed(name).to(DEVICE)
+        leaf = _rows(525, dtype, begin=begin).detach().requires_grad_()
+        log_p = ms.log_softmax(leaf, transform, dtype=out, backend="triton")
+        assert log_p.dtype == out
+        exact = reference.log_softmax(leaf.double(), transform, torch.float64)
+        eps = torch.finfo(out).eps
+        torch.testing.assert_close(log_p.double(), exact, rtol=0.51 * eps, atol=1e-5)
+        parameters = list(transform.parameters())
+        upstream = torch.randn(log_p.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, out)
+        gradients = torch.autograd.grad(log_p, [leaf, *parameters], upstream)
+        wanted = torch.autograd.grad(exact, [leaf, *parameters], upstream.double())
+        for got, truth in zip(gradients, wanted, strict=True):
+            tolerance = 2 * torch.finfo(got.dtype).eps if got.dtype != torch.float32 else 2e-5
+            torch.testing.assert_close(
+                got.double(), truth.double(), rtol=tolerance, atol=2e-5 * max(1.0, truth.abs().max().item())
+            )
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_token_statistics(name: str, dtype: torch.dtype) -> None:
+    transform = disturbed(name).to(DEVICE)
+    input, target = _rows(525, dtype), _target(525)
+    input[0, 300:] = input[0, 100]  # ties
+    input[1, target[1]] = -torch.inf
+    coefficients = transform.coefficients().detach()
+    log_prob, entropy, argmax, lse, rank = operators.token_statistics(
+        input, target, coefficients, name, list(transform.constants()), -100
+    )
+    log_p = reference.log_softmax(input.double(), transform, torch.float64)
+    valid = target != -100
+    at = torch.where(valid, target, 0)
+    wanted = log_p.gather(1, at[:, None]).squeeze(1)
+    torch.testing.assert_close(log_prob[valid].double(), wanted[valid], rtol=1e-5, atol=2e-5)
+    terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p)
+    torch.testing.assert_close(entropy.double(), -terms.sum(1), rtol=1e-5, atol=1e-5)
+    exact_lse = transform.to(torch.float64)(input.double()).logsumexp(1)
+    torch.testing.assert_close(lse.double(), exact_lse.detach(), rtol=1e-5, atol=2e-5)
+    largest = input.amax(1, keepdim=True)
+    assert torch.equal(argmax, (input == largest).int().argmax(1))
+    assert torch.equal(rank[valid], (input > input.gather(1, at[:, None])).sum(1)[valid])
+    assert log_prob[IGNORED] == 0 and rank[IGNORED] == -1
 
 
 def test_no_rows() -> None:
-    transform = disturbed("plif")
-    empty = torch.empty(0, 7)
-    losses, _, stats, gradient = _run(
-        empty, torch.empty(0, dtype=torch.int64), _loss(transform), (torch.empty(0), None)
+    transform = disturbed("plif").to(DEVICE)
+    empty = torch.empty(0, 7, device=DEVICE, requires_grad=True)
+    none = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    result = loss_and_gradients(empty, none, transform, "triton", reduction="sum")
+    assert result["loss"] == 0 and result["input"].shape == (0, 7) and (result["raw_slope"] == 0).all()
+    assert ms.log_softmax(empty, transform, backend="triton").shape == (0, 7)
+
+
+@pytest.mark.parametrize("name", ["identity", "plif", "soft_cap"])
+@pytest.mark.parametrize("cuts", [(), (128,), (100, 101, 290)])
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}, {"weight": True, "label_smoothing": 0.1}], ids=str
+)
+def test_shards_of_the_vocabulary(name: str, cuts: tuple[int, ...], options: dict[str, Any]) -> None:
+    """Each shard knows its columns only; what is reduced between them is a few numbers a row."""
+    transform = disturbed(name).to(DEVICE)
+    input, target = _rows(300, torch.float32), _target(300)
+    target[1] = 300  # of no shard
+    weight = (torch.rand(300) + 0.1).to(DEVICE) if options.get("weight") else None
+    numbers = {"label_smoothing": 0.0, "z_loss": 0.0} | {k: v for k, v in options.items() if k != "weight"}
+    whole = input.detach().clone().requires_grad_()
+    wanted, wanted_lse = ms.cross_entropy(
+        whole, target, transform, weight=weight, reduction="none", return_lse=True, backend="triton", **numbers
     )
-    assert losses.shape == (0,) and stats.shape == (2, 0) and gradient.shape == (0, 7)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_compiles_without_spills(name: str, target: str, tmp_path: Path) -> None:
-    """bfloat16 logits in rows that begin and end at multiples of 16 elements."""
-    functions = REGISTRY[name]
-    types = dict.fromkeys(("weight", "weight_sum", "coefficients", "loss", "lse", "row_stats"), "*fp32")
-    types |= {"grad_loss": "*fp32", "grad_lse": "*fp32", "input": "*bf16", "grad_input": "*bf16", "target": "*i64"}
-    types |= dict.fromkeys(("rows", "classes", "stride", "grad_stride", "ignore_index"), "i32")
-    types |= dict.fromkeys(("c0", "c1", "c2", "target_share", "smooth_share", "z_loss"), "fp32")
-    aligned = ("input", "grad_input", "classes", "stride", "grad_stride")
-    size = disturbed(name).coefficients().shape[-1]
-    common = {"size": size, "weighted": False, "smooths": False, "BLOCK": block_of(50304)}
-    for kernel, constants in (
-        (cross_entropy_kernel, {"value": functions.value, "return_lse": False}),
-        (cross_entropy_backward_kernel, {"point": functions.point, "of_lse": False}),
-    ):
-        assembly = compiled_without_spills(kernel, types, common | constants, target, tmp_path, 8, aligned)
-        if target != "gfx942":
-            assert "ld.global.v4.b32" in assembly  # 16 bytes at once
+    upstream = torch.rand(ROWS).to(DEVICE)
+    parameters = list(transform.parameters())
+    valid = torch.tensor([True, False, True, True, True], device=DEVICE)
+    wanted_gradient, *wanted_of_parameters = torch.autograd.grad(wanted[valid], [whole, *parameters], upstream[valid])
+    call = launch.Call.of(name, transform.coefficients().detach(), transform.constants())
+    options_of_all = launch.LossOptions(weight, -100, **numbers)
+    bounds = [0, *cuts, 300]
+    shards = [(slice(a, b), launch.Shard(a, 300)) for a, b in pairwise(bounds)]
+    parts = []
+    for columns, shard in shards:
+        parts.append(shard_forward(call, input[:, columns], target, options_of_all, shard))
+    stacked = [torch.stack(each) for each in zip(*parts, strict=True)]
+    loss, lse, row_stats = merge_shards(*stacked, target, options_of_all, 300, return_lse=True)
+    torch.testing.assert_close(loss, wanted, equal_nan=True)
+    torch.testing.assert_close(lse, wanted_lse)
+    sums = torch.zeros_like(transform.coefficients())
+    for columns, shard in shards:
+        gradient, of_coefficients = shard_backward(
+            call, input[:, columns], target, options_of_all, shard, row_stats, launch.Upstream(upstream * valid), True
+        )
+        torch.testing.assert_close(gradient[valid], wanted_gradient[:, columns][valid])
+        sums = sums + of_coefficients
+    if parameters:
+        of_parameters = torch.autograd.grad(transform.coefficients(), parameters, sums)
+        if math.isfinite(sums.sum().item()):
+            for got, truth in zip(of_parameters, wanted_of_parameters, strict=True):
+                torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-5)

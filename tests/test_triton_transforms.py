@@ -1,8 +1,7 @@
-"""The Triton device functions of the transforms, executed on the CPU by Triton's interpreter and compiled for GPUs."""
+"""The Triton device functions of the transforms, executed on the CPU by Triton's interpreter."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,65 +12,67 @@ from torch import Tensor
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = pytest.importorskip("triton.language")
 
-from triton_compiler import TARGETS, compiled_without_spills  # noqa: E402
-from triton_interpreter import interpreted  # noqa: E402
+from triton_interpreter import interpreting  # noqa: E402
 
-from monosoftmax.triton_kernels.transforms import REGISTRY  # noqa: E402
+from monosoftmax.triton_kernels.launch import Call  # noqa: E402
 
 
 @triton.jit
 def evaluate(
-    Z, WEIGHT, VALUE, POINT, SUMS, coefficients, n, c0, c1, c2,
-    value: tl.constexpr, point: tl.constexpr, contribution: tl.constexpr,
-    size: tl.constexpr, contributions: tl.constexpr, is_table: tl.constexpr, BLOCK: tl.constexpr,
+    Z, WEIGHT, VALUE, POINT, TERMS, coefficients, n, c0, c1, c2,
+    functions: tl.constexpr, size: tl.constexpr, groups: tl.constexpr, is_table: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """f, its point, and for each logit its contributions: SUMS [contributions, n], then for a table its pieces."""
+    """f, its point, and for each logit its contributions: TERMS [contributions, n], then for a table its pieces."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     z = tl.load(Z + i, mask=inside, other=0.0)
     weight = tl.load(WEIGHT + i, mask=inside, other=0.0)
-    tl.store(VALUE + i, value(z, coefficients, size, c0, c1, c2), mask=inside)
-    at = point(z, coefficients, size, c0, c1, c2)
-    tl.store(POINT + i, at[0], mask=inside)
-    tl.store(POINT + n + i, at[1], mask=inside)
-    for index in tl.static_range(contributions):
-        tl.store(SUMS + index * n + i, contribution(index, at, z, weight, coefficients, size), mask=inside)
+    parameters = functions[0](coefficients, size, c0, c1, c2)
+    tl.store(VALUE + i, functions[1](z, parameters, size), mask=inside)
+    at_z = functions[2](z, parameters, size)
+    tl.store(POINT + i, at_z[0], mask=inside)
+    tl.store(POINT + n + i, at_z[1], mask=inside)
+    terms = ()
+    for group in tl.static_range(groups):
+        terms = terms + functions[3](group, at_z, z, weight, parameters, size)
+    for index in tl.static_range(len(terms)):
+        tl.store(TERMS + index * n + i, terms[index], mask=inside)
     if is_table:
-        tl.store(SUMS + contributions * n + i, at[2].to(tl.float32), mask=inside)
+        tl.store(TERMS + len(terms) * n + i, at_z[2].to(tl.float32), mask=inside)
 
 
-def _arguments(name: str, coefficients: Tensor) -> dict[str, Any]:
-    functions = REGISTRY[name]
-    rows = functions.table_rows
+def _constants(call: Call, dtype: torch.dtype) -> dict[str, Any]:
+    functions = call.functions
     return {
-        "value": functions.value,
-        "point": functions.point,
-        "contribution": functions.contribution,
-        "size": coefficients.shape[-1],
-        "contributions": rows or coefficients.shape[0],
-        "is_table": rows > 0,
+        "functions": functions.for_logits(dtype),
+        "size": call.size,
+        "groups": functions.groups(call.size) if call.size else 0,
+        "is_table": functions.table_rows > 0,
         "BLOCK": 128,
     }
 
 
-def _run(transform: Any, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """f, f', and the gradient of the coefficients; value and point apart."""
-    coefficients = transform.coefficients().detach().contiguous()
-    arguments = _arguments(transform.kernel, coefficients)
-    n, contributions = z.numel(), arguments["contributions"]
+def _call(transform: Any) -> Call:
+    return Call.of(transform.kernel, transform.coefficients().detach(), transform.constants())
+
+
+def _run(
+    transform: Any, z: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """f, f', and the gradient of the coefficients; value and point apart; by the functions for logits of ``dtype``."""
+    call, n = _call(transform), z.numel()
     value, point = z.new_full((n,), torch.nan), z.new_full((2, n), torch.nan)
-    sums = z.new_full((contributions + arguments["is_table"], n), torch.nan)
-    c0, c1, c2 = (float(each) for each in (*transform.constants(), 0.0, 0.0, 0.0)[:3])
-    with interpreted(evaluate) as kernel:
-        kernel[(triton.cdiv(n, 128),)](
-            z, weight, value, point, sums, coefficients, n, c0, c1, c2,
-            **arguments,
-        )  # fmt: skip
-    if arguments["is_table"]:
-        gradient = torch.zeros(coefficients.shape, dtype=torch.float64)
-        gradient.index_add_(1, sums[-1].long(), sums[:-1].double())
+    rows = call.functions.table_rows
+    terms = z.new_full((rows + 1 if rows else call.size, n), torch.nan)
+    with interpreting(evaluate):
+        evaluate[(triton.cdiv(n, 128),)](
+            z, weight, value, point, terms, call.packed, n, *call.constants, **_constants(call, dtype)
+        )
+    if rows:
+        gradient = torch.zeros(call.coefficients.shape, dtype=torch.float64)
+        gradient.index_add_(1, terms[-1].long(), terms[:-1].double())
     else:
-        gradient = sums.double().sum(1)
+        gradient = call.functions.unpack(terms.double().sum(1))
     return value, point[0], point[1], gradient
 
 
@@ -117,11 +118,38 @@ def test_ends(name: str) -> None:
     assert derivative[1:5].isfinite().all()
 
 
-@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_compiles_without_spills(name: str, target: str, tmp_path: Path) -> None:
-    """The same functions go through Triton's compiler for a GPU that is not there."""
-    arguments = _arguments(name, disturbed(name).coefficients())
-    types = {each: "*fp32" for each in ("Z", "WEIGHT", "VALUE", "POINT", "SUMS", "coefficients")}
-    types |= {"n": "i32", "c0": "fp32", "c1": "fp32", "c2": "fp32"}
-    compiled_without_spills(evaluate, types, arguments, target, tmp_path)
+def test_gradients_of_logits_of_minus_infinity(name: str) -> None:
+    """A weight of 0 there leaves nothing, as the kernels clamp such logits."""
+    z = torch.tensor([-1e30, 0.5, 1.0])
+    *_, gradient = _run(disturbed(name), z, torch.tensor([0.0, 1.0, 1.0]))
+    *_, wanted = _run(disturbed(name), z[1:], torch.ones(2))
+    torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=0)
+
+
+def test_plif_changes_its_piece_where_the_reference_does() -> None:
+    """Half precision logits lie on knots: at each of them, and next to it, the slope is the same."""
+    transform = disturbed("plif", num_pieces=64, bound=20.0)
+    knots = -20 + 0.625 * torch.arange(65.0)
+    z = torch.cat([knots, knots.nextafter(torch.tensor(-99.0)), knots.nextafter(torch.tensor(99.0))])
+    _, _, derivative, _ = _run(transform, z, torch.ones(len(z)))
+    assert torch.equal(derivative, transform.evaluate_derivative(z, transform.coefficients().detach()))
+
+
+def test_soft_cap_of_half_precision_logits() -> None:
+    transform = disturbed("soft_cap")
+    z, weight = _logits(20.0)
+    value, at_value, derivative, _ = _run(transform, z, weight, torch.bfloat16)
+    truth = _truth(transform, z, weight)
+    assert torch.equal(value, at_value)
+    assert (value.double() - truth[0]).abs().max() <= 2e-7 * transform.coefficients().item()
+    torch.testing.assert_close(derivative.double(), truth[1], rtol=3e-6, atol=1e-7)
+
+
+def test_thousands_of_pieces() -> None:
+    transform = disturbed("plif", num_pieces=100_000, bound=20.0, min_slope=1e-6)
+    z, weight = _logits(8.0)
+    value, _, derivative, _ = _run(transform, z, weight)
+    truth = _truth(transform, z, weight)
+    assert (value.double() - truth[0]).abs().max() <= 4e-6 * (1 + z.abs().max())
+    torch.testing.assert_close(derivative.double(), truth[1])

@@ -76,7 +76,8 @@ def interpreting(*kernels: JITFunction) -> Iterator[None]:
         scope = interpreter._patch_lang(_AnyModule)
         undo.append(scope.restore)
         replace(interpreter, "_patch_lang", lambda function: interpreter._LangPatchScope())
-        yield
+        with np.errstate(all="ignore"):  # a GPU does not warn of infinities either
+            yield
     finally:
         for each in reversed(undo):
             each()

@@ -1,9 +1,9 @@
 """Functions of a tensor of float32 that the transforms and the kernels share.
 
-On NVIDIA GPUs they compile to the special function unit's ex2, lg2 and rcp with subnormal numbers flushed to 0: results
-within 2 ulp (exp: of the rounded product with log2(e); log1p: within 2e-7 of the result's largest value), in 1 to 3
-instructions. ``tl.exp``, ``tl.log`` and ``/`` take 5, 31 and 10 (Triton 3.7.1, sm_90) to be right for subnormal numbers,
-which a probability may well round to 0.
+On NVIDIA GPUs they compile to the special function unit's ex2, lg2 and rcp with subnormal numbers flushed to 0: 1 to 3
+instructions, where ``tl.exp``, ``tl.log2`` and ``/`` take 5, 31 and 10 (Triton 3.7.1, sm_90) to be right for subnormal
+numbers, too, which a probability may well round to 0. What these units round is 2 ulp; exp rounds the product with
+log2(e) before.
 """
 
 from __future__ import annotations
@@ -95,7 +95,6 @@ def pair_of(low, high):
     """The int64 of two float32."""
     upper = high.to(tl.int32, bitcast=True).to(tl.int64) << 32
     return upper | low.to(tl.uint32, bitcast=True).to(tl.int64)
-
 
 
 @triton.jit

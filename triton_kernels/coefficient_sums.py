@@ -5,13 +5,15 @@ order. Where a logit contributes to all coefficients (a vector), each lane keeps
 to those of its piece (a table of K pieces), :func:`regime_of` chooses by K:
 
 - ``"registers"``: each lane keeps the whole table in registers, and adds to each piece what falls into it, or 0.
-- ``"lanes"``: each lane has a table of its own, in memory that stays in the L2 cache. No two threads share an address,
-  and the additions of one follow each other, so that sums are the same in every run: no atomics.
+- ``"lanes"``: each lane has a table of its own, in memory that is small enough for the L2 cache. No two threads share
+  an address, and the additions of one follow each other, so that sums are the same in every run: no atomics. That rests
+  on one layout for all accesses to the tables, in which a lane is always the same thread's; a test reads it from the
+  code.
 - ``"global"``: one table for all, to which every logit is added by atomics, in an order that changes from run to run.
 - ``"written"``: contributions are written, for PyTorch to add up in a fixed order; where determinism is asked for.
 
-Instructions per logit, with PLIF's two rows: 3 K; a load, 2 additions and a store; 2 atomics; 3 stores. (Memory: 8 LANES
-K bytes a program for ``"lanes"``.)
+Instructions per logit, with PLIF's two rows: 3 K; a load, 2 additions and a store; 2 atomics; 3 stores. Memory of a
+program's lanes: 8 LANES K bytes.
 """
 
 from __future__ import annotations

@@ -6,9 +6,11 @@
 for upstream gradients g of the loss and h of lse, as :mod:`monosoftmax.reference` and ``csrc/row/loss.h`` have it.
 
 One kernel, three uses: the losses; the gradients, from the row_stats of an earlier call; both. A program takes every
-num_programs-th row, or one where there are no sums to keep. Memory traffic per logit: the losses read it once; a gradient reads it once and writes once; both
-together read it once from memory and once more from a cache. Arithmetic is float32, each result is rounded once. A
-target outside [0, V) that is not ignore_index is read nowhere and makes its row NaN.
+num_programs-th row, or one where there are no sums to keep. Memory traffic per logit: the losses read it once; a
+gradient reads it once and writes once; both together read it once from memory and once more from a cache. Arithmetic is
+float32, each result is rounded once. A target outside [0, V) that is not ignore_index is read nowhere and makes its row
+NaN. The columns may be those of a shard of the vocabulary: then ``column_offset`` is its first class, targets and
+``weight`` are of all classes, and the row_stats that gradients are formed from those of whole rows.
 
 Hazards: a lane beyond V is masked after f, since f(-inf) may be finite. The gradient of the target's column is formed
 in float32, as its two parts cancel where p is next to 1. Rows that are ignored may hold anything, and their gradient is
@@ -26,7 +28,18 @@ from .rows import LOWEST, log_of_sum, lse_of, scan_row
 from .tiles import edge_begin, full_tiles, inside_row, load_full_tile, positions_from, row_shift, row_start
 
 
-@triton.jit(do_not_specialize=["rows", "classes", "stride", "grad_stride", "grad_loss_stride", "column_offset", "all_classes", "ignore_index"])
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "classes",
+        "stride",
+        "grad_stride",
+        "grad_loss_stride",
+        "column_offset",
+        "all_classes",
+        "ignore_index",
+    ]
+)
 def cross_entropy_kernel(
     input, target, weight, weight_sum, coefficients, grad_loss, grad_lse,
     loss, lse, row_stats, target_y, weighted_y, grad_input, totals, lanes,
@@ -47,7 +60,7 @@ def cross_entropy_kernel(
     program = tl.program_id(0)
     parameters = functions[0](coefficients, size, c0, c1, c2)
     sums, lanes = begin_sums(lanes, program, size, table_rows, regime, count, LANES)
-    all_weights = tl.load(weight_sum) if weighted else classes * 1.0
+    all_weights = tl.load(weight_sum) if weighted & smooths else all_classes * 1.0
     # Without sums to keep, a program has one row.
     end, step = program + 1, 1
     if regime != "none":
@@ -73,7 +86,7 @@ def cross_entropy_kernel(
                 if partial:
                     reference = 0.0
                 largest, total, gaps = scan_row(
-                    start, shift, length, parameters, weight, reference,
+                    start, shift, length, parameters, weight + column_offset, reference,
                     functions[1], size, weighted, smooths, EDGES, WHOLE, LANES, WIDTH,
                 )  # fmt: skip
                 row_lse = lse_of(largest, total)
@@ -83,7 +96,7 @@ def cross_entropy_kernel(
                         tl.store(weighted_y + row, gaps)
                 else:
                     log_sum = log_of_sum(total)
-                    mass = target_share * tl.load(weight + at) if weighted else target_share
+                    mass = target_share * tl.load(weight + tl.where(valid, t, 0)) if weighted else target_share
                     row_loss = mass * (log_sum - (of_target - largest))
                     if smooths:
                         all_gaps = all_weights * (log_sum + (largest - reference)) - gaps
@@ -105,7 +118,7 @@ def cross_entropy_kernel(
             present = (t != ignore_index) | (extra != 0)
             if has_z_loss:
                 extra += 2.0 * g * z_loss * (largest + log_of_sum(total))
-            mass = target_share * tl.load(weight + at) if weighted else target_share
+            mass = target_share * tl.load(weight + tl.where(valid, t, 0)) if weighted else target_share
             of_target = tl.where(ignored, 0.0, g * mass)
             of_weight = g * smooth_share
             of_p = of_target
@@ -128,7 +141,7 @@ def cross_entropy_kernel(
                 z = load_full_tile(start, begin, present, LANES, WIDTH)
                 w = 0.0
                 if smooths:
-                    w = of_weight * tl.load(weight + (position - shift)) if weighted else of_weight
+                    w = of_weight * tl.load(weight + column_offset + (position - shift)) if weighted else of_weight
                 z, at_z, dy = _gradient_of_y(
                     z, target_position - begin, parameters, largest, of_p, extra, of_target, w, functions, size,
                     smooths, of_lse | has_z_loss, LANES, WIDTH,
@@ -148,7 +161,7 @@ def cross_entropy_kernel(
                 if smooths:
                     w = of_weight
                     if weighted:
-                        w *= tl.load(weight + (position - shift), mask=inside, other=0.0)
+                        w *= tl.load(weight + column_offset + (position - shift), mask=inside, other=0.0)
                 z, at_z, dy = _gradient_of_y(
                     z, target_position - begin, parameters, largest, of_p, extra, of_target, w, functions, size,
                     smooths, of_lse | has_z_loss, LANES, WIDTH,
@@ -169,7 +182,7 @@ def _gradient_of_y(
     functions: tl.constexpr, size: tl.constexpr, smooths: tl.constexpr, has_extra: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """z as it is used, f there, and dL/dy. of_p and extra are per sum of exponentials, the target's place in the tile."""
+    """z as it is used, f there, and dL/dy. of_p and extra are divided by the row's sum; target_place is in the tile."""
     z = tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     at_z = functions[2](z, parameters, size)
     e = exp(at_z[0] - largest)

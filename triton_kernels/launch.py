@@ -46,10 +46,6 @@ class Call(NamedTuple):
         packed = functions.pack(coefficients, constants)
         return cls(functions, coefficients, coefficients.shape[-1], (c0, c1, c2), packed)
 
-    def device_functions(self) -> tuple[Any, ...]:
-        """parameters, value, point and contributions."""
-        return tuple(self.functions[:4])
-
 
 def lanes_of(classes: int, width: int, most: int = _LANES) -> int:
     """LANES: a power of two, as many as a row has use for, up to ``most``."""
@@ -78,8 +74,13 @@ def tile_arguments(input: Tensor, output: Tensor | None = None, most: int = _LAN
 
 def launch_options(lanes: int, registers: int, device: torch.device) -> dict[str, int]:
     """A thread a lane, and the registers that it may take."""
-    options = {"num_warps": lanes // 32, "num_stages": 1}
+    options = {"num_warps": max(1, lanes // warp_size(device)), "num_stages": 1}
     return options | {"maxnreg": registers} if limits_registers(device) else options
+
+
+def warp_size(device: torch.device) -> int:
+    """Threads in a warp: 64 on some AMD GPUs."""
+    return int(torch.cuda.get_device_properties(device).warp_size) if device.type == "cuda" else 32
 
 
 def limits_registers(device: torch.device) -> bool:
@@ -91,7 +92,7 @@ class Sums:
     """The sums of contributions to the coefficients: what a kernel keeps them in, and the second stage."""
 
     def __init__(self, call: Call, input: Tensor, needed: bool) -> None:
-        self._call, functions = call, call.functions
+        self._call, self._dtype, functions = call, input.dtype, call.functions
         deterministic = torch.are_deterministic_algorithms_enabled()
         # Nothing to sum for the transforms without coefficients, and for no rows.
         self.regime = "none"
@@ -135,7 +136,7 @@ class Sums:
         """What the kernels are compiled for."""
         functions = self._call.functions
         return {
-            "functions": self._call.device_functions(),
+            "functions": functions.for_logits(self._dtype),
             "size": self._call.size,
             "groups": functions.groups(self._call.size),
             "table_rows": functions.table_rows,
@@ -165,7 +166,7 @@ class _Written:
 
 
 class LossOptions(NamedTuple):
-    """The options of a loss. ``weight`` [V] is float32 and contiguous."""
+    """The options of a loss. ``weight`` [V], of all classes also for a shard of them, is float32 and contiguous."""
 
     weight: Tensor | None
     ignore_index: int
@@ -226,13 +227,15 @@ def launch_cross_entropy(
         return
     if sums is not None and sums.regime == "written":
         assert upstream is not None
-        shared = {"losses": losses, "return_lse": return_lse, "shard": shard}
-        launch_cross_entropy(call, input, target, options, results, upstream, grad_input, **shared)
+        _launch(call, input, target, options, results, upstream, grad_input, None, losses, return_lse, shard)
         sums.begin_written(input)
         for chunk in _chunks(rows, max(1, _WRITTEN // classes)):
             part = sums.written(chunk.stop - chunk.start)
             stats = results._replace(row_stats=results.row_stats[:, chunk].contiguous())
-            of_rows = Upstream(*(each if each is None or each.dim() == 0 else each[chunk] for each in upstream))
+            of_rows = Upstream(
+                upstream.loss[chunk] if upstream.loss.dim() > 0 else upstream.loss,
+                None if upstream.lse is None else upstream.lse[chunk],
+            )
             _launch(call, input[chunk], target[chunk], options, stats, of_rows, None, part, False, False, shard)
             sums.add_written(part)
         return
@@ -250,21 +253,24 @@ def _launch(
     partial = losses and results.loss.shape[0] == 0
     nothing = results.row_stats  # stands where a kernel reads and writes nothing
     weight = nothing if options.weight is None else options.weight
-    weight_sum = weight.sum(dtype=torch.float64).float() if options.weight is not None and smooths(options) else nothing
+    weight_sum = nothing
+    if options.weight is not None and smooths(options):
+        weight_sum = weight.sum(dtype=torch.float64).float()
     grad_loss = nothing if upstream is None else upstream.loss
     grad_lse = None if upstream is None else upstream.lse
     shard = Shard(0, classes) if shard is None else shard
+    registers = registers_of(call.functions.table_rows, upstream is not None)
     with on_device(input):
         cross_entropy_kernel[(sums.programs,)](
             input, target, weight, weight_sum, call.packed, grad_loss, nothing if grad_lse is None else grad_lse,
             *results, grad_input if gradient else input, sums.totals, sums.lanes,
-            rows, classes, input.stride(0), grad_input.stride(0) if gradient else 0, int(grad_loss.dim() > 0),
+            rows, classes, input.stride(0), 0 if grad_input is None else grad_input.stride(0), int(grad_loss.dim() > 0),
             shard.offset, shard.classes, *call.constants, options.ignore_index, 1.0 - options.label_smoothing,
             options.label_smoothing / shard.classes, float(options.z_loss),
             **sums.arguments(), losses=losses, return_lse=return_lse, partial=partial, gradient=gradient,
             weighted=options.weight is not None, smooths=smooths(options), of_lse=grad_lse is not None,
             has_z_loss=options.z_loss > 0, **tile,
-            **launch_options(tile["LANES"], registers_of(call.functions.table_rows, upstream is not None), input.device),
+            **launch_options(tile["LANES"], registers, input.device),
         )  # fmt: skip
 
 
@@ -297,7 +303,7 @@ def launch_log_softmax(call: Call, input: Tensor, output: Tensor, row_stats: Ten
     with on_device(input):
         log_softmax_kernel[(rows,)](
             input, call.packed, output, row_stats, rows, classes, input.stride(0), output.stride(0), *call.constants,
-            functions=call.device_functions(), size=call.size, **tile,
+            functions=call.functions.for_logits(input.dtype), size=call.size, **tile,
             **launch_options(tile["LANES"], registers_of(call.functions.table_rows, False), input.device),
         )  # fmt: skip
 
@@ -330,7 +336,7 @@ def _launch_log_softmax_backward(
     with on_device(input):
         log_softmax_backward_kernel[(sums.programs,)](
             grad_output, input, call.packed, row_stats, grad_input if gradient else input, sums.totals, sums.lanes,
-            rows, classes, input.stride(0), grad_output.stride(0), grad_input.stride(0) if gradient else 0,
+            rows, classes, input.stride(0), grad_output.stride(0), 0 if grad_input is None else grad_input.stride(0),
             *call.constants, **sums.arguments(), gradient=gradient, **tile,
             **launch_options(tile["LANES"], registers_of(call.functions.table_rows, True), input.device),
         )  # fmt: skip
@@ -347,6 +353,6 @@ def launch_token_statistics(
     with on_device(input):
         token_statistics_kernel[(rows,)](
             input, target, call.packed, *results, classes, input.stride(0), *call.constants, ignore_index,
-            functions=call.device_functions(), size=call.size, **tile,
+            functions=call.functions.for_logits(input.dtype), size=call.size, **tile,
             **launch_options(tile["LANES"], registers_of(call.functions.table_rows, False), input.device),
         )  # fmt: skip

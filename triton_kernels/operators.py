@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import library, operator
+from monosoftmax.ops import library, operator
+
 from .launch import (
     Call,
     LossOptions,
@@ -33,7 +34,7 @@ def cross_entropy(
     if scale is None and (need_input or need_coefficients):
         raise ValueError("monosoftmax: gradients need a scale")
     grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device) if need_input else None
-    call, results, sums = _cross_entropy(
+    results, sums = _cross_entropy(
         input, target, weight, coefficients, transform, constants, ignore_index, label_smoothing, z_loss, return_lse,
         scale, grad_input, need_coefficients,
     )  # fmt: skip
@@ -47,7 +48,7 @@ def cross_entropy_(
     ignore_index: int, label_smoothing: float, z_loss: float, return_lse: bool, scale: Tensor, need_coefficients: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """:func:`cross_entropy`, with the gradient of input written over it."""
-    _, results, sums = _cross_entropy(
+    results, sums = _cross_entropy(
         input, target, weight, coefficients, transform, constants, ignore_index, label_smoothing, z_loss, return_lse,
         scale, input, need_coefficients,
     )  # fmt: skip
@@ -58,16 +59,17 @@ def _cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, coefficients: Tensor, transform: str, constants: list[float],
     ignore_index: int, label_smoothing: float, z_loss: float, return_lse: bool, scale: Tensor | None,
     grad_input: Tensor | None, need_coefficients: bool,
-) -> tuple[Call, RowResults, Sums]:  # fmt: skip
+) -> tuple[RowResults, Sums]:  # fmt: skip
     call = Call.of(transform, coefficients, constants)
     options = LossOptions(_contiguous(weight), ignore_index, label_smoothing, z_loss)
     results, sums = RowResults.empty(input), Sums(call, input, need_coefficients)
     gradients = grad_input is not None or sums.regime != "none"
+    upstream = Upstream(scale) if gradients and scale is not None else None
     launch_cross_entropy(
-        call, input, target.contiguous(), options, results, Upstream(scale) if gradients and scale is not None else None,
-        grad_input, sums, losses=True, return_lse=return_lse,
+        call, input, target.contiguous(), options, results, upstream, grad_input, sums, losses=True,
+        return_lse=return_lse,
     )  # fmt: skip
-    return call, results, sums
+    return results, sums
 
 
 def cross_entropy_backward(
@@ -162,4 +164,4 @@ for _function in (
     log_softmax_backward,
 ):  # fmt: skip
     for _key in DISPATCH_KEYS:
-        library.impl(operator(_function.__name__, "triton"), _function, _key)  # type: ignore[no-untyped-call]
+        library.impl(operator(_function.__name__, "triton"), _function, _key)

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
@@ -40,7 +41,10 @@ def _in_order(sums: Tensor) -> Tensor:
 
 
 class TransformFunctions(NamedTuple):
-    """The functions of a transform, and the rows of its table of coefficients (0: they are a vector)."""
+    """The functions of a transform, and the rows of its table of coefficients (0: they are a vector).
+
+    ``value_of_half`` and ``point_of_half`` stand for ``value`` and ``point`` where logits are bfloat16 or float16.
+    """
 
     parameters: JITFunction
     value: JITFunction
@@ -50,6 +54,15 @@ class TransformFunctions(NamedTuple):
     pack: Callable[[Tensor, Sequence[float]], Tensor] = _as_they_are
     groups: Callable[[int], int] = _one_group
     unpack: Callable[[Tensor], Tensor] = _in_order
+    value_of_half: JITFunction | None = None
+    point_of_half: JITFunction | None = None
+
+    def for_logits(self, dtype: torch.dtype) -> tuple[JITFunction, JITFunction, JITFunction, JITFunction]:
+        """parameters, value, point and contributions for logits of this type."""
+        value, point = self.value, self.point
+        if dtype != torch.float32:
+            value, point = self.value_of_half or value, self.point_of_half or point
+        return self.parameters, value, point, self.contributions
 
 
 #: By the name that MonotonicTransform.kernel has.
@@ -65,7 +78,14 @@ REGISTRY = {
         sigsoftmax.parameters, sigsoftmax.value, sigsoftmax.point, sigsoftmax.contributions
     ),
     "gss": TransformFunctions(gss.parameters, gss.value, gss.point, gss.contributions),
-    "soft_cap": TransformFunctions(soft_cap.parameters, soft_cap.value, soft_cap.point, soft_cap.contributions),
+    "soft_cap": TransformFunctions(
+        soft_cap.parameters,
+        soft_cap.value,
+        soft_cap.point,
+        soft_cap.contributions,
+        value_of_half=soft_cap.value_of_half,
+        point_of_half=soft_cap.point_of_half,
+    ),
     "sigmoid_cap": TransformFunctions(
         sigmoid_cap.parameters, sigmoid_cap.value, sigmoid_cap.point, sigmoid_cap.contributions
     ),

@@ -1,8 +1,9 @@
 """f(z) = intercept_k + slope_k z, k = clamp(floor((z - lo) / width), 0, K - 1).
 
 The table that the kernels read has two int64 a piece. The halves of the first are slope and intercept = value - slope *
-knot in float32, one look-up of 8 bytes; the second has the knot, which only the gradient of a slope needs. Its rounding is one of slope * z, where that of value + slope *
-(z - knot) is one of each term: as f(0) = 0, they differ where f bends strongly only. Constants: lo, width, 1 / width.
+knot in float32, one look-up of 8 bytes; the second has the knot, which only the gradient of a slope needs. f rounds one
+product slope * z, where value + slope * (z - knot) rounds smaller ones: as f(0) = 0, they differ where f bends strongly
+only. Constants: lo, width, 1 / width.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""f(z) = c tanh(z / c) = c - 2 c / (1 + exp(2 z / c)), with an absolute error of c 1e-7. Coefficients: c."""
+"""f(z) = c tanh(z / c). Coefficients: c.
+
+For logits in half precision f is c - 2 c / (1 + exp(2 z / c)), in a third of the instructions: its error of c 2e-7 is
+far below the rounding of such logits, except next to 0.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,7 @@ def parameters(coefficients, size: tl.constexpr, c0, c1, c2):
 
 @triton.jit
 def value(z, parameters, size: tl.constexpr):
-    cap, _, steepness = parameters
-    return cap - divide(2.0 * cap, 1.0 + exp2(z * steepness))
+    return point(z, parameters, size)[0]
 
 
 @triton.jit
@@ -25,7 +28,19 @@ def point(z, parameters, size: tl.constexpr):
     # tanh is constant beyond 400; the clamp keeps inf * 0 out of the gradient of c.
     u = clamp(z * parameters[1], -400.0, 400.0)
     tanh, slope = hyperbolic_tangent(u)
-    return value(z, parameters, size), slope, u, tanh
+    return parameters[0] * tanh, slope, u, tanh
+
+
+@triton.jit
+def value_of_half(z, parameters, size: tl.constexpr):
+    cap, _, steepness = parameters
+    return cap - divide(2.0 * cap, 1.0 + exp2(z * steepness))
+
+
+@triton.jit
+def point_of_half(z, parameters, size: tl.constexpr):
+    _, slope, u, tanh = point(z, parameters, size)
+    return value_of_half(z, parameters, size), slope, u, tanh
 
 
 @triton.jit

@@ -1,0 +1,158 @@
+"""Forward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arithmetic import exp
+from .head_tiles import (
+    FORWARD,
+    HeadTile,
+    column_parts,
+    described,
+    has_descriptors,
+    load_targets,
+    logits_tile,
+    place_of,
+    tile_of,
+)
+from .launch import Call, LossOptions, RowResults, Shard, on_device, smooths
+from .vocabulary_parallel import merge_shards
+
+#: Programs that a multiprocessor gets, at least where there are classes enough.
+_PROGRAMS = 4
+
+LOWEST_FLOAT: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit(do_not_specialize=["rows", "classes", "splits", "column_offset", "all_classes", "ignore_index"])
+def linear_cross_entropy_kernel(
+    input, linear_weight, linear_bias, target, weight, coefficients, row_stats, target_y, weighted_y,
+    rows, classes, features, input_stride, weight_stride, splits, column_offset, all_classes,
+    c0, c1, c2, ignore_index,
+    functions: tl.constexpr, size: tl.constexpr, has_bias: tl.constexpr, weighted: tl.constexpr, smooths: tl.constexpr,
+    every_row: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    row_blocks = tl.cdiv(rows, BN)
+    row_block, split = place_of(tl.program_id(0), row_blocks, splits, GROUP)
+    row = row_block * BN
+    r = row.to(tl.int64) + tl.arange(0, BN)
+    parameters = functions[0](coefficients, size, c0, c1, c2)
+    _, at, _, ignored = load_targets(target, r, rows, column_offset, classes, all_classes, ignore_index)
+    tiles = tl.cdiv(classes, BV)
+    first, last = split * tiles // splits, (split + 1) * tiles // splits
+    if not every_row:
+        last = tl.where(tl.min(ignored.to(tl.int32), 0) == 1, first, last)
+    WIDTH: tl.constexpr = BV // PARTS
+    largest = tl.full((BN, WIDTH), LOWEST_FLOAT, tl.float32)
+    total = tl.zeros((BN, WIDTH), tl.float32)
+    of_target = tl.zeros((BN, WIDTH), tl.float32)
+    gaps = tl.zeros((BN, WIDTH), tl.float32)
+    for tile in range(first, last):
+        begin = tile * BV
+        logits = logits_tile(
+            input, linear_weight, row, begin, rows, classes, features, features, input_stride, weight_stride,
+            DESCRIPTORS, BN, BV, BD,
+        )  # fmt: skip
+        parts = column_parts(logits, PARTS)
+        for part in tl.static_range(PARTS):
+            column = begin + part * WIDTH + tl.arange(0, WIDTH)
+            inside = column < classes
+            z = parts[part]
+            if has_bias:
+                z += tl.load(linear_bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+            y = functions[1](z, parameters, size)
+            # After f: f(-inf) may be finite.
+            y = tl.where(inside[None, :], y, float("-inf"))
+            distance = y - largest
+            decay = exp(-tl.abs(distance))
+            total = tl.where(distance > 0, total * decay + 1.0, total + decay)
+            largest = tl.maximum(largest, y)
+            of_target = tl.where(column[None, :] == at[:, None], y, of_target)
+            if smooths:
+                w = 1.0
+                if weighted:
+                    w = tl.load(weight + (column_offset + column), mask=inside, other=0.0)[None, :]
+                gaps += tl.where(inside[None, :], w * y, 0.0)
+    row_largest = tl.max(largest, 1)
+    row_total = tl.sum(total * exp(largest - row_largest[:, None]), 1)
+    stored = r < rows
+    has_target = (at >= first * BV) & (at < last * BV)
+    row_stats += split * (2 * rows.to(tl.int64)) + r
+    tl.store(row_stats, row_largest, mask=stored)
+    tl.store(row_stats + rows, row_total, mask=stored)
+    of_split = split * rows.to(tl.int64) + r
+    tl.store(target_y + of_split, tl.where(has_target, tl.sum(of_target, 1), float("-inf")), mask=stored)
+    if smooths:
+        tl.store(weighted_y + of_split, tl.sum(gaps, 1), mask=stored)
+
+
+def recompute_forward(
+    call: Call,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    options: LossOptions,
+    *,
+    return_lse: bool = False,
+    shard: Shard | None = None,
+    tile: HeadTile | None = None,
+    splits: int | None = None,
+    descriptors: bool | None = None,
+) -> RowResults:
+    """The losses of the rows ``input`` [N, d] of a head, or what a ``shard`` of its classes contributes to them.
+
+    ``linear_weight`` [V, d] has the type of ``input``; their rows may lie anywhere. ``tile``, ``splits`` and
+    ``descriptors`` follow from the device where they are not given.
+    """
+    assert input.dtype == linear_weight.dtype and input.shape[1] == linear_weight.shape[1]
+    (rows, features), classes = input.shape, linear_weight.shape[0]
+    partial = shard is not None
+    results = RowResults.empty(input, partial)
+    if rows == 0:
+        return results
+    shard = Shard(0, classes) if shard is None else shard
+    input, linear_weight, target = unit_columns(input), unit_columns(linear_weight), target.contiguous()
+    tile = tile_of(FORWARD, call, input) if tile is None else tile
+    descriptors = has_descriptors(input.device, input, linear_weight) if descriptors is None else descriptors
+    row_blocks, tiles = triton.cdiv(rows, tile.BN), triton.cdiv(classes, tile.BV)
+    splits = splits_of(row_blocks, tiles, input.device) if splits is None else min(splits, tiles)
+    row_stats = results.row_stats.new_empty((splits, 2, rows))
+    target_y, weighted_y = (row_stats.new_empty((splits, rows)) for _ in range(2))
+    weight = row_stats if options.weight is None else options.weight
+    bias = row_stats if linear_bias is None else linear_bias.contiguous()
+    with on_device(input):
+        linear_cross_entropy_kernel[(row_blocks * splits,)](
+            described(input, tile.BN, tile.BD, descriptors), described(linear_weight, tile.BV, tile.BD, descriptors),
+            bias, target, weight, call.packed, row_stats, target_y, weighted_y, rows, classes, features,
+            input.stride(0), linear_weight.stride(0), splits, shard.offset, shard.classes, *call.constants,
+            options.ignore_index, functions=call.functions.for_logits(torch.float32), size=call.size,
+            has_bias=linear_bias is not None, weighted=options.weight is not None, smooths=smooths(options),
+            every_row=return_lse | partial, DESCRIPTORS=descriptors, **tile.arguments(),
+        )  # fmt: skip
+    if partial:
+        largest = row_stats[:, 0].amax(0)
+        total = (row_stats[:, 1] * (row_stats[:, 0] - largest).exp()).sum(0)
+        weighted_y = weighted_y.sum(0) if smooths(options) else torch.zeros_like(largest)
+        return results._replace(
+            row_stats=torch.stack((largest, total)), target_y=target_y.amax(0), weighted_y=weighted_y
+        )
+    loss, lse, merged = merge_shards(row_stats, target_y, weighted_y, target, options, classes, return_lse)
+    return results._replace(loss=loss, lse=lse, row_stats=merged)
+
+
+def splits_of(row_blocks: int, tiles: int, device: torch.device) -> int:
+    """Splits of the vocabulary: as many as give each multiprocessor a few programs."""
+    multiprocessors = 1 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+    return int(min(tiles, triton.cdiv(_PROGRAMS * multiprocessors, row_blocks)))
+
+
+def unit_columns(matrix: Tensor) -> Tensor:
+    """The matrix with its columns next to each other."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()

@@ -1,0 +1,222 @@
+"""Backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arithmetic import exp
+from .head_tiles import (
+    BACKWARD,
+    HeadTile,
+    column_parts,
+    described,
+    has_descriptors,
+    join_columns,
+    load_targets,
+    load_tile,
+    logits_tile,
+    place_of,
+    tile_of,
+)
+from .launch import Call, LossOptions, Shard, Upstream, on_device, smooths
+from .linear_cross_entropy import unit_columns
+from .rows import LOWEST, log_of_sum
+
+#: Tables to which contributions are added, and numbers in all of them, at most.
+_SLOTS, _NUMBERS = 1024, 2**22
+
+
+@triton.jit(do_not_specialize=["rows", "classes", "grad_loss_stride", "column_offset", "all_classes", "ignore_index"])
+def linear_cross_entropy_backward_kernel(
+    input, linear_weight, linear_bias, target, weight, weight_sum, coefficients, grad_loss, grad_lse, row_stats,
+    grad_input, grad_weight, grad_bias, totals,
+    rows, classes, features, input_stride, weight_stride, grad_loss_stride, column_offset, all_classes,
+    c0, c1, c2, ignore_index, target_share, smooth_share, z_loss, filter_eps,
+    functions: tl.constexpr, size: tl.constexpr, groups: tl.constexpr, table_rows: tl.constexpr,
+    need_input: tl.constexpr, need_weight: tl.constexpr, need_bias: tl.constexpr, need_coefficients: tl.constexpr,
+    has_bias: tl.constexpr, weighted: tl.constexpr, smooths: tl.constexpr, of_lse: tl.constexpr,
+    has_z_loss: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr,
+    GROUP: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    WIDTH: tl.constexpr = BV // PARTS
+    dtype: tl.constexpr = input.dtype if DESCRIPTORS else input.dtype.element_ty
+    program = tl.program_id(0)
+    row_block, tile = place_of(program, tl.cdiv(rows, BN), tl.cdiv(classes, BV), GROUP)
+    row, begin = row_block * BN, tile * BV
+    r = row.to(tl.int64) + tl.arange(0, BN)
+    parameters = functions[0](coefficients, size, c0, c1, c2)
+    t, at, valid, ignored = load_targets(target, r, rows, column_offset, classes, all_classes, ignore_index)
+    g = tl.load(grad_loss + r * grad_loss_stride, mask=~ignored, other=0.0)
+    extra = tl.load(grad_lse + r, mask=r < rows, other=0.0) if of_lse else tl.zeros((BN,), tl.float32)
+    present = ~ignored | (extra != 0)
+    largest = tl.load(row_stats + r, mask=present, other=0.0)
+    total = tl.load(row_stats + rows + r, mask=present, other=1.0)
+    if has_z_loss:
+        extra += 2.0 * g * z_loss * (largest + log_of_sum(total))
+    of_target = g * target_share
+    if weighted:
+        of_target *= tl.load(weight + tl.where(valid, t, 0))
+    of_weight = g * smooth_share
+    of_p = of_target
+    if smooths:
+        of_p += of_weight * (tl.load(weight_sum) if weighted else all_classes * 1.0)
+    # A row of -inf only has no p: NaN, as its loss.
+    inverse = tl.where((total == 0) | ~(valid | ignored), float("nan"), 1.0 / total)
+    of_p *= inverse
+    extra *= inverse
+    negligible = filter_eps * tl.abs(g)
+    # Rows of which nothing is asked cost no product.
+    length = tl.where(tl.max(present.to(tl.int32), 0) == 1, features, 0)
+    logits = logits_tile(
+        input, linear_weight, row, begin, rows, classes, features, length, input_stride, weight_stride,
+        DESCRIPTORS, BN, BV, BD,
+    )  # fmt: skip
+    parts = column_parts(logits, PARTS)
+    gradients = ()
+    beyond = tl.zeros((BN, WIDTH), tl.int32)
+    sums = ()
+    if need_coefficients & (table_rows == 0):
+        for _ in tl.static_range(size):
+            sums = sums + (tl.zeros((BN,), tl.float32),)
+    table = totals + (program % SLOTS) * (size * table_rows)
+    for part in tl.static_range(PARTS):
+        column = begin + part * WIDTH + tl.arange(0, WIDTH)
+        inside = column < classes
+        z = parts[part]
+        if has_bias:
+            z += tl.load(linear_bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        z = tl.where(present[:, None], tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL), 0.0)
+        at_z = functions[2](z, parameters, size)
+        e = exp(at_z[0] - largest[:, None])
+        # In float32, and in this order: the two parts cancel where p is next to 1.
+        dy = e * of_p[:, None] - tl.where(column[None, :] == at[:, None], of_target[:, None], 0.0)
+        if smooths:
+            w = tl.load(weight + (column_offset + column), mask=inside, other=0.0)[None, :] if weighted else 1.0
+            dy -= of_weight[:, None] * w
+        if of_lse | has_z_loss:
+            dy += e * extra[:, None]
+        dy = tl.where(inside[None, :] & present[:, None], dy, 0.0)
+        dz = dy * at_z[1]
+        if need_bias:
+            tl.atomic_add(grad_bias + column, tl.sum(dz, 0), mask=inside, sem="relaxed")
+        rounded = dz.to(dtype)
+        gradients = gradients + (rounded,)
+        # Of the rounded gradient, which this keeps in its place: what only the products need, LLVM moves behind their
+        # branch, where all parts at once take more registers than there are.
+        beyond |= tl.where(tl.abs(rounded.to(tl.float32)) <= negligible[:, None], 0, 1)
+        if need_coefficients:
+            if table_rows > 0:
+                terms = functions[3](0, at_z, z, dy, parameters, size)
+                for i in tl.static_range(table_rows):
+                    tl.atomic_add(table + i * size + at_z[2], terms[i], mask=dy != 0, sem="relaxed")
+            else:
+                updated = ()
+                for group in tl.static_range(groups):
+                    terms = functions[3](group, at_z, z, dy, parameters, size)
+                    for i in tl.static_range(len(terms)):
+                        updated = updated + (sums[len(updated)] + tl.sum(terms[i], 1),)
+                sums = updated
+    for i in tl.static_range(len(sums)):
+        tl.atomic_add(totals + i * rows.to(tl.int64) + r, sums[i], mask=present, sem="relaxed")
+    # Flat: of a maximum of maxima, Triton 3.7.1 fails to lower the layout for sm_100.
+    if tl.max(tl.reshape(beyond, (BN * WIDTH,)), 0) > 0:
+        dz_tile = join_columns(gradients)
+        if need_input:
+            into = grad_input + r[:, None] * features
+            for d in range(0, features, BD):
+                k = d + tl.arange(0, BD)
+                w = load_tile(linear_weight, begin, d, classes, features, weight_stride, DESCRIPTORS, BV, BD)
+                product = tl.dot(dz_tile, w, input_precision="ieee")
+                tl.atomic_add(
+                    into + k[None, :], product, mask=present[:, None] & (k < features)[None, :], sem="relaxed"
+                )
+        if need_weight:
+            transposed = tl.trans(dz_tile)
+            c = begin + tl.arange(0, BV)
+            into = grad_weight + c.to(tl.int64)[:, None] * features
+            for d in range(0, features, BD):
+                k = d + tl.arange(0, BD)
+                x = load_tile(input, row, d, rows, features, input_stride, DESCRIPTORS, BN, BD)
+                product = tl.dot(transposed, x, input_precision="ieee")
+                mask = (c < classes)[:, None] & (k < features)[None, :]
+                tl.atomic_add(into + k[None, :], product, mask=mask, sem="relaxed")
+
+
+def recompute_backward(
+    call: Call,
+    upstream: Upstream,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    options: LossOptions,
+    row_stats: Tensor,
+    *,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool = False,
+    need_coefficients: bool = False,
+    filter_eps: float = 0.0,
+    shard: Shard | None = None,
+    tile: HeadTile | None = None,
+    descriptors: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of input, linear_weight, linear_bias and f's coefficients; empty those that are not needed.
+
+    ``row_stats`` [2, N] are those of all classes, also where a ``shard`` of them is given. The gradient of input has
+    its type, the others are float32.
+    """
+    assert input.dtype == linear_weight.dtype and input.shape[1] == linear_weight.shape[1]
+    (rows, features), classes, functions = input.shape, linear_weight.shape[0], call.functions
+    sums_coefficients = need_coefficients and call.size > 0
+    input, linear_weight, target = unit_columns(input), unit_columns(linear_weight), target.contiguous()
+    tile = tile_of(BACKWARD, call, input) if tile is None else tile
+    programs = triton.cdiv(rows, tile.BN) * triton.cdiv(classes, tile.BV)
+    numbers = call.size * functions.table_rows
+    slots = max(1, min(_SLOTS, programs, _NUMBERS // max(1, numbers)))
+    shape = (slots, numbers) if functions.table_rows > 0 else (call.size, rows)
+
+    def zeros(needed: bool, *shape: int) -> Tensor:
+        return input.new_zeros(shape if needed else 0, dtype=torch.float32)
+
+    grad_input, grad_weight = zeros(need_input, rows, features), zeros(need_weight, classes, features)
+    grad_bias, totals = zeros(need_bias, classes), zeros(need_coefficients, *shape)
+    if programs > 0 and (need_input or need_weight or need_bias or sums_coefficients):
+        row_stats = row_stats.contiguous()
+        weight = row_stats if options.weight is None else options.weight
+        # Of all classes, also of a shard's.
+        weight_sum = (
+            weight.sum(dtype=torch.float64).float() if smooths(options) and options.weight is not None else weight
+        )
+        bias = row_stats if linear_bias is None else linear_bias.contiguous()
+        descriptors = has_descriptors(input.device, input, linear_weight) if descriptors is None else descriptors
+        grad_lse = row_stats if upstream.lse is None else upstream.lse
+        shard = Shard(0, classes) if shard is None else shard
+        with on_device(input):
+            linear_cross_entropy_backward_kernel[(programs,)](
+                described(input, tile.BN, tile.BD, descriptors),
+                described(linear_weight, tile.BV, tile.BD, descriptors),
+                bias, target, weight, weight_sum, call.packed, upstream.loss, grad_lse, row_stats, grad_input,
+                grad_weight, grad_bias, totals, rows, classes, features, input.stride(0), linear_weight.stride(0),
+                int(upstream.loss.dim() > 0), shard.offset, shard.classes, *call.constants, options.ignore_index,
+                1.0 - options.label_smoothing, options.label_smoothing / shard.classes, float(options.z_loss),
+                filter_eps, functions=functions.for_logits(torch.float32), size=call.size,
+                groups=functions.groups(call.size), table_rows=functions.table_rows, need_input=need_input,
+                need_weight=need_weight, need_bias=need_bias, need_coefficients=sums_coefficients,
+                has_bias=linear_bias is not None, weighted=options.weight is not None, smooths=smooths(options),
+                of_lse=upstream.lse is not None, has_z_loss=options.z_loss > 0, DESCRIPTORS=descriptors, SLOTS=slots,
+                **tile.arguments(),
+            )  # fmt: skip
+    return grad_input.to(input.dtype), grad_weight, grad_bias, _total(call, totals, need_coefficients)
+
+
+def _total(call: Call, totals: Tensor, needed: bool) -> Tensor:
+    """The second stage of the sums for f's coefficients."""
+    if not needed:
+        return call.coefficients.new_empty(0)
+    total = totals.sum(0 if call.functions.table_rows > 0 else 1, dtype=torch.float64).to(call.coefficients.dtype)
+    return call.functions.unpack(total).reshape(call.coefficients.shape)

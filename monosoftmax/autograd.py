@@ -127,13 +127,16 @@ class _Ahead:
             if not self._scalable:
                 return None
             return [(each.to(factor.dtype) * factor).to(each.dtype) for each in self.gradients]
-        if factor.device.type == "cpu" and factor.item() == 1:
+        if _tells_values(factor) and factor.item() == 1:
             return self.gradients
         return [each.mul_(factor) for each in self.gradients] if self._scalable else None
 
 
 def _loss_function(
-    forward_operator: torch._ops.OpOverload, backward_operator: torch._ops.OpOverload, tensor_names: Sequence[str]
+    forward_operator: torch._ops.OpOverload,
+    backward_operator: torch._ops.OpOverload,
+    rescale_operator: torch._ops.OpOverload | None,
+    tensor_names: Sequence[str],
 ) -> type[_SingleLevelFunction]:
     """The derivative of a loss whose first arguments are the tensors ``tensor_names``."""
     count = len(tensor_names)
@@ -152,7 +155,12 @@ def _loss_function(
             needs = [grad_enabled and ctx.needs_input_grad[1 + place] for place in differentiable]
             input, shift = tensors[0], None
             # Gradients that the caller asks for stay his own.
-            ahead = scale is not None and any(needs) and not any(asked) and _may_compute_ahead(input, linear)
+            ahead = (
+                scale is not None
+                and any(needs)
+                and not any(asked)
+                and _may_compute_ahead(input, linear, rescale_operator)
+            )
             ahead = ahead and "recompute" not in options
             with _below_autograd(), torch.set_grad_enabled(grad_enabled):
                 scale_of_gradients = scale
@@ -186,10 +194,12 @@ def _loss_function(
             results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
             if grad_loss is None and grad_lse is None and grad_total is None:
                 return tuple(results)
-            gradients = None
+            gradients: Sequence[Tensor] | None = None
             # With gradients enabled, these may be differentiated: that must end in an error, not in zeros.
             if ahead is not None and grad_loss is None and grad_lse is None and not torch.is_grad_enabled():
                 gradients = ahead.times(grad_total)
+                if gradients is None and rescale_operator is not None and not _traced():
+                    gradients = _rescaled(ctx, ahead.gradients, grad_total, rescale_operator)
             del ahead
             if gradients is None:
                 *tensors, row_stats, scale = ctx.saved_tensors
@@ -209,11 +219,34 @@ def _loss_function(
     return Loss
 
 
-def _may_compute_ahead(input: Tensor, linear: bool) -> bool:
+def _rescaled(
+    ctx: Any, gradients: Sequence[Tensor], grad_total: Tensor, rescale_operator: torch._ops.OpOverload
+) -> list[Tensor]:
+    """The gradients of a half precision input and of coefficients times ``grad_total``, decided on the device."""
+    *tensors, row_stats, scale = ctx.saved_tensors
+    transform, constants, options = ctx.arguments
+    rescaled = [each for each in gradients]
+    for i, each in enumerate(rescaled):
+        if each.dtype in _HALF:
+            rescale_operator(each, grad_total, scale, *tensors, transform, constants, row_stats, *options)
+        else:
+            rescaled[i] = each.mul_(grad_total)
+    return rescaled
+
+
+def _may_compute_ahead(input: Tensor, linear: bool, rescale_operator: torch._ops.OpOverload | None) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False  # func.grad asks for gradients that it can differentiate
-    # A gradient in half precision is scaled by 1 or computed again, and only the CPU says which without waiting.
-    return linear or input.dtype not in _HALF or (input.device.type == "cpu" and not _traced())
+    if linear or input.dtype not in _HALF:
+        return True
+    # A gradient in half precision is scaled by 1 or computed again, so as not to be rounded twice. The CPU says which
+    # without waiting; elsewhere an operator decides on the device.
+    return not _traced() and (_tells_values(input) or rescale_operator is not None)
+
+
+def _tells_values(tensor: Tensor) -> bool:
+    """Whether a value can be looked at without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def _traced() -> bool:
@@ -274,7 +307,8 @@ def _register(backend: str) -> None:
         ("linear_cross_entropy", ("input", "linear_weight", "linear_bias", "target", "weight", "coefficients")),
     ):
         overload = operator(name, backend)
-        function = _loss_function(overload, operator(f"{name}_backward", backend), tensors)
+        rescale = operator("cross_entropy_rescale_", backend) if name == "cross_entropy" and backend != "cpu" else None
+        function = _loss_function(overload, operator(f"{name}_backward", backend), rescale, tensors)
         _implement(overload, function)
     _implement(forward_log, LogSoftmax)
     for name in ("cross_entropy_backward", "linear_cross_entropy_backward", "log_softmax_backward"):

@@ -167,6 +167,12 @@ def _triton_problem() -> str | None:
     return _load_triton_kernels()
 
 
+# torch.compile calls these when it traces, and takes what they return for a constant. That is what
+# torch.compiler.assume_constant_result does, after importing all of the compiler.
+_interpreting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.cache
 def _load_triton_kernels() -> str | None:
     """Registers the kernels; the reason why that cannot be, or None."""
@@ -207,8 +213,8 @@ def _triton_how(call: Call) -> str:
 
 
 _RECOMPUTE_HOW = (
-    "logits formed tile by tile in the kernels that use them, and again for the gradients, which are summed by atomics; "
-    "no logits in memory"
+    "logits formed tile by tile in the kernels that use them, and again for the gradients, which are summed by "
+    "atomics; no logits in memory"
 )
 
 #: The most features of a head whose logits are formed tile by tile without being asked for.

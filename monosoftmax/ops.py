@@ -87,6 +87,14 @@ SCHEMAS = {
     ),
 }
 
+#: Of backends whose device does not tell a number without being waited for: grad_input, computed ahead for a scale, is
+#: computed again for factor * scale, unless factor is 1.
+ON_DEVICE = {
+    "cross_entropy_rescale_": (
+        f"(Tensor(a!) grad_input, Tensor factor, Tensor scale, {_LOSS}, Tensor row_stats, {_OPTIONS}) -> ()"
+    ),
+}
+
 library = torch.library.Library("monosoftmax", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -144,6 +152,10 @@ def _fake_cross_entropy_backward_(  # type: ignore[no-untyped-def]
     return _gradients(input, coefficients, False, need_coefficients)[1]
 
 
+def _fake_cross_entropy_rescale_(*_: Any) -> None:
+    return None
+
+
 def _fake_token_statistics(  # type: ignore[no-untyped-def]
     input, target, coefficients, transform, constants, ignore_index
 ):
@@ -199,6 +211,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "cross_entropy_backward": _fake_cross_entropy_backward,
     "cross_entropy_": _fake_cross_entropy_,
     "cross_entropy_backward_": _fake_cross_entropy_backward_,
+    "cross_entropy_rescale_": _fake_cross_entropy_rescale_,
     "token_statistics": _fake_token_statistics,
     "linear_cross_entropy": _fake_linear_cross_entropy,
     "linear_cross_entropy_backward": _fake_linear_cross_entropy_backward,
@@ -208,7 +221,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 for _backend in FUSED_BACKENDS:
-    for _name, _schema in SCHEMAS.items():
+    for _name, _schema in (SCHEMAS if _backend == "cpu" else SCHEMAS | ON_DEVICE).items():
         library.define(  # type: ignore[no-untyped-call]
             f"{_name}.{_backend}{_schema}", tags=(torch.Tag.pt2_compliant_tag,)
         )

@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton_interpreter import interpreting
 
 import monosoftmax as ms
-from monosoftmax import reference
+from monosoftmax import autograd, reference
 from monosoftmax.triton_kernels import coefficient_sums, launch, operators
 from monosoftmax.triton_kernels.vocabulary_parallel import (
     merge_shards,
@@ -200,6 +200,27 @@ def test_in_place_and_later_are_the_same(name: str) -> None:
     for each in (later[1], in_place[3], sums_later):
         torch.testing.assert_close(each, sums, rtol=1e-6, atol=1e-7)
     assert torch.equal(in_place[0], loss) and torch.equal(in_place[1], lse)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_ahead_is_rounded_once_whatever_comes_later(
+    factor: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where values cannot be looked at, as on a GPU: the device decides whether the gradient is computed again."""
+    monkeypatch.setattr(autograd, "_tells_values", lambda tensor: False)
+    calls = []
+    rescale = operators.launch_cross_entropy
+    monkeypatch.setattr(operators, "launch_cross_entropy", lambda *a, **k: (calls.append(k), rescale(*a, **k)))
+    transform = disturbed("plif").to(DEVICE)
+    input, target = _rows(300, dtype), _target(300)
+    upstream = (torch.tensor(factor, device=DEVICE),)
+    result = loss_and_gradients(input, target, transform, "triton", upstream=upstream)
+    assert [each["losses"] for each in calls] == [True, False]
+    exact = loss_and_gradients(input, target, transform, "reference", torch.float64, upstream=upstream)
+    ulp = torch.finfo(dtype).eps * exact["input"].abs() + (2**-24 if dtype == torch.float16 else 0)
+    assert ((result["input"].double() - exact["input"]).abs() <= 0.502 * ulp + 2e-6 * exact["input"].abs()).all()
+    torch.testing.assert_close(result["raw_slope"].double(), exact["raw_slope"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["identity", "soft_cap", "plif", "gss"])

@@ -41,7 +41,7 @@ from .tiles import edge_begin, full_tiles, inside_row, load_full_tile, positions
     ]
 )
 def cross_entropy_kernel(
-    input, target, weight, weight_sum, coefficients, grad_loss, grad_lse,
+    input, target, weight, weight_sum, coefficients, grad_loss, grad_lse, factor,
     loss, lse, row_stats, target_y, weighted_y, grad_input, totals, lanes,
     rows, classes, stride, grad_stride, grad_loss_stride, column_offset, all_classes,
     c0, c1, c2, ignore_index, target_share, smooth_share, z_loss,
@@ -49,13 +49,15 @@ def cross_entropy_kernel(
     regime: tl.constexpr, count: tl.constexpr,
     losses: tl.constexpr, return_lse: tl.constexpr, partial: tl.constexpr, gradient: tl.constexpr,
     weighted: tl.constexpr, smooths: tl.constexpr, of_lse: tl.constexpr, has_z_loss: tl.constexpr,
+    has_factor: tl.constexpr,
     ALIGNMENT: tl.constexpr, OUT_ALIGNED: tl.constexpr, EDGES: tl.constexpr, WHOLE: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """See :mod:`.launch` for the arguments.
 
     ``losses``: scan the rows and write loss, lse and row_stats (``partial``: what a shard of the columns contributes).
-    ``gradient``: write grad_input. ``regime`` other than "none": sum the contributions to f's coefficients.
+    ``gradient``: write grad_input; ``has_factor``: for upstream gradients times factor, or not at all where it is 1, as
+    grad_input is what it would be then. ``regime`` other than "none": sum the contributions to f's coefficients.
     """
     program = tl.program_id(0)
     parameters = functions[0](coefficients, size, c0, c1, c2)
@@ -65,6 +67,8 @@ def cross_entropy_kernel(
     end, step = program + 1, 1
     if regime != "none":
         end, step = rows, tl.num_programs(0)
+    if has_factor:
+        end = tl.where(tl.load(factor) == 1.0, program, end)
     for row_number in range(program, end, step):
         row = tl.full((), 0, tl.int64) + row_number
         shift = row_shift(input, row, stride, ALIGNMENT)
@@ -114,6 +118,8 @@ def cross_entropy_kernel(
             largest, total = tl.load(row_stats + row), tl.load(row_stats + rows + row)
         if gradient | (regime != "none"):
             g = tl.where(ignored, 0.0, tl.load(grad_loss + row * grad_loss_stride))
+            if has_factor:
+                g *= tl.load(factor)
             extra = tl.load(grad_lse + row) if of_lse else 0.0
             present = (t != ignore_index) | (extra != 0)
             if has_z_loss:

@@ -201,10 +201,14 @@ class RowResults(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """The upstream gradients of the losses, one for all (0-dim) or one each, and of lse."""
+    """The upstream gradients of the losses, one for all (0-dim) or one each, and of lse.
+
+    With a ``factor``, 0-dim, by which those of the losses are multiplied, nothing is written where it is 1.
+    """
 
     loss: Tensor
     lse: Tensor | None = None
+    factor: Tensor | None = None
 
 
 def launch_cross_entropy(
@@ -257,19 +261,20 @@ def _launch(
     if options.weight is not None and smooths(options):
         weight_sum = weight.sum(dtype=torch.float64).float()
     grad_loss = nothing if upstream is None else upstream.loss
-    grad_lse = None if upstream is None else upstream.lse
+    grad_lse, factor = (None, None) if upstream is None else (upstream.lse, upstream.factor)
     shard = Shard(0, classes) if shard is None else shard
     registers = registers_of(call.functions.table_rows, upstream is not None)
     with on_device(input):
         cross_entropy_kernel[(sums.programs,)](
             input, target, weight, weight_sum, call.packed, grad_loss, nothing if grad_lse is None else grad_lse,
+            nothing if factor is None else factor,
             *results, grad_input if gradient else input, sums.totals, sums.lanes,
             rows, classes, input.stride(0), 0 if grad_input is None else grad_input.stride(0), int(grad_loss.dim() > 0),
             shard.offset, shard.classes, *call.constants, options.ignore_index, 1.0 - options.label_smoothing,
             options.label_smoothing / shard.classes, float(options.z_loss),
             **sums.arguments(), losses=losses, return_lse=return_lse, partial=partial, gradient=gradient,
             weighted=options.weight is not None, smooths=smooths(options), of_lse=grad_lse is not None,
-            has_z_loss=options.z_loss > 0, **tile,
+            has_z_loss=options.z_loss > 0, has_factor=factor is not None, **tile,
             **launch_options(tile["LANES"], registers, input.device),
         )  # fmt: skip
 

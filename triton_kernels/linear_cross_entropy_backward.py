@@ -40,7 +40,7 @@ def linear_cross_entropy_backward_kernel(
     has_bias: tl.constexpr, weighted: tl.constexpr, smooths: tl.constexpr, of_lse: tl.constexpr,
     has_z_loss: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr,
-    GROUP: tl.constexpr, SLOTS: tl.constexpr,
+    GROUP: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = BV // PARTS
     dtype: tl.constexpr = input.dtype if DESCRIPTORS else input.dtype.element_ty
@@ -77,12 +77,12 @@ def linear_cross_entropy_backward_kernel(
     )  # fmt: skip
     parts = column_parts(logits, PARTS)
     gradients = ()
-    beyond = tl.zeros((BN, WIDTH), tl.int32)
+    beyond = tl.zeros((LANES,), tl.int32)
     sums = ()
     if need_coefficients & (table_rows == 0):
         for _ in tl.static_range(size):
-            sums = sums + (tl.zeros((BN,), tl.float32),)
-    table = totals + (program % SLOTS) * (size * table_rows)
+            sums = sums + (tl.zeros((LANES,), tl.float32),)
+    table = totals + (program % SLOTS) * (size * (table_rows if table_rows > 0 else 1))
     for part in tl.static_range(PARTS):
         column = begin + part * WIDTH + tl.arange(0, WIDTH)
         inside = column < classes
@@ -95,8 +95,10 @@ def linear_cross_entropy_backward_kernel(
         # In float32, and in this order: the two parts cancel where p is next to 1.
         dy = e * of_p[:, None] - tl.where(column[None, :] == at[:, None], of_target[:, None], 0.0)
         if smooths:
-            w = tl.load(weight + (column_offset + column), mask=inside, other=0.0)[None, :] if weighted else 1.0
-            dy -= of_weight[:, None] * w
+            q = of_weight[:, None]
+            if weighted:
+                q *= tl.load(weight + (column_offset + column), mask=inside, other=0.0)[None, :]
+            dy -= q
         if of_lse | has_z_loss:
             dy += e * extra[:, None]
         dy = tl.where(inside[None, :] & present[:, None], dy, 0.0)
@@ -107,7 +109,7 @@ def linear_cross_entropy_backward_kernel(
         gradients = gradients + (rounded,)
         # Of the rounded gradient, which this keeps in its place: what only the products need, LLVM moves behind their
         # branch, where all parts at once take more registers than there are.
-        beyond |= tl.where(tl.abs(rounded.to(tl.float32)) <= negligible[:, None], 0, 1)
+        beyond += of_lanes(tl.where(tl.abs(rounded.to(tl.float32)) <= negligible[:, None], 0, 1), LANES)
         if need_coefficients:
             if table_rows > 0:
                 terms = functions[3](0, at_z, z, dy, parameters, size)
@@ -118,12 +120,11 @@ def linear_cross_entropy_backward_kernel(
                 for group in tl.static_range(groups):
                     terms = functions[3](group, at_z, z, dy, parameters, size)
                     for i in tl.static_range(len(terms)):
-                        updated = updated + (sums[len(updated)] + tl.sum(terms[i], 1),)
+                        updated = updated + (sums[len(updated)] + of_lanes(terms[i], LANES),)
                 sums = updated
     for i in tl.static_range(len(sums)):
-        tl.atomic_add(totals + i * rows.to(tl.int64) + r, sums[i], mask=present, sem="relaxed")
-    # Flat: of a maximum of maxima, Triton 3.7.1 fails to lower the layout for sm_100.
-    if tl.max(tl.reshape(beyond, (BN * WIDTH,)), 0) > 0:
+        tl.atomic_add(table + i, tl.sum(sums[i], 0), sem="relaxed")
+    if tl.max(beyond, 0) > 0:
         dz_tile = join_columns(gradients)
         if need_input:
             into = grad_input + r[:, None] * features
@@ -144,6 +145,13 @@ def linear_cross_entropy_backward_kernel(
                 product = tl.dot(transposed, x, input_precision="ieee")
                 mask = (c < classes)[:, None] & (k < features)[None, :]
                 tl.atomic_add(into + k[None, :], product, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def of_lanes(tile, LANES: tl.constexpr):
+    """Sums of a tile, [LANES]: each thread adds up what it has, and which that is does not matter."""
+    parts = tl.reshape(tile, (LANES, tile.shape[0] * tile.shape[1] // LANES), can_reorder=True)
+    return tl.sum(parts, 1)
 
 
 def recompute_backward(
@@ -176,15 +184,14 @@ def recompute_backward(
     input, linear_weight, target = unit_columns(input), unit_columns(linear_weight), target.contiguous()
     tile = tile_of(BACKWARD, call, input) if tile is None else tile
     programs = triton.cdiv(rows, tile.BN) * triton.cdiv(classes, tile.BV)
-    numbers = call.size * functions.table_rows
+    numbers = call.size * max(functions.table_rows, 1)
     slots = max(1, min(_SLOTS, programs, _NUMBERS // max(1, numbers)))
-    shape = (slots, numbers) if functions.table_rows > 0 else (call.size, rows)
 
     def zeros(needed: bool, *shape: int) -> Tensor:
         return input.new_zeros(shape if needed else 0, dtype=torch.float32)
 
     grad_input, grad_weight = zeros(need_input, rows, features), zeros(need_weight, classes, features)
-    grad_bias, totals = zeros(need_bias, classes), zeros(need_coefficients, *shape)
+    grad_bias, totals = zeros(need_bias, classes), zeros(need_coefficients, slots, numbers)
     if programs > 0 and (need_input or need_weight or need_bias or sums_coefficients):
         row_stats = row_stats.contiguous()
         weight = row_stats if options.weight is None else options.weight
@@ -209,7 +216,7 @@ def recompute_backward(
                 need_weight=need_weight, need_bias=need_bias, need_coefficients=sums_coefficients,
                 has_bias=linear_bias is not None, weighted=options.weight is not None, smooths=smooths(options),
                 of_lse=upstream.lse is not None, has_z_loss=options.z_loss > 0, DESCRIPTORS=descriptors, SLOTS=slots,
-                **tile.arguments(),
+                LANES=tile.warps * (64 if torch.version.hip is not None else 32), **tile.arguments(),
             )  # fmt: skip
     return grad_input.to(input.dtype), grad_weight, grad_bias, _total(call, totals, need_coefficients)
 
@@ -218,5 +225,5 @@ def _total(call: Call, totals: Tensor, needed: bool) -> Tensor:
     """The second stage of the sums for f's coefficients."""
     if not needed:
         return call.coefficients.new_empty(0)
-    total = totals.sum(0 if call.functions.table_rows > 0 else 1, dtype=torch.float64).to(call.coefficients.dtype)
+    total = totals.sum(0, dtype=torch.float64).to(call.coefficients.dtype)
     return call.functions.unpack(total).reshape(call.coefficients.shape)

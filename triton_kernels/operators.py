@@ -118,6 +118,19 @@ def _cross_entropy_backward(
     return sums.total()
 
 
+def cross_entropy_rescale_(
+    grad_input: Tensor, factor: Tensor, scale: Tensor, input: Tensor, target: Tensor, weight: Tensor | None,
+    coefficients: Tensor, transform: str, constants: list[float], row_stats: Tensor, ignore_index: int,
+    label_smoothing: float, z_loss: float,
+) -> None:  # fmt: skip
+    """grad_input, which is that of scale * sum of losses, becomes that of factor * scale * sum, rounded once."""
+    call = Call.of(transform, coefficients, constants)
+    options = LossOptions(_contiguous(weight), ignore_index, label_smoothing, z_loss)
+    results = RowResults.empty(input[:0])._replace(row_stats=row_stats)
+    upstream = Upstream(scale, factor=factor)
+    launch_cross_entropy(call, input, target.contiguous(), options, results, upstream, grad_input, losses=False)
+
+
 def token_statistics(
     input: Tensor, target: Tensor, coefficients: Tensor, transform: str, constants: list[float], ignore_index: int
 ) -> tuple[Tensor, ...]:
@@ -160,8 +173,8 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 for _function in (
-    cross_entropy, cross_entropy_, cross_entropy_backward, cross_entropy_backward_, token_statistics, log_softmax,
-    log_softmax_backward,
+    cross_entropy, cross_entropy_, cross_entropy_backward, cross_entropy_backward_, cross_entropy_rescale_,
+    token_statistics, log_softmax, log_softmax_backward,
 ):  # fmt: skip
     for _key in DISPATCH_KEYS:
         library.impl(operator(_function.__name__, "triton"), _function, _key)

@@ -11,12 +11,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CPP_FILES := $(sort $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp))
 EXTENSION_FILES := csrc/sources.txt $(filter-out csrc/tests/%,$(CPP_FILES))
 
-.PHONY: help demo smoke overhead test lint types test-cpp test-python test-slow install format clean
+.PHONY: help demo smoke overhead codegen test lint types test-cpp test-python test-slow install format clean
 
 help:
 	@echo 'make demo       train the demo language models and print the table (6 minutes on 2 cores)'
 	@echo 'make smoke      the same on a slice of the corpus (1 minute)'
 	@echo 'make overhead   time and memory of every loss and head beside the plain ones (10 minutes on 2 cores)'
+	@echo 'make codegen    what the Triton kernels compile to, held against budgets (5 minutes on 2 cores)'
 	@echo 'make test       lint, types, C++ tests, Python tests'
 	@echo 'make test-slow  the Python tests that take more than a few seconds, such as installing the package'
 	@echo 'make format     format the Python and C++ sources'
@@ -31,6 +32,9 @@ smoke: install $(VENV)/.data
 
 overhead: install $(VENV)/.peers
 	$(BIN)/python -m benchmarks.overhead --preset quick --overwrite
+
+codegen: install $(VENV)/.peers
+	$(BIN)/python -m benchmarks.codegen triton --check
 
 test: lint types test-cpp test-python
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from . import analysis, backends, transforms
+from . import (
+    analysis,
+    backends,
+    chunked_head,  # noqa: F401, the implementation of the linear_ operators
+    transforms,
+)
 from .functional import TokenStatistics, cross_entropy, linear_cross_entropy, linear_token_statistics, log_softmax
 from .mixtures import MixtureOfContexts, MixtureOfSoftmaxes
 from .modules import MonotonicCrossEntropyLoss, MonotonicSoftmax, OutputAndLoss, parameter_groups

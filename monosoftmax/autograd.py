@@ -26,7 +26,7 @@ from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
 )
 from torch.autograd.function import _SingleLevelFunction
 
-from .chunked_head import float16_shift
+from .float16 import float16_shift
 from .ops import FUSED_BACKENDS, library, operator
 from .transforms.base import MonotonicTransform, arithmetic_dtype
 
@@ -198,7 +198,7 @@ def _loss_function(
             # With gradients enabled, these may be differentiated: that must end in an error, not in zeros.
             if ahead is not None and grad_loss is None and grad_lse is None and not torch.is_grad_enabled():
                 gradients = ahead.times(grad_total)
-                if gradients is None and rescale_operator is not None and not _traced():
+                if gradients is None and rescale_operator is not None and grad_total is not None and not _traced():
                     gradients = _rescaled(ctx, ahead.gradients, grad_total, rescale_operator)
             del ahead
             if gradients is None:

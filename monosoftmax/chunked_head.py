@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .float16 import float16_shift
 from .ops import FUSED_BACKENDS, library, operator
 from .transforms.base import arithmetic_dtype
 
@@ -53,21 +54,6 @@ def chunk_rows(classes: int, dtype: torch.dtype, device: str = "cpu") -> int:
         return max(fewest, min(most, _LARGEST_ON_GPU // (classes * dtype.itemsize)))
     largest, smallest = (size // (classes * dtype.itemsize) for size in (_LARGEST, _SMALLEST))
     return max(_FEWEST_ROWS, min(largest, max(_ENOUGH_ROWS, smallest)))
-
-
-def float16_shift(upstream: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """A power of two for upstream gradients of at most ``upstream``, 0-dim, over float16 logits.
-
-    The gradient of a logit is p times that of its row, and 1/N of a mean is small to begin with: as float16 it would
-    underflow. Times this power, which is undone exactly, the largest gradient of a row is between 8 and 16: p down to
-    1e-8 leaves something, and a slope of f of 4000 does not overflow.
-    """
-    if weight is not None and target.numel() > 0:
-        inside = (target != ignore_index) & (target >= 0) & (target < weight.shape[0])
-        upstream = upstream * (weight[torch.where(inside, target, 0)] * inside).amax()
-    mantissa, _ = torch.frexp(upstream)
-    power = 16 * (mantissa / upstream)  # exact, unlike exp2() of the exponent
-    return torch.where(torch.isfinite(power), power, torch.ones_like(power))
 
 
 class _Head:
@@ -154,7 +140,7 @@ class _Head:
                     total[block].addmm_(part, x)
             return
         for block in self._blocks():
-            _add(total[block], dz[:, block].t() @ x, first)
+            _add(total[block], _product_to_be_summed(dz[:, block].t(), x), first)
 
     def _blocks(self) -> Iterator[slice]:
         classes = self.weight.shape[0]
@@ -163,6 +149,11 @@ class _Head:
 
 def _add(total: Tensor, part: Tensor, first: bool) -> None:
     total.copy_(part) if first else total.add_(part)
+
+
+def _product_to_be_summed(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for operands in half precision: not rounded to it, where torch can leave that out, which is on GPUs."""
+    return a @ b if a.device.type == "cpu" else torch.mm(a, b, out_dtype=torch.float32)
 
 
 def _has_fast_products(input: Tensor) -> bool:

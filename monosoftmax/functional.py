@@ -231,8 +231,9 @@ def linear_cross_entropy(
             is ever in memory: its sums of gradients are atomic, in an order that changes from run to run. ``"auto"``
             is :func:`monosoftmax.backends.head_method`.
         chunk_rows: rows in a chunk; the backend chooses by default.
-        filter_eps: with ``"recompute"``, tiles of logits in which no :math:`|\partial \ell_i / \partial f(z_{ij})|`
-            exceeds ``filter_eps`` times the upstream gradient of its row add nothing to the gradients; 0 is exact.
+        filter_eps: with ``"recompute"``, tiles of logits in which no :math:`|\partial \ell_i / \partial z_{ij}|`
+            exceeds ``filter_eps`` add nothing to the gradients of ``input`` and ``linear_weight``; 0 leaves nothing
+            out.
 
     Returns:
         As :func:`cross_entropy`.

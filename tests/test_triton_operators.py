@@ -12,6 +12,7 @@ import pytest
 import torch
 from losses import distance, disturbed, head_loss_and_gradients, loss_and_gradients
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -157,8 +158,9 @@ def test_double_backward_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["identity", "plif", "monotonic_mlp"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chunked_head(name: str, reduction: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["chunked", "recompute"])
+def test_head(method: Any, name: str, reduction: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = {"input": (7, 5), "linear_weight": (CLASSES, 5), "linear_bias": (CLASSES,)}
     head = {key: torch.randn(shape, generator=generator).to(DEVICE, dtype) for key, shape in shapes.items()}
@@ -167,12 +169,34 @@ def test_chunked_head(name: str, reduction: str, dtype: torch.dtype) -> None:
     options = {"reduction": reduction, "upstream": upstream}
     transform = disturbed(name).to(DEVICE)
     with on_gpu_or_interpreted():
-        result = head_loss_and_gradients(head, target, transform, "triton", chunk_rows=3, **options)
+        how = {"method": method} if method == "recompute" else {"chunk_rows": 3}
+        result = head_loss_and_gradients(head, target, transform, "triton", **how, **options)
     truth = head_loss_and_gradients(head, target, transform, "reference", torch.float64, **options)
     plain = head_loss_and_gradients(head, target, transform, "reference", **options)
     for key, wanted in truth.items():
         error, of_plain = distance(result[key], wanted), distance(plain[key], wanted)
         assert error <= 2 * of_plain + 1e-6 * (1 + wanted.norm().item()), key
+
+
+def test_recompute_refuses_where_determinism_is_asked_for() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        with on_gpu_or_interpreted():
+            input, weight = torch.randn(3, 4, device=DEVICE, requires_grad=True), torch.randn(9, 4, device=DEVICE)
+            target = torch.tensor([0, 8, 1], device=DEVICE)
+            loss = ms.linear_cross_entropy(input, weight, target, backend="triton", method="recompute")
+            with pytest.raises(RuntimeError, match='use method="chunked"'):
+                loss.backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_parts_of_the_weight_gradient_are_float32_on_a_gpu() -> None:
+    """As far as torch says without one: of tensors that are not there."""
+    with FakeTensorMode():
+        a, b = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((9, 4), (4, 5)))
+        product = chunked_head._product_to_be_summed(a, b)
+    assert product.dtype == torch.float32 and product.shape == (9, 5)
 
 
 def test_rows_in_a_chunk_on_a_gpu() -> None:
@@ -196,6 +220,7 @@ def _driver_of(target: Any) -> Iterator[None]:
         run(self, *args, warmup=True, **kwargs)
     ))  # fmt: skip
     patch.setattr(launch, "limits_registers", lambda device: target.backend == "cuda")
+    patch.setattr(launch, "warp_size", lambda device: target.warp_size)
     try:
         yield
     finally:

@@ -4,8 +4,9 @@
 functions stay what they are, and :func:`interpreting` replaces them while it lasts.
 
 The interpreter of Triton 3.7 is patched where it is silently wrong: floats given to a kernel stay Python floats (a GPU
-gets float32), float32 is truncated to bfloat16, maximum and minimum keep NaN where a GPU drops it. libdevice's
-functions are numpy's. Arithmetic on bfloat16 itself stays wrong: the kernels convert to float32 first.
+gets float32), float32 is truncated to bfloat16, maximum and minimum keep NaN where a GPU drops it, products of bfloat16
+are those of its bits. libdevice's functions are numpy's. Other arithmetic on bfloat16 itself stays wrong: the kernels
+convert to float32 first.
 
 What only a GPU would suffer from is an error here: loads and stores outside the storages of the kernel's tensors, an
 address that two programs store to, or that one loads after another one has stored to it, and two lanes that store
@@ -26,6 +27,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _PACKAGES = ("triton.language", "monosoftmax.triton_kernels")
 _functions: dict[int, Any] = {}  # by id: the hash of a JITFunction compiles it
@@ -69,6 +71,7 @@ def interpreting(*kernels: JITFunction) -> Iterator[None]:
         replace(builder, "create_atomic_rmw", _checked_atomic(builder.create_atomic_rmw))
         replace(builder, "create_maxnumf", lambda self, a, b: self.binary_op(a, b, np.fmax))
         replace(builder, "create_minnumf", lambda self, a, b: self.binary_op(a, b, np.fmin))
+        replace(builder, "create_dot", _of_numbers(builder.create_dot))
         replace(builder, "cast_impl", _rounding_to_bfloat16(builder.cast_impl))
         replace(interpreter.GridExecutor, "__call__", _with_interpreted_functions(interpreter.GridExecutor.__call__))
         replace(interpreter, "_implicit_cvt", _with_float32_scalars(interpreter._implicit_cvt))
@@ -105,6 +108,8 @@ def _noting_storages(init: Any) -> Any:
     def noting(self: Any, args: Any, kwargs: Any) -> Any:
         on_host = init(self, args, kwargs)
         tensors = [each for group in on_host for each in (group.values() if isinstance(group, dict) else group)]
+        # What a descriptor describes is memory of the kernel, too.
+        tensors = [each.base if isinstance(each, TensorDescriptor) else each for each in tensors]
         found = {each.untyped_storage().data_ptr(): each for each in tensors if isinstance(each, torch.Tensor)}
         _storages[:] = [_Storage(each) for each in found.values()]
         return on_host
@@ -139,10 +144,10 @@ def _of_other_programs(builder: Any, addresses: np.ndarray, store: bool) -> bool
 
 
 def _checked_load(load: Any) -> Any:
-    def checked(self: Any, pointers: Any, mask: Any, *arguments: Any) -> Any:
+    def checked(self: Any, pointers: Any, mask: Any, *arguments: Any, **options: Any) -> Any:
         if _of_other_programs(self, _addresses(pointers, mask, "load"), store=False):
             raise RuntimeError("race: a program loads what another one stores")
-        return load(self, pointers, mask, *arguments)
+        return load(self, pointers, mask, *arguments, **options)
 
     return checked
 
@@ -176,6 +181,23 @@ def _with_interpreted_functions(call: Any) -> Any:
         return call(self, *arguments, **{name: as_interpreted(each) for name, each in options.items()})
 
     return calling
+
+
+def _of_numbers(dot: Any) -> Any:
+    """A product of the numbers that bfloat16 operands are, not of their bits; those of float16 in float32."""
+
+    def widened(operand: Any) -> Any:
+        if operand.dtype.scalar == tl.bfloat16:
+            bits = torch.from_numpy(np.ascontiguousarray(operand.data).view(np.int16))
+            return interpreter.TensorHandle(bits.view(torch.bfloat16).float().numpy(), tl.float32)
+        if operand.dtype.scalar == tl.float16:
+            return interpreter.TensorHandle(operand.data.astype(np.float32), tl.float32)
+        return operand
+
+    def multiplying(self: Any, a: Any, b: Any, *arguments: Any) -> Any:
+        return dot(self, widened(a), widened(b), *arguments)
+
+    return multiplying
 
 
 def _rounding_to_bfloat16(cast: Any) -> Any:

@@ -24,6 +24,12 @@ def exp(x):
 
 
 @triton.jit
+def decay(x):
+    """e^-|x|. A minus sign would be a subtraction from 0 (-0 is another number): the constant has it."""
+    return libdevice.exp2(tl.abs(x) * -LOG2_E)
+
+
+@triton.jit
 def exp2(x):
     """2^x; below 1.2e-38 it is 0."""
     return libdevice.exp2(x)
@@ -66,17 +72,17 @@ def clamp_index(x, last):
 @triton.jit
 def logistic(u):
     """sigmoid(u), sigmoid(-u) and exp(-|u|), without overflow or cancellation."""
-    decay = exp(-tl.abs(u))
-    large = divide(1.0, 1.0 + decay)
-    small = decay * large
-    return tl.where(u < 0, small, large), tl.where(u < 0, large, small), decay
+    e = decay(u)
+    large = divide(1.0, 1.0 + e)
+    small = e * large
+    return tl.where(u < 0, small, large), tl.where(u < 0, large, small), e
 
 
 @triton.jit
 def hyperbolic_tangent(u):
     """tanh(u) and its derivative, both to relative accuracy."""
-    decay = exp(-2.0 * tl.abs(u))
-    complement = divide(2.0 * decay, 1.0 + decay)  # 1 - |tanh(u)|
+    e = decay(2.0 * u)
+    complement = divide(2.0 * e, 1.0 + e)  # 1 - |tanh(u)|
     size = 1.0 - complement
     square = u * u
     series = u * (1.0 - square * (1 / 3.0 - square * (2 / 15.0 - square * (17 / 315.0 - square * (62 / 2835.0)))))

@@ -54,9 +54,9 @@ def lanes_of(classes: int, width: int, most: int = _LANES) -> int:
 
 def registers_of(table_rows: int, gradient: bool) -> int:
     """Registers that a thread may take. ptxas spills a few bytes to stay below 128 or less where it is not told."""
-    if not gradient:
-        return 64
-    return 255 if table_rows > 2 else 128
+    if table_rows > 2:
+        return 255 if gradient else 96
+    return 128 if gradient else 64
 
 
 def tile_arguments(input: Tensor, output: Tensor | None = None, most: int = _LANES) -> dict[str, Any]:
@@ -74,7 +74,8 @@ def tile_arguments(input: Tensor, output: Tensor | None = None, most: int = _LAN
 
 def launch_options(lanes: int, registers: int, device: torch.device) -> dict[str, int]:
     """A thread a lane, and the registers that it may take."""
-    options = {"num_warps": max(1, lanes // warp_size(device)), "num_stages": 1}
+    # Fused products and sums are the default up to Triton 3.9, and will not be after it.
+    options = {"num_warps": max(1, lanes // warp_size(device)), "num_stages": 1, "enable_fp_fusion": True}
     return options | {"maxnreg": registers} if limits_registers(device) else options
 
 
@@ -342,7 +343,7 @@ def _launch_log_softmax_backward(
         log_softmax_backward_kernel[(sums.programs,)](
             grad_output, input, call.packed, row_stats, grad_input if gradient else input, sums.totals, sums.lanes,
             rows, classes, input.stride(0), grad_output.stride(0), 0 if grad_input is None else grad_input.stride(0),
-            *call.constants, **sums.arguments(), gradient=gradient, **tile,
+            *call.constants, **sums.arguments(), gradient=gradient, GRAD_ALIGNED=as_aligned(grad_output, input), **tile,
             **launch_options(tile["LANES"], registers_of(call.functions.table_rows, True), input.device),
         )  # fmt: skip
 

@@ -1,4 +1,21 @@
-"""Forward."""
+"""The recompute head: the losses of rows of an LM head whose logits are in no memory, only in registers.
+
+    z = input linear_weight^T + linear_bias,   y = f(z),   and of y the loss of :mod:`.cross_entropy`
+
+A program has a block of BN rows and a split of the classes, which it goes through in tiles of BV. A thread keeps, for
+each of its rows and every WIDTH-th column, the largest y and sum exp(y - largest) so far, which costs one exponential a
+logit and tells the other threads nothing; they are put together at the end of the split. The splits are then merged as
+shards of the vocabulary are (:func:`.vocabulary_parallel.merge_shards`), and a shard is what is left unmerged.
+
+Memory: 3 or 4 float32 for each row and split. Traffic: every tile reads (BN + BV) d numbers, from the L2 cache as far
+as GROUP row blocks take turns on the same classes; from memory input is then read once, and linear_weight once for
+GROUP row blocks. Arithmetic: products of the operands' type summed in float32 (float32 ones as they are, not as
+TF32), and nothing is rounded before the loss, so that it is closer to the truth than that of logits in bfloat16. The
+result is the same in every run.
+
+Hazards: a column beyond V is masked after f, since f(-inf) may be finite. A target outside [0, V) that is not
+ignore_index makes its row NaN. What ignored rows hold does not matter; a block of only such rows costs nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +24,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import exp
+from .arithmetic import decay, exp
 from .head_tiles import (
-    FORWARD,
     HeadTile,
     column_parts,
     described,
+    forward_tile,
     has_descriptors,
     load_targets,
     logits_tile,
     place_of,
-    tile_of,
 )
 from .launch import Call, LossOptions, RowResults, Shard, on_device, smooths
 from .vocabulary_parallel import merge_shards
@@ -25,7 +41,8 @@ from .vocabulary_parallel import merge_shards
 #: Programs that a multiprocessor gets, at least where there are classes enough.
 _PROGRAMS = 4
 
-LOWEST_FLOAT: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+#: Not -inf, so that no thread ever forms inf - inf.
+_LOWEST_FLOAT: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit(do_not_specialize=["rows", "classes", "splits", "column_offset", "all_classes", "ignore_index"])
@@ -38,6 +55,11 @@ def linear_cross_entropy_kernel(
     DESCRIPTORS: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
+    """row_stats [splits, 2, rows], target_y and, where labels are smoothed, weighted_y [splits, rows].
+
+    ``classes`` of ``all_classes`` begin at ``column_offset``; ``target`` and ``weight`` count all. target_y is -inf
+    where another split or shard has the target. ``every_row``: ignored rows have an lse, too.
+    """
     row_blocks = tl.cdiv(rows, BN)
     row_block, split = place_of(tl.program_id(0), row_blocks, splits, GROUP)
     row = row_block * BN
@@ -49,7 +71,7 @@ def linear_cross_entropy_kernel(
     if not every_row:
         last = tl.where(tl.min(ignored.to(tl.int32), 0) == 1, first, last)
     WIDTH: tl.constexpr = BV // PARTS
-    largest = tl.full((BN, WIDTH), LOWEST_FLOAT, tl.float32)
+    largest = tl.full((BN, WIDTH), _LOWEST_FLOAT, tl.float32)
     total = tl.zeros((BN, WIDTH), tl.float32)
     of_target = tl.zeros((BN, WIDTH), tl.float32)
     gaps = tl.zeros((BN, WIDTH), tl.float32)
@@ -70,8 +92,8 @@ def linear_cross_entropy_kernel(
             # After f: f(-inf) may be finite.
             y = tl.where(inside[None, :], y, float("-inf"))
             distance = y - largest
-            decay = exp(-tl.abs(distance))
-            total = tl.where(distance > 0, total * decay + 1.0, total + decay)
+            e = decay(distance)
+            total = tl.where(distance > 0, total * e + 1.0, total + e)
             largest = tl.maximum(largest, y)
             of_target = tl.where(column[None, :] == at[:, None], y, of_target)
             if smooths:
@@ -119,7 +141,7 @@ def recompute_forward(
         return results
     shard = Shard(0, classes) if shard is None else shard
     input, linear_weight, target = unit_columns(input), unit_columns(linear_weight), target.contiguous()
-    tile = tile_of(FORWARD, call, input) if tile is None else tile
+    tile = forward_tile(call, options, input) if tile is None else tile
     descriptors = has_descriptors(input.device, input, linear_weight) if descriptors is None else descriptors
     row_blocks, tiles = triton.cdiv(rows, tile.BN), triton.cdiv(classes, tile.BV)
     splits = splits_of(row_blocks, tiles, input.device) if splits is None else min(splits, tiles)

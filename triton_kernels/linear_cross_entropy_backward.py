@@ -1,4 +1,26 @@
-"""Backward."""
+"""The recompute head, backward: gradients of input, linear_weight, linear_bias and of f's coefficients.
+
+    dz = dL/dy f'(z)   (dL/dy: :mod:`.cross_entropy`),   dinput = dz linear_weight,   dlinear_weight = dz^T input
+
+A program has a tile of logits [BN, BV]. It forms them again, and from them and row_stats dz, part by part; then, d in
+blocks of BD, the two products of dz, which it adds to float32 gradients by atomics. So the order of additions, and the
+last bits of every gradient, change from run to run: the chunked head (:mod:`monosoftmax.chunked_head`) is the
+deterministic one.
+
+Traffic: a tile reads twice (BN + BV) d numbers, from the L2 cache mostly, and adds as many float32 to it; for d = 4096
+and tiles of 128 x 128 that is 4 MiB of atomics for 16384 logits. The chunked head adds up in its products instead, and
+is to be preferred where its chunk of logits fits and few tiles can be left out. Memory: the gradients, of input a
+second time in float32; contributions to coefficients, in up to 16 MiB. Nothing of N V.
+
+Tiles left out: one whose every |dz_ij| <= filter_eps |g_i|, g_i the upstream gradient of row i's loss, costs no
+products and no atomics. What a gradient loses is then at most filter_eps sum_j |g_i| |linear_weight_jk| (of input_ik)
+or filter_eps sum_i |g_i| |input_ik| (of linear_weight_jk). With filter_eps = 0 that is nothing: only tiles of zeros are
+left out. linear_bias and the coefficients lose nothing in either case.
+
+Numerics: as :mod:`.cross_entropy`; dz is rounded to the operands' type for the products. float16 may round it to 0:
+there the upstream gradients are to be scaled (:func:`monosoftmax.chunked_head.float16_shift`). A row without a
+distribution makes itself and all of linear_weight's gradient NaN, as it does in PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +31,8 @@ from torch import Tensor
 
 from .arithmetic import exp
 from .head_tiles import (
-    BACKWARD,
     HeadTile,
+    backward_tile,
     column_parts,
     described,
     has_descriptors,
@@ -19,9 +41,8 @@ from .head_tiles import (
     load_tile,
     logits_tile,
     place_of,
-    tile_of,
 )
-from .launch import Call, LossOptions, Shard, Upstream, on_device, smooths
+from .launch import Call, LossOptions, Shard, Upstream, on_device, smooths, warp_size
 from .linear_cross_entropy import unit_columns
 from .rows import LOWEST, log_of_sum
 
@@ -42,6 +63,11 @@ def linear_cross_entropy_backward_kernel(
     DESCRIPTORS: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr,
     GROUP: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
+    """grad_input [rows, features], grad_weight [classes, features] and grad_bias [classes], float32, are added to.
+
+    So are totals [SLOTS, coefficients], each program to one of the slots: atomics to one address take turns. The
+    contributions to a vector are summed over the tile first, those to a table are added logit by logit.
+    """
     WIDTH: tl.constexpr = BV // PARTS
     dtype: tl.constexpr = input.dtype if DESCRIPTORS else input.dtype.element_ty
     program = tl.program_id(0)
@@ -176,13 +202,13 @@ def recompute_backward(
     """The gradients of input, linear_weight, linear_bias and f's coefficients; empty those that are not needed.
 
     ``row_stats`` [2, N] are those of all classes, also where a ``shard`` of them is given. The gradient of input has
-    its type, the others are float32.
+    its type, those of linear_weight and linear_bias are float32. What is kept of tiles: see above, ``filter_eps``.
     """
     assert input.dtype == linear_weight.dtype and input.shape[1] == linear_weight.shape[1]
     (rows, features), classes, functions = input.shape, linear_weight.shape[0], call.functions
     sums_coefficients = need_coefficients and call.size > 0
     input, linear_weight, target = unit_columns(input), unit_columns(linear_weight), target.contiguous()
-    tile = tile_of(BACKWARD, call, input) if tile is None else tile
+    tile = backward_tile(call, input) if tile is None else tile
     programs = triton.cdiv(rows, tile.BN) * triton.cdiv(classes, tile.BV)
     numbers = call.size * max(functions.table_rows, 1)
     slots = max(1, min(_SLOTS, programs, _NUMBERS // max(1, numbers)))
@@ -216,7 +242,7 @@ def recompute_backward(
                 need_weight=need_weight, need_bias=need_bias, need_coefficients=sums_coefficients,
                 has_bias=linear_bias is not None, weighted=options.weight is not None, smooths=smooths(options),
                 of_lse=upstream.lse is not None, has_z_loss=options.z_loss > 0, DESCRIPTORS=descriptors, SLOTS=slots,
-                LANES=tile.warps * (64 if torch.version.hip is not None else 32), **tile.arguments(),
+                LANES=tile.warps * warp_size(input.device), **tile.arguments(),
             )  # fmt: skip
     return grad_input.to(input.dtype), grad_weight, grad_bias, _total(call, totals, need_coefficients)
 

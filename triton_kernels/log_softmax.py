@@ -16,7 +16,16 @@ import triton.language as tl
 from .arithmetic import exp
 from .coefficient_sums import add_contributions, begin_sums, end_sums
 from .rows import LOWEST, log_of_sum, scan_row
-from .tiles import edge_begin, full_tiles, inside_row, load_full_tile, positions_from, row_shift, row_start
+from .tiles import (
+    edge_begin,
+    full_tiles,
+    inside_row,
+    load_full_tile,
+    load_tile,
+    positions_from,
+    row_shift,
+    row_start,
+)
 
 
 @triton.jit(do_not_specialize=["rows", "classes", "stride", "out_stride"])
@@ -60,12 +69,12 @@ def log_softmax_backward_kernel(
     rows, classes, stride, grad_stride, out_stride, c0, c1, c2,
     functions: tl.constexpr, size: tl.constexpr, groups: tl.constexpr, table_rows: tl.constexpr,
     regime: tl.constexpr, count: tl.constexpr, gradient: tl.constexpr,
-    ALIGNMENT: tl.constexpr, OUT_ALIGNED: tl.constexpr, EDGES: tl.constexpr, WHOLE: tl.constexpr,
-    LANES: tl.constexpr, WIDTH: tl.constexpr,
+    ALIGNMENT: tl.constexpr, GRAD_ALIGNED: tl.constexpr, OUT_ALIGNED: tl.constexpr,
+    EDGES: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """grad_input [rows, classes] where ``gradient``; ``regime`` other than "none": the sums of the contributions.
 
-    A program has one row, or every num_programs-th where there are sums to keep. grad_output has rows of any alignment.
+    A program has one row, or every num_programs-th where there are sums to keep.
     """
     program = tl.program_id(0)
     parameters = functions[0](coefficients, size, c0, c1, c2)
@@ -78,25 +87,39 @@ def log_softmax_backward_kernel(
         shift = row_shift(input, row, stride, ALIGNMENT)
         length = classes + shift
         start = row_start(input, row, stride, shift, True)
-        upstream = row_start(grad_output, row, grad_stride, shift, False)
+        upstream = row_start(grad_output, row, grad_stride, shift, GRAD_ALIGNED)
         out = row_start(grad_input, row, out_stride, shift, OUT_ALIGNED) if gradient else grad_input
         largest, total = tl.load(row_stats + row), tl.load(row_stats + rows + row)
         inverse = tl.where(total == 0, float("nan"), 1.0 / total)
-        tiles = tl.cdiv(length, LANES * WIDTH)
+        full = full_tiles(length, EDGES, LANES, WIDTH)
         upstream_sums = tl.zeros((LANES,), tl.float32)
-        for tile in range(tiles):
-            position = positions_from(tile * (LANES * WIDTH), LANES, WIDTH)
-            inside = (position >= shift) & (position < length)
-            upstream_sums += tl.sum(tl.load(upstream + position, mask=inside, other=0.0).to(tl.float32), 1)
+        for tile in range(full):
+            begin = (tile + EDGES - 1) * (LANES * WIDTH)
+            g, _ = load_tile(upstream, begin, shift, length, True, GRAD_ALIGNED, WHOLE, LANES, WIDTH)
+            upstream_sums += tl.sum(g, 1)
+        for edge in range(EDGES):
+            begin = edge_begin(edge, full, EDGES, LANES, WIDTH)
+            g, _ = load_tile(upstream, begin, shift, length, False, GRAD_ALIGNED, WHOLE, LANES, WIDTH)
+            upstream_sums += tl.sum(g, 1)
         of_p = tl.sum(upstream_sums, 0) * inverse
-        for tile in range(tiles):
-            position = positions_from(tile * (LANES * WIDTH), LANES, WIDTH)
-            inside = (position >= shift) & (position < length)
-            z = tl.load(start + position, mask=inside, other=0.0).to(tl.float32)
-            z = tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-            at_z = functions[2](z, parameters, size)
-            dy = tl.load(upstream + position, mask=inside, other=0.0).to(tl.float32)
-            dy = tl.where(inside, dy - of_p * exp(at_z[0] - largest), 0.0)
+        for tile in range(full):
+            begin = (tile + EDGES - 1) * (LANES * WIDTH)
+            z, inside = load_tile(start, begin, shift, length, True, True, WHOLE, LANES, WIDTH)
+            g, _ = load_tile(upstream, begin, shift, length, True, GRAD_ALIGNED, WHOLE, LANES, WIDTH)
+            z, at_z, dy = _gradient_of_y(z, g, inside, parameters, largest, of_p, functions, size)
+            position = positions_from(begin, LANES, WIDTH)
+            if gradient:
+                tl.store(out + position, (dy * at_z[1]).to(grad_input.dtype.element_ty))
+            sums = add_contributions(
+                sums, totals, lanes, z, at_z, dy, row * classes + (position - shift), inside, parameters,
+                rows * classes.to(tl.int64), functions, size, groups, table_rows, regime, LANES, WIDTH,
+            )  # fmt: skip
+        for edge in range(EDGES):
+            begin = edge_begin(edge, full, EDGES, LANES, WIDTH)
+            z, inside = load_tile(start, begin, shift, length, False, True, WHOLE, LANES, WIDTH)
+            g, _ = load_tile(upstream, begin, shift, length, False, GRAD_ALIGNED, WHOLE, LANES, WIDTH)
+            z, at_z, dy = _gradient_of_y(z, g, inside, parameters, largest, of_p, functions, size)
+            position = positions_from(begin, LANES, WIDTH)
             if gradient:
                 tl.store(out + position, (dy * at_z[1]).to(grad_input.dtype.element_ty), mask=inside)
             sums = add_contributions(
@@ -104,3 +127,11 @@ def log_softmax_backward_kernel(
                 rows * classes.to(tl.int64), functions, size, groups, table_rows, regime, LANES, WIDTH,
             )  # fmt: skip
     end_sums(sums, totals, lanes, program, size, table_rows, regime, count, LANES)
+
+
+@triton.jit
+def _gradient_of_y(z, g, inside, parameters, largest, of_p, functions: tl.constexpr, size: tl.constexpr):
+    """z as it is used, f there, and dL/dy, which is 0 where not inside. of_p is divided by the row's sum."""
+    z = tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    at_z = functions[2](z, parameters, size)
+    return z, at_z, tl.where(inside, g - of_p * exp(at_z[0] - largest), 0.0)

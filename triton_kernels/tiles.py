@@ -99,6 +99,27 @@ def inside_row(begin, shift, length, WHOLE: tl.constexpr, LANES: tl.constexpr, W
 
 
 @triton.jit
+def load_tile(
+    start, begin, shift, length,
+    FULL: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The tile that begins at position begin, in float32, and which of its lanes are columns; 0 where they are not.
+
+    FULL: all are. ALIGNED: start is at a multiple of 16 bytes.
+    """
+    position = positions_from(begin, LANES, WIDTH)
+    if FULL:
+        inside = position >= 0
+        if ALIGNED:
+            return load_full_tile(start, begin, True, LANES, WIDTH), inside
+        else:
+            return tl.load(start + position).to(tl.float32), inside
+    else:
+        inside = inside_row(begin, shift, length, WHOLE, LANES, WIDTH)
+        return tl.load(start + position, mask=inside, other=0.0).to(tl.float32), inside
+
+
+@triton.jit
 def split_columns(tile, WIDTH: tl.constexpr):
     """The WIDTH columns [LANES] of a tile [LANES, WIDTH], in no order; each stays where it is."""
     if WIDTH == 1:

@@ -3,7 +3,7 @@
     entropy = log(sum_j e_j) + sum_j e_j (largest - y_j) / sum_j e_j,   e_j = exp(y_j - largest)
 
 f is increasing: the argmax and the rank are those of the logits. One program a row. Memory traffic per logit: one read
-from memory, one from a cache. Hazards: as :mod:`.cross_entropy`.
+from memory, two from a cache. Hazards: as :mod:`.cross_entropy`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import triton.language as tl
 
 from .arithmetic import exp
 from .rows import LOWEST, log_of_sum, lse_of, scan_row
-from .tiles import positions_from, row_shift, row_start
+from .tiles import edge_begin, full_tiles, load_tile, positions_from, row_shift, row_start
+
+_NOWHERE: tl.constexpr = tl.constexpr(2147483647)
 
 
 @triton.jit(do_not_specialize=["classes", "stride", "ignore_index"])
@@ -36,25 +38,30 @@ def token_statistics_kernel(
     largest, total, _ = scan_row(
         start, shift, length, parameters, entropy, 0.0, functions[1], size, False, False, EDGES, WHOLE, LANES, WIDTH
     )
-    tiles = tl.cdiv(length, LANES * WIDTH)
-    best = tl.full((LANES,), float("-inf"), tl.float32)
-    larger = tl.zeros((LANES,), tl.int32)
-    gaps = tl.zeros((LANES,), tl.float32)
-    for tile in range(tiles):
-        position = positions_from(tile * (LANES * WIDTH), LANES, WIDTH)
-        inside = (position >= shift) & (position < length)
-        z = tl.load(start + position, mask=inside, other=float("-inf")).to(tl.float32)
-        best = tl.maximum(best, tl.max(z, 1))
-        larger += tl.sum((z > target_z).to(tl.int32), 1)
-        gap = largest - functions[1](tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL), parameters, size)
-        gaps += tl.sum(tl.where(inside, exp(-gap) * gap, 0.0), 1)
+    full = full_tiles(length, EDGES, LANES, WIDTH)
+    # The largest logit, how many are larger than the target's, and sum_j e_j (largest - y_j).
+    state = (
+        tl.full((LANES,), float("-inf"), tl.float32), tl.zeros((LANES,), tl.int32), tl.zeros((LANES,), tl.float32)
+    )  # fmt: skip
+    for tile in range(full):
+        begin = (tile + EDGES - 1) * (LANES * WIDTH)
+        z, inside = load_tile(start, begin, shift, length, True, True, WHOLE, LANES, WIDTH)
+        state = _with_tile(state, z, inside, target_z, largest, parameters, functions, size)
+    for edge in range(EDGES):
+        begin = edge_begin(edge, full, EDGES, LANES, WIDTH)
+        z, inside = load_tile(start, begin, shift, length, False, True, WHOLE, LANES, WIDTH)
+        state = _with_tile(state, z, inside, target_z, largest, parameters, functions, size)
+    best, larger, gaps = state
     largest_z = tl.max(best, 0)
-    first = tl.full((LANES,), 2147483647, tl.int32)
-    for tile in range(tiles):
-        position = positions_from(tile * (LANES * WIDTH), LANES, WIDTH)
-        inside = (position >= shift) & (position < length)
-        z = tl.load(start + position, mask=inside, other=float("nan")).to(tl.float32)
-        first = tl.minimum(first, tl.min(tl.where(z == largest_z, position, 2147483647), 1))
+    first = tl.full((LANES,), _NOWHERE, tl.int32)
+    for tile in range(full):
+        begin = (tile + EDGES - 1) * (LANES * WIDTH)
+        z, inside = load_tile(start, begin, shift, length, True, True, WHOLE, LANES, WIDTH)
+        first = tl.minimum(first, _first_place(z == largest_z, begin, LANES, WIDTH))
+    for edge in range(EDGES):
+        begin = edge_begin(edge, full, EDGES, LANES, WIDTH)
+        z, inside = load_tile(start, begin, shift, length, False, True, WHOLE, LANES, WIDTH)
+        first = tl.minimum(first, _first_place(inside & (z == largest_z), begin, LANES, WIDTH))
     # Where nothing equals the largest, a NaN is in the row, and the place means nothing: but it is a class.
     place = tl.minimum(tl.min(first, 0), length - 1) - shift
     log_sum = log_of_sum(total)
@@ -65,3 +72,18 @@ def token_statistics_kernel(
     tl.store(argmax + row, place.to(tl.int64))
     tl.store(lse + row, lse_of(largest, total))
     tl.store(rank + row, tl.where(valid & ~ignored, tl.sum(larger, 0), -1).to(tl.int64))
+
+
+@triton.jit
+def _with_tile(state, z, inside, target_z, largest, parameters, functions: tl.constexpr, size: tl.constexpr):
+    best, larger, gaps = state
+    best = tl.maximum(best, tl.max(tl.where(inside, z, float("-inf")), 1))
+    larger += tl.sum((inside & (z > target_z)).to(tl.int32), 1)
+    gap = largest - functions[1](tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL), parameters, size)
+    return best, larger, gaps + tl.sum(tl.where(inside, exp(-gap) * gap, 0.0), 1)
+
+
+@triton.jit
+def _first_place(found, begin, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """The first position of each lane that is found."""
+    return tl.min(tl.where(found, positions_from(begin, LANES, WIDTH), _NOWHERE), 1)

@@ -7,6 +7,9 @@ A file has four functions of float32; ``z`` is a tensor of any shape, ``size`` a
   :meth:`monosoftmax.transforms.MonotonicTransform.coefficients` gives), ``size`` is the number of coefficients, or of
   the pieces of a table; ``c0``, ``c1`` and ``c2`` are the transform's constants, 0 where it has fewer.
 - ``value(z, parameters, size)`` is f(z).
+  Its last operation is no product: the compiler would contract it with the subtraction of the row's largest y in one
+  place and not in another, and y would have two roundings. ``+ 0.0`` keeps them apart, at no cost: it is the product's
+  own fused addition.
 - ``point(z, parameters, size)`` is a tuple of the same f(z), f'(z) and what ``contributions`` needs of them, from one
   evaluation; for a table the third is the piece, int32, in which z lies.
 - ``contributions(group, point, z, weight, parameters, size)`` is a tuple of weight * df/dcoefficient: of a table, for

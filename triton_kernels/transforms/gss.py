@@ -16,15 +16,15 @@ def parameters(coefficients, size: tl.constexpr, c0, c1, c2):
 @triton.jit
 def value(z, parameters, size: tl.constexpr):
     k, c = parameters
-    # -|x| and the product are part of the instructions around them.
-    return _from(z, log1p(exp2(-tl.abs(z * LOG2_E - c * LOG2_E))), k, c)
+    # As factor -1 the minus sign becomes part of exp2's instruction, as does the absolute value.
+    return _from(z, log1p(exp2(tl.abs(z * LOG2_E - c * LOG2_E) * -1.0)), k, c)
 
 
 @triton.jit
 def point(z, parameters, size: tl.constexpr):
     k, c = parameters
-    sigmoid, complement, decay = logistic(z - c)
-    log_term = log1p(decay)
+    sigmoid, complement, e = logistic(z - c)
+    log_term = log1p(e)
     by_k = tl.minimum(z - c, 0.0) - log_term
     return value(z, parameters, size), sigmoid + k * complement, by_k, (1.0 - k) * complement
 

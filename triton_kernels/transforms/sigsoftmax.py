@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..arithmetic import exp, log1p, logistic
+from ..arithmetic import decay, log1p, logistic
 
 
 @triton.jit
@@ -15,13 +15,13 @@ def parameters(coefficients, size: tl.constexpr, c0, c1, c2):
 
 @triton.jit
 def value(z, parameters, size: tl.constexpr):
-    return _from(z, exp(-tl.abs(z)))
+    return _from(z, decay(z))
 
 
 @triton.jit
 def point(z, parameters, size: tl.constexpr):
-    _, complement, decay = logistic(z)
-    return _from(z, decay), 1.0 + complement
+    _, complement, e = logistic(z)
+    return _from(z, e), 1.0 + complement
 
 
 @triton.jit
@@ -30,5 +30,5 @@ def contributions(group: tl.constexpr, point, z, weight, parameters, size: tl.co
 
 
 @triton.jit
-def _from(z, decay):
-    return z + (tl.minimum(z, 0.0) - log1p(decay))
+def _from(z, e):
+    return z + (tl.minimum(z, 0.0) - log1p(e))

@@ -28,7 +28,7 @@ def point(z, parameters, size: tl.constexpr):
     # tanh is constant beyond 400; the clamp keeps inf * 0 out of the gradient of c.
     u = clamp(z * parameters[1], -400.0, 400.0)
     tanh, slope = hyperbolic_tangent(u)
-    return parameters[0] * tanh, slope, u, tanh
+    return parameters[0] * tanh + 0.0, slope, u, tanh
 
 
 @triton.jit

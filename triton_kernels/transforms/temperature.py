@@ -13,12 +13,12 @@ def parameters(coefficients, size: tl.constexpr, c0, c1, c2):
 
 @triton.jit
 def value(z, parameters, size: tl.constexpr):
-    return z * parameters[0]
+    return z * parameters[0] + 0.0
 
 
 @triton.jit
 def point(z, parameters, size: tl.constexpr):
-    return z * parameters[0], tl.zeros(z.shape, tl.float32) + parameters[0]
+    return value(z, parameters, size), tl.zeros(z.shape, tl.float32) + parameters[0]
 
 
 @triton.jit

@@ -1,0 +1,70 @@
+"""``python -m benchmarks.codegen triton``; ``--help`` lists the options."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..files import write_text
+from .budgets import judge
+from .configurations import ALIGNED, QUICK, SHIFTED, Configuration, configurations
+from .measure import measure
+from .peers import Peer, peers
+from .report import markdown
+from .triton_targets import TARGETS
+
+REPORT = Path(__file__).with_name("triton.md")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile and report; returns the exit code: 0, or 1 where ``--check`` finds a broken budget."""
+    options = _parser().parse_args(arguments)
+    return int(options.run(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMPILER")
+    triton = commands.add_parser("triton", help="the Triton kernels, by Triton's compiler")
+    triton.add_argument("--check", action="store_true", help="hold every figure against its budget; 1 if one is broken")
+    triton.add_argument("--write", action="store_true", help=f"write {REPORT.name} instead of printing it")
+    triton.add_argument("--quick", action="store_true", help="only what the ordinary tests compile")
+    triton.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="what to compile for")
+    triton.add_argument(
+        "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)"
+    )
+    triton.set_defaults(run=_triton)
+    return parser
+
+
+def _triton(options: argparse.Namespace) -> int:
+    if options.write and (options.quick or options.targets != list(TARGETS)):
+        print("error: --write takes all configurations and targets", file=sys.stderr)
+        return 2
+    work: list[Configuration | Peer] = [
+        *(QUICK if options.quick else configurations()),
+        *peers(ALIGNED),
+        *peers(SHIFTED),
+    ]
+    measurements = measure(work, options.targets, options.jobs)
+    verdicts = judge(measurements)
+    text = markdown(measurements, verdicts)
+    if options.write:
+        write_text(REPORT, text)
+        print(REPORT)
+    else:
+        print(text)
+    if not options.check:
+        return 0
+    for verdict in verdicts:
+        print(verdict)
+    broken = [verdict for verdict in verdicts if not verdict.kept]
+    print(f"{len(verdicts)} figures held against their budgets, {len(broken)} broken", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""What the recompute head's kernels share: tiles of logits that exist in registers only.
+
+A tile [BN, BV] is the product of BN rows of input and BV rows of linear_weight, summed over d in float32. What
+follows, f and the loss, takes several times the registers of its logits: a tile goes through it in column parts, one
+after the other (:func:`column_parts`). Whole, one of 128 x 128 with PLIF spilled 2000 bytes of a thread (sm_90).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .launch import Call, LossOptions, smooths
+
+
+@triton.jit
+def load_tile(
+    source, row, column, rows, columns, stride, DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The tile [ROWS, COLUMNS] at (row, column) of a matrix, which is 0 beyond its rows and columns.
+
+    DESCRIPTORS: source is a tensor descriptor, and else a pointer.
+    """
+    if DESCRIPTORS:
+        return source.load([row, column])
+    else:
+        r = row + tl.arange(0, ROWS)
+        c = column + tl.arange(0, COLUMNS)
+        pointers = source + r.to(tl.int64)[:, None] * stride + c[None, :]
+        return tl.load(pointers, mask=(r < rows)[:, None] & (c < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def logits_tile(
+    input, linear_weight, row, column, rows, classes, features, length, input_stride, weight_stride,
+    DESCRIPTORS: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The logits [BN, BV] at (row, column), without bias, summed over ``length`` of the ``features``."""
+    z = tl.zeros((BN, BV), tl.float32)
+    for d in range(0, length, BD):
+        x = load_tile(input, row, d, rows, features, input_stride, DESCRIPTORS, BN, BD)
+        w = load_tile(linear_weight, column, d, classes, features, weight_stride, DESCRIPTORS, BV, BD)
+        z = tl.dot(x, tl.trans(w), z, input_precision="ieee")
+    return z
+
+
+@triton.jit
+def column_parts(tile, PARTS: tl.constexpr):
+    """The PARTS (a power of two) column parts of a tile, from left to right; each stays in the registers it is in."""
+    if PARTS == 1:
+        return (tile,)
+    else:
+        halves = tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        return column_parts(left, PARTS // 2) + column_parts(right, PARTS // 2)
+
+
+@triton.jit
+def join_columns(parts):
+    """The inverse of :func:`column_parts`."""
+    if len(parts) == 1:
+        return parts[0]
+    else:
+        joined = ()
+        for i in tl.static_range(len(parts) // 2):
+            halves = tl.permute(tl.join(parts[2 * i], parts[2 * i + 1]), (0, 2, 1))
+            joined = joined + (tl.reshape(halves, (halves.shape[0], 2 * halves.shape[2])),)
+        return join_columns(joined)
+
+
+@triton.jit
+def place_of(program, row_blocks, others, GROUP: tl.constexpr):
+    """(row block, other) of a program: GROUP row blocks take turns, so that they read the same weights at one time."""
+    per_group = GROUP * others
+    first = program // per_group * GROUP
+    members = tl.minimum(row_blocks - first, GROUP)
+    rest = program % per_group
+    return first + rest % members, rest // members
+
+
+@triton.jit
+def load_targets(target, r, rows, column_offset, classes, all_classes, ignore_index):
+    """Of rows r: the target; its column, or -1 where that is not among these; whether it is valid; whether ignored."""
+    t = tl.load(target + r, mask=r < rows, other=ignore_index)
+    ignored = t == ignore_index
+    valid = (t >= 0) & (t < all_classes) & ~ignored
+    column = t - column_offset
+    here = valid & (column >= 0) & (column < classes)
+    return t, tl.where(here, column, -1).to(tl.int32), valid, ignored
+
+
+class HeadTile(NamedTuple):
+    """BN rows, BV classes and BD features of a tile, the PARTS that follow one another, warps, and pipeline stages.
+
+    ``registers`` of a thread where ptxas is to be told: it spills a few bytes to stay below 128 otherwise.
+    """
+
+    BN: int
+    BV: int
+    BD: int
+    PARTS: int
+    warps: int
+    stages: int
+    registers: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """What a kernel is compiled for."""
+        sizes = {"BN": self.BN, "BV": self.BV, "BD": self.BD, "PARTS": self.PARTS, "GROUP": GROUP}
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return sizes | options | ({"maxnreg": self.registers} if self.registers else {})
+
+
+#: Row blocks whose programs take turns, so that they read the same tiles of linear_weight while an L2 cache has them.
+GROUP = 8
+
+#: The tiles of bfloat16 and float16, by family and by how much a transform needs. Measured with Triton 3.7.1, bfloat16,
+#: nine transforms, no options and all of them: most registers of a thread, and KiB of shared memory. Nothing spills,
+#: and all products are the family's matrix instructions (tests/test_triton_linear_cross_entropy.py compiles them all).
+#:
+#:            forward light  heavy          backward light heavy
+#:   sm_80    221    48      255    48      255    56      255    56
+#:   sm_90    250   192      191   128      209   112      255   112
+#:   sm_100   210   192      162   128      184    96      184    96
+#:   sm_120   180    64      184    64      255    48      180    48
+#:   gfx942   178    64      312    32      436    32      424    32
+#:
+#: With larger tiles something spilled: 128 x 256 on sm_90 where smoothed labels are summed, 128 x 128 backward on sm_80
+#: and sm_120 (24 to 232 bytes). Parts narrower than the columns that warps share are computed by each of them.
+FORWARD = {
+    ("sm_80", "light"): HeadTile(128, 128, 32, 8, 8, 4),
+    ("sm_80", "heavy"): HeadTile(128, 128, 32, 8, 8, 4),
+    ("sm_90", "light"): HeadTile(128, 256, 64, 16, 8, 4),
+    ("sm_90", "heavy"): HeadTile(128, 128, 64, 8, 8, 4),
+    ("sm_100", "light"): HeadTile(128, 256, 64, 8, 8, 4),
+    ("sm_100", "heavy"): HeadTile(128, 128, 64, 8, 8, 4),
+    ("sm_120", "light"): HeadTile(128, 128, 64, 8, 8, 3),
+    ("sm_120", "heavy"): HeadTile(128, 128, 64, 8, 8, 3),
+    ("gfx942", "light"): HeadTile(128, 128, 64, 8, 8, 2),
+    ("gfx942", "heavy"): HeadTile(64, 128, 64, 8, 4, 2),
+}
+BACKWARD = {
+    ("sm_80", "light"): HeadTile(64, 128, 32, 4, 8, 3, 255),
+    ("sm_80", "heavy"): HeadTile(64, 128, 32, 8, 8, 3),
+    ("sm_90", "light"): HeadTile(128, 128, 64, 16, 8, 3),
+    ("sm_90", "heavy"): HeadTile(128, 128, 64, 16, 8, 3),
+    ("sm_100", "light"): HeadTile(128, 128, 64, 8, 8, 3),
+    ("sm_100", "heavy"): HeadTile(128, 128, 64, 16, 8, 3),
+    ("sm_120", "light"): HeadTile(64, 128, 32, 4, 8, 2, 255),
+    ("sm_120", "heavy"): HeadTile(64, 128, 32, 8, 8, 2),
+    ("gfx942", "light"): HeadTile(64, 128, 32, 8, 4, 2),
+    ("gfx942", "heavy"): HeadTile(64, 128, 32, 8, 4, 2),
+}
+#: Of float32, whose products are those of single numbers on NVIDIA GPUs.
+FLOAT32 = HeadTile(64, 64, 16, 4, 8, 2)
+
+
+def family_of(device: torch.device) -> str:
+    """The row of the tables for a device; Triton's interpreter has that of the oldest."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}.get(major, "sm_80")
+
+
+def forward_tile(call: Call, options: LossOptions, input: Tensor) -> HeadTile:
+    """Heavy are tables, and the sums that smoothed labels need."""
+    heavy = call.functions.table_rows > 0 or smooths(options)
+    return _tile(FORWARD, heavy, input)
+
+
+def backward_tile(call: Call, input: Tensor) -> HeadTile:
+    """Heavy are tables, and vectors of more coefficients than a thread has registers for."""
+    return _tile(BACKWARD, call.functions.table_rows > 0 or call.size > 8, input)
+
+
+def _tile(table: dict[tuple[str, str], HeadTile], heavy: bool, input: Tensor) -> HeadTile:
+    family = family_of(input.device)
+    if input.dtype == torch.float32:
+        return FLOAT32._replace(warps=4) if family == "gfx942" else FLOAT32
+    return table[family, "heavy" if heavy else "light"]
+
+
+def has_descriptors(device: torch.device, *matrices: Tensor) -> bool:
+    """Whether the device loads tiles by descriptors, and these matrices can have one."""
+    if family_of(device) not in ("sm_90", "sm_100", "sm_120"):
+        return False
+    return all(
+        each.data_ptr() % 16 == 0 and each.stride(0) * each.element_size() % 16 == 0 and each.numel() > 0
+        for each in matrices
+    )
+
+
+def described(matrix: Tensor, rows: int, columns: int, descriptors: bool) -> Any:
+    """A matrix as the kernels take it: by a descriptor of tiles [rows, columns], or by its pointer."""
+    return TensorDescriptor.from_tensor(matrix, [rows, columns]) if descriptors else matrix

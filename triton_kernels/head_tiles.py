@@ -111,7 +111,7 @@ class HeadTile(NamedTuple):
     def arguments(self) -> dict[str, Any]:
         """What a kernel is compiled for."""
         sizes = {"BN": self.BN, "BV": self.BV, "BD": self.BD, "PARTS": self.PARTS, "GROUP": GROUP}
-        options = {"num_warps": self.warps, "num_stages": self.stages}
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
         return sizes | options | ({"maxnreg": self.registers} if self.registers else {})
 
 
@@ -120,7 +120,7 @@ GROUP = 8
 
 #: The tiles of bfloat16 and float16, by family and by how much a transform needs. Measured with Triton 3.7.1, bfloat16,
 #: nine transforms, no options and all of them: most registers of a thread, and KiB of shared memory. Nothing spills,
-#: and all products are the family's matrix instructions (tests/test_triton_linear_cross_entropy.py compiles them all).
+#: and all products are the family's matrix instructions (tests/test_codegen.py compiles them).
 #:
 #:            forward light  heavy          backward light heavy
 #:   sm_80    221    48      255    48      255    56      255    56

@@ -18,7 +18,7 @@ or filter_eps sum_i |g_i| |input_ik| (of linear_weight_jk). With filter_eps = 0 
 left out. linear_bias and the coefficients lose nothing in either case.
 
 Numerics: as :mod:`.cross_entropy`; dz is rounded to the operands' type for the products. float16 may round it to 0:
-there the upstream gradients are to be scaled (:func:`monosoftmax.chunked_head.float16_shift`). A row without a
+there the upstream gradients are to be scaled (:func:`monosoftmax.float16.float16_shift`). A row without a
 distribution makes itself and all of linear_weight's gradient NaN, as it does in PyTorch.
 """
 

@@ -10,8 +10,9 @@ A kernel passes over a row in sweeps, each a loop over tiles. Two figures, both 
 
 How often a loop is passed follows from the bound that it has in the source, where :mod:`.source_loops` finds it; a
 bound that is not known here is an error, not a guess. A loop that the compiler has unrolled has as many 16-byte loads
-of the row more, and is followed by the same loop for what is left. Branches count with both sides, predicated
-instructions as issued. Loops over the units of a transform count as often as there are units.
+of the row more (one over the units of a transform, exponentials), and is followed by the same loop for what is left.
+Branches count with both sides, predicated instructions as issued. Loops over the units of a transform count as often as
+there are units.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from .triton_targets import CodegenError, Compiled
 
 #: Where look-ups of tables lie: their loads are not the row's.
 _TABLES = "/transforms/"
+
+#: The bound of the loops over the units of an MLP. A unit takes an exponential for each element.
+_UNITS = "(size - 1) // 3"
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def row_of(launch: Launch) -> Row | None:
         "EDGES": float(edges),
         "program, end, step": 1.0,
         # Units of the MLP; steps of a bisection.
-        "(size - 1) // 3": (size - 1) // 3,
+        _UNITS: (size - 1) // 3,
         "step > 0": math.ceil(math.log2(size)) if size > 1 else 0,
         # Once a program.
         "entries": float(size * values.get("table_rows", 0) // 2),
@@ -105,7 +109,7 @@ class _Counter:
         for loop in function.loops():
             self._find_bounds(loop)
         for loop, bound in self._bounds.items():
-            self._unrolled[loop] = self._times_unrolled(loop) if bound in row.sweeps else 1
+            self._unrolled[loop] = self._times_unrolled(loop, bound)
 
     def counts(self) -> Counts:
         """See :class:`Counts`."""
@@ -192,9 +196,15 @@ class _Counter:
             for each in self._loads(loop)
         )
 
-    def _times_unrolled(self, loop: sass.Loop) -> int:
-        once = self._row.tile // self._compiled.threads * self._row.itemsize / 16
-        if self._row.with_upstream and any(each.opcode == "MUFU.EX2" for each in self._own(loop)):
+    def _times_unrolled(self, loop: sass.Loop, bound: str) -> int:
+        elements = self._row.tile // self._compiled.threads
+        exponentials = sum(each.opcode == "MUFU.EX2" for each in self._own(loop))
+        if bound == _UNITS:
+            return max(1, exponentials // elements)
+        if bound not in self._row.sweeps:
+            return 1
+        once = elements * self._row.itemsize / 16
+        if self._row.with_upstream and exponentials > 0:
             once *= 2
         return max(1, round(self._wide_loads(loop) / once))
 

@@ -100,6 +100,8 @@ REGISTRY = {
         pack=monotonic_mlp.pack,
         groups=monotonic_mlp.groups,
         unpack=monotonic_mlp.unpack,
+        value_of_half=monotonic_mlp.value_of_half,
+        point_of_half=monotonic_mlp.point_of_half,
     ),
     "spline": TransformFunctions(spline.parameters, spline.value, spline.point, spline.contributions, table_rows=6),
 }

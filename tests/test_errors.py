@@ -49,7 +49,11 @@ LOGITS, TARGET = torch.randn(4, 9), torch.tensor([0, 8, -100, 3])
         ({"z_loss": float("inf")}, ValueError, "z_loss must be finite and not negative, got inf"),
         ({"reduction": "batchmean"}, ValueError, "reduction must be .*got 'batchmean'"),
         ({"backend": "fast"}, ValueError, "backend must be one of auto, reference, cpu, triton, cuda, got 'fast'"),
-        ({"backend": "triton"}, ValueError, 'backend="triton" cannot take this call: (torch finds no GPU|it takes CUDA)'),
+        (
+            {"backend": "triton"},
+            ValueError,
+            'backend="triton" cannot take this call: (torch finds no GPU|it takes CUDA)',
+        ),
         ({"backend": "cuda"}, ValueError, 'backend="cuda" cannot take this call: .*CUDA'),
     ],
 )

@@ -114,8 +114,14 @@ def _kernel_arguments(input: Tensor, transform: MonotonicTransform) -> tuple[Ten
 class _Ahead:
     """The gradients of total that the forward pass computed, until the backward pass takes them."""
 
-    def __init__(self, gradients: Sequence[Tensor], shift: Tensor | None, scalable: bool) -> None:
-        self.gradients, self._shift, self._scalable = gradients, shift, scalable
+    def __init__(
+        self,
+        gradients: Sequence[Tensor],
+        shift: Tensor | None,
+        scalable: bool,
+        scale_operator: torch._ops.OpOverload | None,
+    ) -> None:
+        self.gradients, self._shift, self._scalable, self._scale_operator = gradients, shift, scalable, scale_operator
 
     def times(self, grad_total: Tensor) -> Sequence[Tensor] | None:
         """The gradients times ``grad_total``, in place: what autograd gets it can keep, without a copy.
@@ -129,16 +135,26 @@ class _Ahead:
             return [(each.to(factor.dtype) * factor).to(each.dtype) for each in self.gradients]
         if _tells_values(factor) and factor.item() == 1:
             return self.gradients
-        return [each.mul_(factor) for each in self.gradients] if self._scalable else None
+        if not self._scalable:
+            return None
+        if self._scale_operator is None or _tells_values(factor):
+            return [each.mul_(factor) for each in self.gradients]
+        for each in self.gradients:
+            self._scale_operator(each, factor)
+        return self.gradients
 
 
 def _loss_function(
     forward_operator: torch._ops.OpOverload,
     backward_operator: torch._ops.OpOverload,
     rescale_operator: torch._ops.OpOverload | None,
+    scale_operator: torch._ops.OpOverload | None,
     tensor_names: Sequence[str],
 ) -> type[_SingleLevelFunction]:
-    """The derivative of a loss whose first arguments are the tensors ``tensor_names``."""
+    """The derivative of a loss whose first arguments are the tensors ``tensor_names``.
+
+    The last two operators (:data:`.ops.ON_DEVICE`) are those of backends for devices that do not tell values.
+    """
     count = len(tensor_names)
     differentiable = [i for i, name in enumerate(tensor_names) if name not in ("target", "weight")]
     target_at, weight_at = tensor_names.index("target"), tensor_names.index("weight")
@@ -175,7 +191,7 @@ def _loss_function(
             ctx.ahead = None
             if ahead:
                 needed = [each for each, need in zip(gradients, needs, strict=True) if need]
-                ctx.ahead = _Ahead(needed, shift, linear or input.dtype not in _HALF)
+                ctx.ahead = _Ahead(needed, shift, linear or input.dtype not in _HALF, scale_operator)
                 gradients = [each.new_empty(0) for each in gradients]
             ctx.needs, ctx.arguments = needs, (transform, constants, options)
             ctx.dtypes = [tensors[place].dtype for place, need in zip(differentiable, needs, strict=True) if need]
@@ -307,8 +323,9 @@ def _register(backend: str) -> None:
         ("linear_cross_entropy", ("input", "linear_weight", "linear_bias", "target", "weight", "coefficients")),
     ):
         overload = operator(name, backend)
-        rescale = operator("cross_entropy_rescale_", backend) if name == "cross_entropy" and backend != "cpu" else None
-        function = _loss_function(overload, operator(f"{name}_backward", backend), rescale, tensors)
+        scale = None if backend == "cpu" else operator("scale_", backend)
+        rescale = operator("cross_entropy_rescale_", backend) if scale and name == "cross_entropy" else None
+        function = _loss_function(overload, operator(f"{name}_backward", backend), rescale, scale, tensors)
         _implement(overload, function)
     _implement(forward_log, LogSoftmax)
     for name in ("cross_entropy_backward", "linear_cross_entropy_backward", "log_softmax_backward"):

@@ -87,9 +87,10 @@ SCHEMAS = {
     ),
 }
 
-#: Of backends whose device does not tell a number without being waited for: grad_input, computed ahead for a scale, is
-#: computed again for factor * scale, unless factor is 1.
+#: Of backends whose device does not tell a number without being waited for. Unless factor is 1, grad_input, computed
+#: ahead for a scale, is computed again for factor * scale, and a contiguous input multiplied by factor.
 ON_DEVICE = {
+    "scale_": "(Tensor(a!) input, Tensor factor) -> ()",
     "cross_entropy_rescale_": (
         f"(Tensor(a!) grad_input, Tensor factor, Tensor scale, {_LOSS}, Tensor row_stats, {_OPTIONS}) -> ()"
     ),
@@ -152,7 +153,7 @@ def _fake_cross_entropy_backward_(  # type: ignore[no-untyped-def]
     return _gradients(input, coefficients, False, need_coefficients)[1]
 
 
-def _fake_cross_entropy_rescale_(*_: Any) -> None:
+def _fake_in_place(*_: Any) -> None:
     return None
 
 
@@ -211,7 +212,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "cross_entropy_backward": _fake_cross_entropy_backward,
     "cross_entropy_": _fake_cross_entropy_,
     "cross_entropy_backward_": _fake_cross_entropy_backward_,
-    "cross_entropy_rescale_": _fake_cross_entropy_rescale_,
+    "cross_entropy_rescale_": _fake_in_place,
+    "scale_": _fake_in_place,
     "token_statistics": _fake_token_statistics,
     "linear_cross_entropy": _fake_linear_cross_entropy,
     "linear_cross_entropy_backward": _fake_linear_cross_entropy_backward,

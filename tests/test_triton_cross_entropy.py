@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from losses import TRANSFORMS, distance, disturbed, loss_and_gradients
+from losses import TRANSFORMS, distance, disturbed, head_loss_and_gradients, loss_and_gradients
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -41,7 +41,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(launch, "_LANES", 32)
     monkeypatch.setattr(launch, "_LANES_WITH_TABLES", 32)
     monkeypatch.setattr(launch, "_PROGRAMS", 2)
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
     with interpreting() if DEVICE == "cpu" else nullcontext():
         yield
 
@@ -221,6 +221,43 @@ def test_gradient_ahead_is_rounded_once_whatever_comes_later(
     ulp = torch.finfo(dtype).eps * exact["input"].abs() + (2**-24 if dtype == torch.float16 else 0)
     assert ((result["input"].double() - exact["input"]).abs() <= 0.502 * ulp + 2e-6 * exact["input"].abs()).all()
     torch.testing.assert_close(result["raw_slope"].double(), exact["raw_slope"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+@pytest.mark.parametrize("head", [False, True])
+def test_gradients_ahead_are_scaled_on_the_device(factor: float, head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autograd, "_tells_values", lambda tensor: False)
+    scaled = []
+    scale = operators.launch_scale
+    monkeypatch.setattr(operators, "launch_scale", lambda *a: (scaled.append(a[0].shape), scale(*a)))
+    transform = disturbed("plif").to(DEVICE)
+    upstream = (torch.tensor(factor, device=DEVICE),)
+    if head:
+        leaves = {"input": _rows(5, torch.float32), "linear_weight": torch.randn(300, 5).to(DEVICE)}
+        results = [
+            head_loss_and_gradients(leaves, _target(300), transform, backend, upstream=upstream)
+            for backend in ("triton", "reference")
+        ]
+        assert scaled == [(ROWS, 5), (300, 5), (2, 50)]
+    else:
+        results = [
+            loss_and_gradients(_rows(300, torch.float32), _target(300), transform, backend, upstream=upstream)
+            for backend in ("triton", "reference")
+        ]
+        assert scaled == [(ROWS, 300), (2, 50)]
+    for key, wanted in results[1].items():
+        torch.testing.assert_close(results[0][key], wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("elements", [1, 4096, 10_000])
+def test_scale(dtype: torch.dtype, elements: int) -> None:
+    values = torch.randn(elements).to(DEVICE, dtype)
+    for factor in (1.0, 0.3, torch.nan):
+        result = values.clone()
+        operators.scale_(result, torch.tensor(factor, device=DEVICE))
+        wanted = (values.float() * factor).to(dtype)
+        assert torch.equal(result, wanted) or (result.isnan().all() and math.isnan(factor))
 
 
 @pytest.mark.parametrize("name", ["identity", "soft_cap", "plif", "gss"])

@@ -112,6 +112,7 @@ def test_opcheck(name: str, options: tuple[Any, ...]) -> None:
             "cross_entropy_": (input.clone(), *below, *options, scale, True),
             "cross_entropy_backward_": (*upstream, input.clone(), *below, row_stats, *options[:3], True),
             "cross_entropy_rescale_": (input.clone(), scale, scale, input, *below, row_stats, *options[:3]),
+            "scale_": (input.clone(), scale),
             "token_statistics": (input, target, *below[2:], -100),
             "log_softmax": (leaves[0], *leaves[3:], torch.float32),
         }
@@ -247,8 +248,9 @@ def test_launches_compile(name: str, target: Any) -> None:
         )
         operators.log_softmax(input, *below, torch.float32)
         operators.token_statistics(input, labels, *below, -100)
+        operators.scale_(input, torch.ones(()))
     binary = "cubin" if target.backend == "cuda" else "hsaco"
-    assert len(compiled) == 4 and all(each.asm[binary] for each in compiled)
+    assert len(compiled) == 5 and all(each.asm[binary] for each in compiled)
 
 
 @pytest.mark.skipif(GPU, reason="needs the driver that runs nothing")

@@ -105,7 +105,7 @@ class Sums:
         like = input.new_empty(0, dtype=torch.float32)
         self.programs, self.lanes, self.totals = input.shape[0], like, like
         if self.regime in ("registers", "lanes"):
-            self.programs = min(input.shape[0], _PROGRAMS * _multiprocessors(input.device))
+            self.programs = min(input.shape[0], _PROGRAMS * multiprocessors(input.device))
             if self.regime == "lanes":
                 width = lanes_of(input.shape[1], width_of(input.dtype), self.most_lanes) * functions.table_rows // 2
                 entries = call.size * width
@@ -113,7 +113,7 @@ class Sums:
                 self.lanes = input.new_empty(self.programs * entries, dtype=torch.int64)
             self.totals = like.new_empty((self.programs, numbers))
         elif self.regime == "global":
-            self.programs = min(input.shape[0], 8 * _PROGRAMS * _multiprocessors(input.device))
+            self.programs = min(input.shape[0], 8 * _PROGRAMS * multiprocessors(input.device))
             self.totals = like.new_zeros((1, numbers))
         self.needed = needed
 
@@ -294,7 +294,8 @@ def _chunks(rows: int, size: int) -> list[slice]:
     return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
 
 
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has."""
     if device.type != "cuda":
         return 1  # Triton's interpreter
     return torch.cuda.get_device_properties(device).multi_processor_count

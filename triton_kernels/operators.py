@@ -21,6 +21,7 @@ from .launch import (
     launch_log_softmax_backward,
     launch_token_statistics,
 )
+from .scaling import launch_scale
 
 DISPATCH_KEYS = ("CUDA", "CPU")
 
@@ -131,6 +132,11 @@ def cross_entropy_rescale_(
     launch_cross_entropy(call, input, target.contiguous(), options, results, upstream, grad_input, losses=False)
 
 
+def scale_(input: Tensor, factor: Tensor) -> None:
+    """input *= factor."""
+    launch_scale(input, factor)
+
+
 def token_statistics(
     input: Tensor, target: Tensor, coefficients: Tensor, transform: str, constants: list[float], ignore_index: int
 ) -> tuple[Tensor, ...]:
@@ -174,7 +180,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 for _function in (
     cross_entropy, cross_entropy_, cross_entropy_backward, cross_entropy_backward_, cross_entropy_rescale_,
-    token_statistics, log_softmax, log_softmax_backward,
+    scale_, token_statistics, log_softmax, log_softmax_backward,
 ):  # fmt: skip
     for _key in DISPATCH_KEYS:
         library.impl(operator(_function.__name__, "triton"), _function, _key)

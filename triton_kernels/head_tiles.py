@@ -156,7 +156,7 @@ BACKWARD = {
     ("gfx942", "heavy"): HeadTile(64, 128, 32, 8, 4, 2),
 }
 #: Of float32, whose products are those of single numbers on NVIDIA GPUs.
-FLOAT32 = HeadTile(64, 64, 16, 4, 8, 2)
+FLOAT32 = HeadTile(64, 64, 16, 4, 8, 2, 255)
 
 
 def family_of(device: torch.device) -> str:
@@ -183,7 +183,7 @@ def backward_tile(call: Call, input: Tensor) -> HeadTile:
 def _tile(table: dict[tuple[str, str], HeadTile], heavy: bool, input: Tensor) -> HeadTile:
     family = family_of(input.device)
     if input.dtype == torch.float32:
-        return FLOAT32._replace(warps=4) if family == "gfx942" else FLOAT32
+        return FLOAT32._replace(warps=4, registers=0) if family == "gfx942" else FLOAT32
     return table[family, "heavy" if heavy else "light"]
 
 

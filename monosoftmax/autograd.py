@@ -129,7 +129,7 @@ class _Ahead:
         None where that would round a result for the second time.
         """
         factor = grad_total if self._shift is None else grad_total / self._shift
-        if _traced() or torch._C._functorch.is_legacy_batchedtensor(factor):  # the latter: is_grads_batched=True
+        if _traced() or _is_batched(factor):
             if not self._scalable:
                 return None
             return [(each.to(factor.dtype) * factor).to(each.dtype) for each in self.gradients]
@@ -213,8 +213,9 @@ def _loss_function(
             gradients: Sequence[Tensor] | None = None
             # With gradients enabled, these may be differentiated: that must end in an error, not in zeros.
             if ahead is not None and grad_loss is None and grad_lse is None and not torch.is_grad_enabled():
+                assert grad_total is not None  # what else would there be a gradient of
                 gradients = ahead.times(grad_total)
-                if gradients is None and rescale_operator is not None and grad_total is not None and not _traced():
+                if gradients is None and rescale_operator and not (_traced() or _is_batched(grad_total)):
                     gradients = _rescaled(ctx, ahead.gradients, grad_total, rescale_operator)
             del ahead
             if gradients is None:
@@ -241,7 +242,7 @@ def _rescaled(
     """The gradients of a half precision input and of coefficients times ``grad_total``, decided on the device."""
     *tensors, row_stats, scale = ctx.saved_tensors
     transform, constants, options = ctx.arguments
-    rescaled = [each for each in gradients]
+    rescaled = list(gradients)
     for i, each in enumerate(rescaled):
         if each.dtype in _HALF:
             rescale_operator(each, grad_total, scale, *tensors, transform, constants, row_stats, *options)
@@ -263,6 +264,11 @@ def _may_compute_ahead(input: Tensor, linear: bool, rescale_operator: torch._ops
 def _tells_values(tensor: Tensor) -> bool:
     """Whether a value can be looked at without waiting for a device."""
     return tensor.device.type == "cpu"
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for several: ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))
 
 
 def _traced() -> bool:

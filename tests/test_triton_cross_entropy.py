@@ -223,6 +223,18 @@ def test_gradient_ahead_is_rounded_once_whatever_comes_later(
     torch.testing.assert_close(result["raw_slope"].double(), exact["raw_slope"], rtol=1e-5, atol=1e-6)
 
 
+def test_batched_upstream_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autograd, "_tells_values", lambda tensor: False)
+    upstream = torch.tensor([1.0, -2.0], device=DEVICE)
+    for dtype in (torch.bfloat16, torch.float32):
+        leaf = _rows(9, dtype).clone().requires_grad_()
+        loss = ms.cross_entropy(leaf, _target(9), backend="triton")
+        (gradients,) = torch.autograd.grad(loss, leaf, upstream, is_grads_batched=True)
+        for each, factor in zip(gradients, upstream, strict=True):
+            alone = ms.cross_entropy(leaf, _target(9), backend="triton")
+            torch.testing.assert_close(each, torch.autograd.grad(alone, leaf, factor)[0])
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.3])
 @pytest.mark.parametrize("head", [False, True])
 def test_gradients_ahead_are_scaled_on_the_device(factor: float, head: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from monosoftmax.ops import library, operator
-
 from .launch import (
     Call,
     LossOptions,
@@ -178,9 +176,12 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+# By name, as csrc/ does it: their schemas are defined above.
+_library = torch.library.Library("monosoftmax", "IMPL")
+
 for _function in (
     cross_entropy, cross_entropy_, cross_entropy_backward, cross_entropy_backward_, cross_entropy_rescale_,
     scale_, token_statistics, log_softmax, log_softmax_backward,
 ):  # fmt: skip
     for _key in DISPATCH_KEYS:
-        library.impl(operator(_function.__name__, "triton"), _function, _key)
+        _library.impl(f"{_function.__name__}.triton", _function, _key)

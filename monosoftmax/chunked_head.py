@@ -21,8 +21,8 @@ from .float16 import float16_shift
 from .ops import FUSED_BACKENDS, library, operator
 from .transforms.base import arithmetic_dtype
 
-#: CPU tensors under Triton's interpreter.
-_DISPATCH_KEYS = {"cpu": ("CPU",), "triton": ("CUDA", "CPU")}
+#: CPU tensors under Triton's interpreter, and under the host execution of the CUDA kernels.
+_DISPATCH_KEYS = {"cpu": ("CPU",), "triton": ("CUDA", "CPU"), "cuda": ("CUDA", "CPU")}
 
 #: Bytes of logits in a chunk: at most, unless it had fewer than _FEWEST_ROWS; and at least, whatever its rows.
 _LARGEST, _SMALLEST = 64 * 2**20, 4 * 2**20

@@ -2,7 +2,8 @@
 
 Every operator has one overload for each fused backend, e.g. ``torch.ops.monosoftmax.cross_entropy.cpu``. An overload,
 not a dispatch key, names the backend because two of them may serve one device. The kernels are registered by the
-backends (``csrc/cpu/cross_entropy.cpp`` for ``cpu``, ``triton_kernels/operators.py`` for ``triton``; the ``linear_``
+backends (``csrc/cpu/cross_entropy.cpp`` for ``cpu``, ``triton_kernels/operators.py`` for ``triton``,
+``csrc/cuda/operators.cpp`` for ``cuda``, which has no kernels for log_softmax and token_statistics; the ``linear_``
 ones, which are made of the others, by :mod:`monosoftmax.chunked_head`), the derivatives by
 :mod:`monosoftmax.autograd`.
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from .transforms.base import arithmetic_dtype
 
 #: Backends with fused kernels. Each has an overload of its name.
-FUSED_BACKENDS = ("cpu", "triton")
+FUSED_BACKENDS = ("cpu", "triton", "cuda")
 
 _TRANSFORM = "Tensor coefficients, str transform, float[] constants"
 _LOSS = f"Tensor input, Tensor target, Tensor? weight, {_TRANSFORM}"
@@ -229,6 +230,11 @@ for _backend in FUSED_BACKENDS:
         )
         torch.library.register_fake(f"monosoftmax::{_name}.{_backend}", _FAKES[_name], lib=library)
 
+
+# How the kernels of csrc/cuda compute a call, in words: it depends on the GPU.
+library.define(  # type: ignore[no-untyped-call]
+    "describe_plan.cuda(Tensor input, str transform, int size, bool gradient, bool coefficients) -> str"
+)
 
 library.define("no_derivative(Tensor like, Tensor[] upstream, str reason) -> Tensor")  # type: ignore[no-untyped-call]
 

@@ -80,7 +80,8 @@ class Strip {
 
   void set(const F& f, const typename F::Point& point, T z, T weight, int64_t at) {
     T out[F::kTableRows];
-    f.contribute(point, z, weight, out);
+    f.differentiate(point, z, out);
+    for (int r = 0; r < F::kTableRows; ++r) out[r] = weight * out[r];
     at::vec::convert_to_int_of_same_size(point.piece).store(piece_ + at);
     if constexpr (kStride == 2) {
       const auto [first, second] = at::vec::interleave2(out[0], out[1]);
@@ -135,7 +136,8 @@ template <class T, class F>
 void add_to_table(const F& f, const typename F::Point& point, T z, T weight, double* table) {
   constexpr int kStride = table_stride(F::kTableRows);
   T out[F::kTableRows];
-  f.contribute(point, z, weight, out);
+  f.differentiate(point, z, out);
+  for (int r = 0; r < F::kTableRows; ++r) out[r] = weight * out[r];
   typename Arithmetic<T>::Scalar piece[T::size()], lanes[T::size()];
   point.piece.store(piece);
   for (int r = 0; r < F::kTableRows; ++r) {

@@ -92,7 +92,7 @@ class TransformArguments {
       coefficients_ = at::zeros({size_, table_stride(shape_.table_rows)}, coefficients.options());
       coefficients_.narrow(1, 0, shape_.table_rows).copy_(coefficients.t());
       with_kernels(input, [&](auto zero, const auto&) {
-        complete_table(name_, coefficients_.mutable_data_ptr<decltype(zero)>(), size_);
+        complete_table(name_, coefficients_.mutable_data_ptr<decltype(zero)>(), size_, constants_.data());
       });
     }
   }

@@ -12,12 +12,13 @@ namespace monosoftmax {
 inline namespace CPU_CAPABILITY {
 
 template <class S>
-struct VectorArithmetic {
+struct VectorArithmetic : PieceIsNumber<at::vec::Vectorized<S>> {
   using Scalar = S;
   using T = at::vec::Vectorized<S>;
   template <int kRows, bool kSmall>
   using Table = cpu::PieceTable<S, kRows, kSmall>;
   static constexpr int64_t small_table(int rows) { return cpu::small_table<S>(rows); }
+  static constexpr bool kPointsKeep = true;
 
   static T abs(T x) { return x.abs(); }
   static T floor(T x) { return x.floor(); }
@@ -30,6 +31,7 @@ template <>
 struct Arithmetic<at::vec::Vectorized<double>> : VectorArithmetic<double> {
   using Mask = T;
   static T exp(T x) { return x.exp(); }
+  static T decay(T x) { return exp(T(0) - abs(x)); }
   static T log1p(T x) { return x.log1p(); }
   static T tanh(T x, T& slope) {
     const T result = x.tanh();
@@ -45,6 +47,7 @@ template <>
 struct Arithmetic<at::vec::Vectorized<float>> : VectorArithmetic<float> {
   using Mask = cpu::FloatMask;
   static T exp(T x) { return cpu::simd_exp(x); }
+  static T decay(T x) { return exp(T(0) - abs(x)); }
   static T log1p(T x) { return cpu::simd_log1p(x); }
   static T tanh(T x, T& slope) { return cpu::simd_tanh(x, slope); }
   static Mask less(T a, T b) { return cpu::less(a, b); }

@@ -14,35 +14,36 @@
 
 namespace monosoftmax {
 
-template <class S>
+// Wide: what the few numbers of a row are computed in.
+template <class S, class Wide = double>
 struct LossOptions {
   int64_t classes;
   int64_t ignore_index;
-  double label_smoothing;
-  double z_loss;
-  const S* weight;    // [classes], or null for weights of 1
-  double weight_sum;  // of all classes
+  Wide label_smoothing;
+  Wide z_loss;
+  const S* weight;  // [classes], or null for weights of 1
+  Wide weight_sum;  // of all classes
 
   MONOSOFTMAX_HD S weight_of(int64_t target) const { return weight == nullptr ? S(1) : weight[target]; }
   MONOSOFTMAX_HD bool smooths() const { return label_smoothing > 0; }
 };
 
-template <class S>
+template <class S, class Wide = double>
 class RowLoss {
  public:
-  MONOSOFTMAX_HD RowLoss(const LossOptions<S>& options, int64_t target)
+  MONOSOFTMAX_HD RowLoss(const LossOptions<S, Wide>& options, int64_t target)
       : z_loss_(options.z_loss),
         target_mass_((1 - options.label_smoothing) * options.weight_of(target)),
-        smooth_mass_(options.label_smoothing / static_cast<double>(options.classes)),
+        smooth_mass_(options.label_smoothing / static_cast<Wide>(options.classes)),
         weight_sum_(options.weight_sum) {}
 
   // target_gap is y_t - largest; weighted_gaps is sum_j w_j (y_j - largest), read only where labels are smoothed.
-  MONOSOFTMAX_HD S loss(S target_gap, double weighted_gaps, S log_sum, S lse) const {
-    double result = target_mass_ * (log_sum - target_gap);
+  MONOSOFTMAX_HD S loss(S target_gap, Wide weighted_gaps, S log_sum, S lse) const {
+    Wide result = target_mass_ * (log_sum - target_gap);
     if (smooth_mass_ > 0) {
-      result += smooth_mass_ * (weight_sum_ * static_cast<double>(log_sum) - weighted_gaps);
+      result += smooth_mass_ * (weight_sum_ * static_cast<Wide>(log_sum) - weighted_gaps);
     }
-    if (z_loss_ > 0) result += z_loss_ * static_cast<double>(lse) * lse;
+    if (z_loss_ > 0) result += z_loss_ * static_cast<Wide>(lse) * lse;
     return static_cast<S>(result);
   }
 
@@ -58,13 +59,13 @@ class RowLoss {
     const S of_target = static_cast<S>(grad_loss * target_mass_);
     const S of_weight = static_cast<S>(grad_loss * smooth_mass_);
     const S of_p = of_target + of_weight * static_cast<S>(weight_sum_);
-    double extra = grad_lse;
-    if (z_loss_ > 0) extra += 2 * grad_loss * z_loss_ * (largest + std::log(static_cast<double>(sum)));
+    Wide extra = grad_lse;
+    if (z_loss_ > 0) extra += 2 * grad_loss * z_loss_ * (largest + std::log(static_cast<Wide>(sum)));
     return {of_p, of_target, of_weight, static_cast<S>(extra)};
   }
 
  private:
-  double z_loss_, target_mass_, smooth_mass_, weight_sum_;
+  Wide z_loss_, target_mass_, smooth_mass_, weight_sum_;
 };
 
 }  // namespace monosoftmax

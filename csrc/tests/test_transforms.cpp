@@ -26,7 +26,7 @@ bool with_case(const Case& c, Visitor&& visitor) {
     const int stride = table_stride(c.rows);
     data.assign(c.size() * stride, 0);
     for (size_t i = 0; i < c.coefficients.size(); ++i) data[i / c.rows * stride + i % c.rows] = c.coefficients[i];
-    complete_table(c.name, data.data(), c.size());
+    complete_table(c.name, data.data(), c.size(), c.constants.data());
   }
   return with_transform<double>(c.name, {data.data(), c.size(), c.constants.data()}, visitor);
 }
@@ -58,7 +58,7 @@ std::vector<double> coefficient_gradient(const Case& c, const F& f, double z) {
   const auto point = f.at(z);
   if constexpr (F::kTableRows > 0) {
     double out[F::kTableRows];
-    f.contribute(point, z, 1.0, out);
+    f.differentiate(point, z, out);
     for (int r = 0; r < F::kTableRows; ++r) gradient[static_cast<size_t>(point.piece) * F::kTableRows + r] = out[r];
   } else {
     gradient.resize(kMostVectorCoefficients);

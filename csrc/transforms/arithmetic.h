@@ -1,5 +1,6 @@
 // The vocabulary that the transforms are written in, so that one formula serves a float, a double, a SIMD vector
-// (csrc/cpu/vectorized.h) and a device float. Arithmetic<T> must offer what Arithmetic<float> offers here; beside it
+// (csrc/cpu/vectorized.h) and device floats (csrc/cuda/arithmetic.cuh). Arithmetic<T> must offer what
+// Arithmetic<float> offers here; beside it
 // the transforms use + - * / on T, and T(scalar) as a broadcast.
 #pragma once
 
@@ -11,8 +12,10 @@
 // would be what the linker keeps for all of them.
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define MONOSOFTMAX_HD __host__ __device__ inline
+#define MONOSOFTMAX_UNROLL_2 _Pragma("unroll 2")
 #else
 #define MONOSOFTMAX_HD __attribute__((always_inline)) inline
+#define MONOSOFTMAX_UNROLL_2 _Pragma("GCC unroll 2")
 #endif
 
 namespace monosoftmax {
@@ -28,7 +31,14 @@ constexpr int table_stride(int rows) {
   return stride;
 }
 
-// Its look-ups. A piece is a whole number >= 0 of the type of the arithmetic.
+// What look-ups go by: a whole number >= 0 of the type of the arithmetic, where that has no type of its own for it.
+template <class T>
+struct PieceIsNumber {
+  using Piece = T;
+  static MONOSOFTMAX_HD Piece piece(T number) { return number; }
+  static MONOSOFTMAX_HD T number(Piece piece) { return piece; }
+};
+
 template <class S, int kRows>
 class ScalarTable {
  public:
@@ -49,16 +59,21 @@ class ScalarTable {
 };
 
 template <class S>
-struct ScalarArithmetic {
+struct ScalarArithmetic : PieceIsNumber<S> {
   using Scalar = S;
   using Mask = bool;
   // kSmall: for tables of at most small_table(rows) pieces
   template <int kRows, bool kSmall>
   using Table = ScalarTable<S, kRows>;
   static constexpr int64_t small_table(int) { return 0; }
+  // Whether the point of a transform keeps what its gradients need, or they compute it again: where a point of
+  // variable length cannot lie in registers.
+  static constexpr bool kPointsKeep = true;
 
   // x <= 88
   static MONOSOFTMAX_HD S exp(S x) { return std::exp(x); }
+  // exp(-|x|)
+  static MONOSOFTMAX_HD S decay(S x) { return std::exp(S(0) - std::fabs(x)); }
   // 0 <= x <= 1
   static MONOSOFTMAX_HD S log1p(S x) { return std::log1p(x); }
   // also its derivative
@@ -108,6 +123,26 @@ MONOSOFTMAX_HD T clamp_index(T x, T hi) {
   return A::select(A::less(hi, from_zero), hi, from_zero);
 }
 
+// The piece of width 1 / inverse_width, of `count` that begin at 0, in which an offset lies; the first or last one
+// where it lies beyond them.
+template <class T, bool kSmall>
+class UniformPieces {
+ public:
+  using A = Arithmetic<T>;
+  using S = typename A::Scalar;
+
+  MONOSOFTMAX_HD UniformPieces(S inverse_width, int64_t count)
+      : inverse_width_(inverse_width), last_(static_cast<S>(count - 1)) {}
+  MONOSOFTMAX_HD typename A::Piece operator()(T offset) const {
+    return A::piece(clamp_index(A::floor(offset * inverse_width_), last_));
+  }
+  // Entries that a table for look-ups by them has: those beyond `count` repeat the last one.
+  static constexpr int64_t entries(int64_t count) { return count; }
+
+ private:
+  T inverse_width_, last_;
+};
+
 // How many of the increasing at(0) .. at(count - 1) are <= x, by bisection; 0 for NaN.
 template <class T, class At>
 MONOSOFTMAX_HD T count_less_equal(int64_t count, T x, At&& at) {
@@ -137,7 +172,7 @@ struct Logistic {
 
   explicit MONOSOFTMAX_HD Logistic(T u) {
     using A = Arithmetic<T>;
-    decay = A::exp(T(0) - A::abs(u));
+    decay = A::decay(u);
     const T large = T(1) / (T(1) + decay);
     const T small = decay * large;
     const auto negative = A::less(u, T(0));

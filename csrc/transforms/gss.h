@@ -20,7 +20,7 @@ class Gss {
 
   MONOSOFTMAX_HD T value(T z) const {
     const T u = z - c_;
-    return from(u, A::log1p(A::exp(T(0) - A::abs(u))));
+    return from(u, A::log1p(A::decay(u)));
   }
   MONOSOFTMAX_HD Point at(T z) const {
     const T u = z - c_;

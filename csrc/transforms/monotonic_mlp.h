@@ -14,7 +14,7 @@ class MonotonicMlp {
 
   struct Point {
     T value, derivative;
-    Scratch<T, kMostUnits> tanh, slope;  // of each unit
+    Scratch<T, Arithmetic<T>::kPointsKeep ? kMostUnits : 1> tanh, slope;  // of each unit, where they are kept
   };
 
   explicit MONOSOFTMAX_HD MonotonicMlp(const Coefficients<S>& c)
@@ -26,7 +26,7 @@ class MonotonicMlp {
 
   MONOSOFTMAX_HD T value(T z) const {
     T result = T(*linear_) * z;
-#pragma GCC unroll 2
+MONOSOFTMAX_UNROLL_2
     for (int64_t h = 0; h < units_; ++h) {
       result = A::fma(T(amplitude_[h]), HyperbolicTangent<T>(argument(h, z)).tanh, result);
     }
@@ -35,24 +35,37 @@ class MonotonicMlp {
   MONOSOFTMAX_HD Point at(T z) const {
     Point point;
     T value = T(*linear_) * z, derivative(*linear_);
-#pragma GCC unroll 2
+MONOSOFTMAX_UNROLL_2
     for (int64_t h = 0; h < units_; ++h) {
       const HyperbolicTangent<T> unit(argument(h, z));
       value = A::fma(T(amplitude_[h]), unit.tanh, value);
       derivative = A::fma(T(amplitude_[h] * steepness_[h]), unit.slope, derivative);
-      point.tanh[h] = unit.tanh;
-      point.slope[h] = unit.slope;
+      if constexpr (A::kPointsKeep) {
+        point.tanh[h] = unit.tanh;
+        point.slope[h] = unit.slope;
+      }
     }
     point.value = value;
     point.derivative = derivative;
     return point;
   }
-  MONOSOFTMAX_HD void accumulate(const Point& at, T z, T gradient, T* sums) const {
+  // Sums: T*, or what can be indexed, read and assigned to like it.
+  template <class Sums>
+  MONOSOFTMAX_HD void accumulate(const Point& at, T z, T gradient, Sums sums) const {
     sums[0] = A::fma(gradient, z, sums[0]);
-#pragma GCC unroll 2
+MONOSOFTMAX_UNROLL_2
     for (int64_t h = 0; h < units_; ++h) {
-      const T by_shift = gradient * T(amplitude_[h]) * at.slope[h];
-      sums[1 + h] = A::fma(gradient, at.tanh[h], sums[1 + h]);
+      T tanh, slope;
+      if constexpr (A::kPointsKeep) {
+        tanh = at.tanh[h];
+        slope = at.slope[h];
+      } else {
+        const HyperbolicTangent<T> unit(argument(h, z));
+        tanh = unit.tanh;
+        slope = unit.slope;
+      }
+      const T by_shift = gradient * T(amplitude_[h]) * slope;
+      sums[1 + h] = A::fma(gradient, tanh, sums[1 + h]);
       sums[1 + units_ + h] = A::fma(by_shift, z, sums[1 + units_ + h]);
       sums[1 + 2 * units_ + h] = sums[1 + 2 * units_ + h] + by_shift;
     }

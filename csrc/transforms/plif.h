@@ -1,5 +1,8 @@
 // Piecewise linear: f(z) = value_k + slope_k (z - knot_k), k = clamp(floor((z - lo) / width), 0, K - 1).
 // Coefficients: slope and value of each of K pieces. Constants: lo, width, 1 / width.
+//
+// A look-up gives the line of a piece, slope and value_k - slope_k knot_k, so that a value takes one fma. The piece is
+// found in the very operations of the reference: both see a logit next to a knot on the same side.
 #pragma once
 
 #include "arithmetic.h"
@@ -11,42 +14,43 @@ class Plif {
  public:
   using S = typename Arithmetic<T>::Scalar;
   static constexpr int kTableRows = 2;
-  static void derive(S*) {}
+  // The line of piece k, from its slope and value.
+  static MONOSOFTMAX_HD void derive(S* piece, int64_t k, const double* constants) {
+    const S knot = static_cast<S>(constants[0]) + static_cast<S>(k) * static_cast<S>(constants[1]);
+    piece[1] = Arithmetic<S>::fma(S(0) - piece[0], knot, piece[1]);
+  }
+  static constexpr int64_t entries(int64_t pieces) { return UniformPieces<T, kSmall>::entries(pieces); }
 
   struct Point {
     T value, derivative;
-    T piece, offset;
+    typename Arithmetic<T>::Piece piece;
+    T offset;
   };
 
   explicit MONOSOFTMAX_HD Plif(const Coefficients<S>& c)
       : table_(c.data, c.size),
-        last_(static_cast<S>(c.size - 1)),
+        pieces_(static_cast<S>(c.constants[2]), c.size),
         lo_(static_cast<S>(c.constants[0])),
-        width_(static_cast<S>(c.constants[1])),
-        inverse_width_(static_cast<S>(c.constants[2])) {}
+        width_(static_cast<S>(c.constants[1])) {}
 
   MONOSOFTMAX_HD T value(T z) const { return at(z).value; }
   MONOSOFTMAX_HD Point at(T z) const {
-    const T k = piece(z);
-    const auto [slope, value] = table_.row(k).of;
-    const T offset = z - knot(k);
-    return {A::fma(slope, offset, value), slope, k, offset};
+    const auto piece = pieces_(z - lo_);
+    const auto [slope, intercept] = table_.row(piece).of;
+    return {A::fma(slope, z, intercept), slope, piece, z - A::fma(A::number(piece), width_, lo_)};
   }
-  // gradient * df/d(slope, value) of the piece
-  MONOSOFTMAX_HD void contribute(const Point& at, T, T gradient, T (&out)[kTableRows]) const {
-    out[0] = gradient * at.offset;
-    out[1] = gradient;
+  // df/d(slope, value) of the piece
+  MONOSOFTMAX_HD void differentiate(const Point& at, T, T (&out)[kTableRows]) const {
+    out[0] = at.offset;
+    out[1] = T(1);
   }
 
  private:
   using A = Arithmetic<T>;
 
-  // In these very operations the reference computes them too: both see a logit next to a knot on the same side.
-  MONOSOFTMAX_HD T piece(T z) const { return clamp_index(A::floor((z - lo_) * inverse_width_), last_); }
-  MONOSOFTMAX_HD T knot(T k) const { return lo_ + k * width_; }
-
   typename A::template Table<kTableRows, kSmall> table_;
-  T last_, lo_, width_, inverse_width_;
+  UniformPieces<T, kSmall> pieces_;
+  T lo_, width_;
 };
 
 }  // namespace monosoftmax

@@ -48,17 +48,18 @@ inline bool find_transform(std::string_view name, TransformShape* shape) {
 }
 
 template <template <class> class F, class S>
-void derive_columns(S*, int64_t) {}
+void derive_columns(S*, int64_t, const double*) {}
 template <template <class, bool> class F, class S>
-void derive_columns(S* table, int64_t pieces) {
-  for (int64_t k = 0; k < pieces; ++k) F<S, false>::derive(table + k * table_stride(F<S, false>::kTableRows));
+void derive_columns(S* table, int64_t pieces, const double* constants) {
+  constexpr int stride = table_stride(F<S, false>::kTableRows);
+  for (int64_t k = 0; k < pieces; ++k) F<S, false>::derive(table + k * stride, k, constants);
 }
 
-// Fills the columns of the table of transform `name` that follow from its coefficients.
+// Turns the coefficients of transform `name` into what its look-ups give, where that is something else or more.
 template <class S>
-void complete_table(std::string_view name, S* table, int64_t pieces) {
+void complete_table(std::string_view name, S* table, int64_t pieces, const double* constants) {
 #define ROW(NAME, CLASS, ROWS, SMALLEST, LARGEST) \
-  if (name == NAME) derive_columns<CLASS, S>(table, pieces);
+  if (name == NAME) derive_columns<CLASS, S>(table, pieces, constants);
   MONOSOFTMAX_TRANSFORMS(ROW)
 #undef ROW
 }

@@ -17,7 +17,7 @@ class SigSoftmax {
 
   explicit MONOSOFTMAX_HD SigSoftmax(const Coefficients<S>&) {}
 
-  MONOSOFTMAX_HD T value(T z) const { return from(z, A::exp(T(0) - A::abs(z))); }
+  MONOSOFTMAX_HD T value(T z) const { return from(z, A::decay(z)); }
   MONOSOFTMAX_HD Point at(T z) const {
     const Logistic<T> logistic(z);
     return {from(z, logistic.decay), T(1) + logistic.sigmoid_complement};

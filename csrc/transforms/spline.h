@@ -15,14 +15,16 @@ class Spline {
   using S = typename Arithmetic<T>::Scalar;
   static constexpr int kTableRows = 6, kDerived = 2;
   // s and 1 / width
-  static void derive(S* piece) {
+  static MONOSOFTMAX_HD void derive(S* piece, int64_t, const double*) {
     piece[6] = piece[3] / piece[1];
     piece[7] = 1 / piece[1];
   }
 
+  static constexpr int64_t entries(int64_t pieces) { return pieces; }
+
   struct Point {
     T value, derivative;
-    T piece;
+    typename Arithmetic<T>::Piece piece;
     T xi, below, above;  // place within the piece, and distance beyond its left (<= 0) and right (>= 0) end
     T height, d0, d1, slope, inverse_width;
     T bump, inverse_denominator, ratio;  // xi (1-xi), 1 / D, and what is multiplied by height in f
@@ -33,7 +35,8 @@ class Spline {
   MONOSOFTMAX_HD T value(T z) const { return at(z).value; }
   MONOSOFTMAX_HD Point at(T z) const {
     Point p;
-    p.piece = count_less_equal(pieces_ - 1, z, [this](T knot) { return table_.at(0, knot + T(1)); });
+    p.piece = A::piece(
+        count_less_equal(pieces_ - 1, z, [this](T knot) { return table_.at(0, A::piece(knot + T(1))); }));
     const auto [x, width, y, height, d0, d1, slope, inverse_width] = table_.row(p.piece).of;
     const T offset = z - x;
     const auto is_below = A::less(offset, T(0));
@@ -58,8 +61,8 @@ class Spline {
     p.inverse_width = inverse_width;
     return p;
   }
-  // gradient * df/d(x, width, y, height, d0, d1) of the piece
-  MONOSOFTMAX_HD void contribute(const Point& at, T, T gradient, T (&out)[kTableRows]) const {
+  // df/d(x, width, y, height, d0, d1) of the piece
+  MONOSOFTMAX_HD void differentiate(const Point& at, T, T (&out)[kTableRows]) const {
     const T xi = at.xi, rest = T(1) - at.xi;
     const T scaled = at.height * at.bump * at.inverse_denominator;
     // With N the numerator: d(N/D)/ds = (xi^2 D - N (xi^2 + (1-xi)^2)) / D^2, whose parts in s cancel exactly.
@@ -71,12 +74,12 @@ class Spline {
     // x and width move the piece under a fixed z: xi falls by 1 / width and xi / width, where z is inside.
     const T by_width_inside = T(0) - at.derivative * xi - by_slope * at.slope * at.inverse_width;
     const T by_width_outside = A::select(is_above, T(0) - at.d1, T(0));
-    out[0] = T(0) - gradient * at.derivative;
-    out[1] = gradient * A::select(outside, by_width_outside, by_width_inside);
-    out[2] = gradient;
-    out[3] = gradient * (at.ratio + by_slope * at.inverse_width);
-    out[4] = gradient * (by_d0 + at.below);
-    out[5] = gradient * (by_d1 + at.above);
+    out[0] = T(0) - at.derivative;
+    out[1] = A::select(outside, by_width_outside, by_width_inside);
+    out[2] = T(1);
+    out[3] = at.ratio + by_slope * at.inverse_width;
+    out[4] = by_d0 + at.below;
+    out[5] = by_d1 + at.above;
   }
 
  private:

@@ -1,0 +1,55 @@
+// What the kernels are given, in plain C++: the operators fill it in (operators.cpp), the launchers pass it on.
+#pragma once
+
+#include <cstdint>
+
+namespace monosoftmax::cuda {
+
+// Threads of a block. More would not share more: two blocks on a multiprocessor overlap the copies of one with the
+// arithmetic of the other.
+constexpr int kMostThreads = 256;
+
+// A transform: its coefficients as torch has them, [size] or [rows, size].
+struct TransformArguments {
+  const float* coefficients;
+  int64_t size;
+  double constants[3];
+  const float* table;  // for look-ups in global memory, [entries, stride]; else null
+};
+
+// Where the sums for the gradient of the coefficients go: a set for each block, or of WarpSums for each warp.
+struct SumsArguments {
+  float* partials;
+  bool atomic;  // one set for all
+};
+
+struct CrossEntropyArguments {
+  const void* input;  // [rows, classes]
+  int64_t stride, rows;
+  int classes;
+  const int64_t* target;
+  TransformArguments transform;
+
+  // As in LossOptions; weight_sum is null for weights of 1.
+  int64_t ignore_index;
+  float label_smoothing, z_loss;
+  const float *weight, *weight_sum;
+
+  // What is computed of each row: its loss, or it has been and row_stats are read. lse of ignored rows only on demand.
+  bool losses, return_lse;
+  float *loss, *lse, *largest, *sum;
+
+  // Upstream gradients of the losses, one for all where the stride is 0, and of lse (null: 0). With a factor, by which
+  // the former are multiplied, nothing is done where it is 1: grad_input is what it would be then.
+  const float* grad_loss;
+  int64_t grad_loss_stride;
+  const float *grad_lse, *factor;
+  void* grad_input;  // null: not needed; may be the input
+  int64_t grad_stride;
+  SumsArguments sums;
+
+  // Where in the dynamic shared memory of a block the sums and the row begin; the coefficients come first.
+  unsigned sums_offset, row_offset;
+};
+
+}  // namespace monosoftmax::cuda

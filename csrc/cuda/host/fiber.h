@@ -1,0 +1,64 @@
+// Fibers: stacks that the program switches between.
+#pragma once
+
+#include <cstddef>
+#include <utility>
+#include <vector>
+
+#include "runtime.h"
+
+#if !defined(__x86_64__) || defined(MONOSOFTMAX_CUDA_HOST_UCONTEXT)
+#define MONOSOFTMAX_CUDA_HOST_USES_UCONTEXT
+#include <ucontext.h>
+#endif
+
+namespace monosoftmax::cuda::host {
+
+struct Fiber {
+  char* stack = nullptr;  // its lowest address; of the fiber that called launch(), known to the address sanitizer only
+  size_t stack_bytes = 0;
+  void* sanitizer_state = nullptr;
+  void* sanitizer_thread = nullptr;
+#ifdef MONOSOFTMAX_CUDA_HOST_USES_UCONTEXT
+  ucontext_t context;
+#else
+  void* stack_pointer = nullptr;
+#endif
+};
+
+// What fibers need and the next ones can use again: stacks, each above a page without access and of memory that is
+// taken as it is touched, and the threads that the thread sanitizer takes them for.
+class Slots {
+ public:
+  static constexpr size_t kStackBytes = 128 << 10;
+
+  struct Slot {
+    char* stack;
+    void* sanitizer_thread;
+  };
+
+  // Slots begin, ..., begin + count - 1, with the same content as before if there were.
+  void provide(size_t begin, size_t count);
+  // Gives all of them back. Unlike used slots, new ones have no past for the thread sanitizer.
+  void clear();
+  const Slot& operator[](size_t index) const { return slots_[index]; }
+
+ private:
+  std::vector<Slot> slots_;
+  std::vector<std::pair<void*, size_t>> mappings_;
+};
+
+// Makes a fiber that begins with main(), which must not return, when first switched to.
+void prepare(Fiber* fiber, const Slots::Slot& slot, size_t stack_bytes, void (*main)());
+// Goes on with `to`. Returns when something switches back to `from`.
+void switch_fiber(Fiber* from, Fiber* to);
+// Goes on with `to` for good.
+[[noreturn]] void end_fiber(Fiber* from, Fiber* to);
+// To be called first in main(): `caller` is the fiber that switched to the first one of all.
+void enter_fiber(Fiber* caller);
+
+// Memory that reads as zero.
+void* map_memory(size_t bytes);
+void unmap_memory(void* memory, size_t bytes);
+
+}  // namespace monosoftmax::cuda::host

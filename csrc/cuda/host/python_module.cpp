@@ -1,0 +1,50 @@
+// The host execution as a torch backend for tests: importing the module gives the operators of the cuda backend kernels
+// for CPU tensors. Built and used by tests/cuda_host.py only.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "device_settings.h"
+#include "launch.h"
+
+namespace py = pybind11;
+
+namespace monosoftmax::cuda::host {
+namespace {
+
+void set_order_by_name(const std::string& order, unsigned seed) {
+  if (order == "forward") {
+    set_order(Order::kForward, seed);
+  } else if (order == "reverse") {
+    set_order(Order::kReverse, seed);
+  } else if (order == "random") {
+    set_order(Order::kRandom, seed);
+  } else {
+    throw std::invalid_argument("order must be forward, reverse or random, got " + order);
+  }
+}
+
+}  // namespace
+}  // namespace monosoftmax::cuda::host
+
+PYBIND11_MODULE(monosoftmax_cuda_host, module) {
+  namespace host = monosoftmax::cuda::host;
+  module.def(
+      "set_device",
+      [](int capability, int multiprocessors, int64_t shared_memory) {
+        host::device() = {capability, multiprocessors, shared_memory, shared_memory + 1024};
+        host::set_shared_limit(shared_memory);
+      },
+      "The GPU to be taken for.", py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_memory"));
+  module.def("set_order", &host::set_order_by_name, "The order in which threads take turns.", py::arg("order"),
+             py::arg("seed") = 1);
+  module.def(
+      "traffic", [] { return py::make_tuple(host::traffic().bytes_read, host::traffic().bytes_written); },
+      "Bytes of rows that kernels have read and written since the last reset.");
+  module.def("reset_traffic", &host::reset_traffic);
+  module.def(
+      "matches", [] { return py::make_tuple(host::match_statistics().calls, host::match_statistics().groups); },
+      "Lanes that have matched values since the last reset, and the groups that they were found to be.");
+  module.def("reset_matches", &host::reset_match_statistics);
+}

@@ -1,0 +1,57 @@
+// The interfaces of the sanitizers that the runtime needs, empty in builds without them.
+#pragma once
+
+#include <cstddef>
+
+#include "runtime.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+#ifdef MONOSOFTMAX_CUDA_HOST_THREAD
+#include <sanitizer/tsan_interface.h>
+#endif
+
+// The address sanitizer: what memory may be touched, and on which stack the program is.
+namespace monosoftmax::cuda::host::address {
+
+#ifdef __SANITIZE_ADDRESS__
+inline void forbid(const void* begin, size_t bytes) { __asan_poison_memory_region(begin, bytes); }
+inline void allow(const void* begin, size_t bytes) { __asan_unpoison_memory_region(begin, bytes); }
+inline void leave_stack(void** state, const void* to, size_t bytes) {
+  __sanitizer_start_switch_fiber(state, to, bytes);
+}
+inline void enter_stack(void* state, const void** from, size_t* bytes) {
+  __sanitizer_finish_switch_fiber(state, from, bytes);
+}
+#else
+inline void forbid(const void*, size_t) {}
+inline void allow(const void*, size_t) {}
+inline void leave_stack(void**, const void*, size_t) {}
+inline void enter_stack(void*, const void**, size_t*) {}
+#endif
+
+}  // namespace monosoftmax::cuda::host::address
+
+// The thread sanitizer: which thread the program acts as, and what happens before what. acquire() in one thread comes
+// after what another did before its release() of the same address.
+namespace monosoftmax::cuda::host::threads {
+
+#ifdef MONOSOFTMAX_CUDA_HOST_THREAD
+inline void* create() { return __tsan_create_fiber(0); }
+inline void destroy(void* thread) { __tsan_destroy_fiber(thread); }
+inline void* acting() { return __tsan_get_current_fiber(); }
+inline void act_as(void* thread) { __tsan_switch_to_fiber(thread, __tsan_switch_to_fiber_no_sync); }
+inline void release(void* address) { __tsan_release(address); }
+inline void acquire(void* address) { __tsan_acquire(address); }
+#else
+inline void* create() { return nullptr; }
+inline void destroy(void*) {}
+inline void* acting() { return nullptr; }
+inline void act_as(void*) {}
+inline void release(void*) {}
+inline void acquire(void*) {}
+#endif
+
+}  // namespace monosoftmax::cuda::host::threads

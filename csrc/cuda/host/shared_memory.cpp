@@ -1,0 +1,148 @@
+#include "shared_memory.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "execution.h"
+#include "fiber.h"
+#include "sanitizers.h"
+
+namespace monosoftmax::cuda::host {
+namespace {
+
+constexpr size_t kMemoryBytes = 512 << 10;  // of a block: the arrays and the gaps
+constexpr size_t kMostArrays = 64;
+constexpr size_t kMostAlignment = 128;
+constexpr size_t kMostStaticBytes = 48 << 10;
+// Before, between and behind the arrays. The address sanitizer forbids them; the other builds see that they were
+// written.
+constexpr size_t kGap = kBuild == Build::kAddress ? 1024 : 128;
+static_assert(kMostSharedBytes + (kMostArrays + 1) * (kGap + 2 * kMostAlignment) + kGap <= kMemoryBytes);
+
+constexpr unsigned char kFill = 0xff;
+
+void fill(unsigned char* begin, size_t bytes) {
+  if constexpr (kBuild == Build::kThread) {  // whose memset would be an access of the thread that runs
+    for (size_t i = 0; i < bytes; ++i) const_cast<volatile unsigned char*>(begin)[i] = kFill;
+  } else {
+    std::memset(begin, kFill, bytes);
+  }
+}
+
+}  // namespace
+
+size_t shared_limit = kMostSharedBytes;
+
+void SharedMemory::begin(size_t blocks, size_t dynamic_bytes) {
+  blocks_ = blocks;
+  while (memory_.size() < blocks) {
+    memory_.push_back(static_cast<unsigned char*>(map_memory(kMemoryBytes)));
+    address::forbid(memory_.back(), kMemoryBytes);
+  }
+  zones_.reserve(kMostArrays);  // so that no thread of a block allocates
+  used_ = static_bytes_ = 0;
+  dynamic_ = place(nullptr, dynamic_bytes, 16);
+}
+
+// At an odd multiple of the alignment, so that nothing is aligned further by chance.
+SharedMemory::Zone SharedMemory::place(const SharedArray* array, size_t bytes, size_t alignment) {
+  alignment = std::max<size_t>(alignment, 8);
+  const size_t offset = (used_ + kGap + 2 * alignment - 1) / (2 * alignment) * (2 * alignment) + alignment;
+  for (size_t block = 0; block < blocks_; ++block) {
+    unsigned char* memory = memory_[block];
+    if constexpr (kBuild == Build::kAddress) {
+      address::allow(memory + offset, bytes);
+      fill(memory + offset, bytes);
+    } else {
+      fill(memory + used_, offset + bytes + kGap - used_);
+    }
+  }
+  used_ = offset + bytes;
+  return {array, offset, bytes};
+}
+
+void SharedMemory::end() {
+  const Zone* before = &dynamic_;
+  for (size_t block = 0; block < blocks_; ++block) {
+    check_gap(block, 0, dynamic_.offset, nullptr, &dynamic_);
+    before = &dynamic_;
+    for (const Zone& zone : zones_) {
+      check_gap(block, before->offset + before->bytes, zone.offset, before, &zone);
+      before = &zone;
+    }
+    check_gap(block, used_, used_ + kGap, before, nullptr);
+  }
+  for (size_t block = 0; block < blocks_; ++block) address::forbid(memory_[block], used_);
+  zones_.clear();
+  if constexpr (kBuild == Build::kThread) {  // which then forgets the accesses to it
+    for (unsigned char* memory : memory_) unmap_memory(memory, kMemoryBytes);
+    memory_.clear();
+  }
+}
+
+void SharedMemory::check_gap(size_t block, size_t begin, size_t end, const Zone* before, const Zone* after) const {
+  if constexpr (kBuild == Build::kAddress) return;
+  const unsigned char* memory = memory_[block];
+  // The first byte that was written: most likely by who meant the array before it, unless it is nearer to the next one.
+  const auto* written = std::find_if(memory + begin, memory + end, [](unsigned char byte) { return byte != kFill; });
+  if (written == memory + end) return;
+  const auto behind = static_cast<size_t>(written - memory) - begin;
+  const auto* last = std::find_if(std::make_reverse_iterator(memory + end), std::make_reverse_iterator(written),
+                                  [](unsigned char byte) { return byte != kFill; })
+                         .base();
+  const auto ahead = end - static_cast<size_t>(last - 1 - memory);
+  const bool is_behind = before != nullptr && (after == nullptr || behind <= ahead);
+  const SharedArray* array = is_behind ? before->array : after->array;
+  report_defect(array == nullptr ? nullptr : array->file, array == nullptr ? 0 : array->line,
+                "block (%u,%u,%u) wrote shared memory out of bounds, %zu bytes %s %s", execution.blocks[block].index.x,
+                execution.blocks[block].index.y, execution.blocks[block].index.z, is_behind ? behind : ahead,
+                is_behind ? "behind the end of" : "before", array == nullptr ? "the dynamic part" : array->name);
+}
+
+void* SharedMemory::array(const SharedArray& array, size_t block) {
+  auto zone = std::find_if(zones_.begin(), zones_.end(), [&](const Zone& zone) { return zone.array == &array; });
+  if (zone == zones_.end()) {
+    if (zones_.size() == kMostArrays) {
+      report_defect(array.file, array.line, "more than %zu shared arrays", kMostArrays);
+    }
+    if (array.alignment > kMostAlignment) {
+      report_defect(array.file, array.line, "%s is aligned to %zu bytes, at most %zu", array.name, array.alignment,
+                    kMostAlignment);
+    }
+    static_bytes_ += array.bytes;
+    if (static_bytes_ > kMostStaticBytes) {
+      report_defect(array.file, array.line, "with %s the kernel has %zu bytes of static shared memory, at most %zu",
+                    array.name, static_bytes_, kMostStaticBytes);
+    }
+    if (static_bytes_ + dynamic_.bytes > shared_limit) {
+      report_defect(array.file, array.line,
+                    "with %s the kernel has %zu bytes of static and %zu of dynamic shared memory, together at most %zu",
+                    array.name, static_bytes_, dynamic_.bytes, shared_limit);
+    }
+    zone = zones_.insert(zones_.end(), place(&array, array.bytes, array.alignment));
+  }
+  return memory_[block] + zone->offset;
+}
+
+bool SharedMemory::contains(size_t block, const void* address) const {
+  const auto* byte = static_cast<const unsigned char*>(address);
+  return memory_[block] <= byte && byte < memory_[block] + kMemoryBytes;
+}
+
+void* SharedMemory::in_other_block(void* mine, size_t block, size_t other) const {
+  return memory_[other] + (static_cast<unsigned char*>(mine) - memory_[block]);
+}
+
+void SharedMemory::forbid(size_t block) const {
+  if constexpr (kBuild == Build::kAddress) {
+    address::forbid(memory_[block], used_);
+  } else {
+    fill(memory_[block] + dynamic_.offset, dynamic_.bytes);
+    for (const Zone& zone : zones_) fill(memory_[block] + zone.offset, zone.bytes);
+  }
+}
+
+void* shared_array(const SharedArray& array) { return execution.shared.array(array, self().in_block->rank); }
+unsigned char* dynamic_shared() { return execution.shared.dynamic(self().in_block->rank); }
+
+}  // namespace monosoftmax::cuda::host

@@ -1,0 +1,27 @@
+// CUDA C++ for a compiler without CUDA: what platform.h includes instead of CUDA's headers. The kernels run on the CPU,
+// one fiber for each CUDA thread, with a clear report of what would be undefined on a GPU. There are three builds:
+// plain, with the address and undefined-behaviour sanitizers, and with the thread sanitizer, which finds the races.
+//
+// What is not modelled: grid-wide barriers and blocks that wait for each other's results; ordering by atomic operations
+// and fences, which are taken as relaxed; tensor cores; the speed of anything.
+#pragma once
+
+#include <cmath>
+#include <memory>  // which spells an attribute as __noinline__: before that is a macro
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define MONOSOFTMAX_UNROLL
+#define MONOSOFTMAX_NO_UNROLL
+
+#include "arithmetic.h"
+#include "half_types.h"
+#include "launch.h"
+#include "memory.h"
+#include "vector_types.h"
+#include "warp.h"

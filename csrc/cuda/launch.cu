@@ -1,0 +1,112 @@
+// The launchers of everything that is not compiled for each transform.
+#include "../transforms/registry.h"
+#include "launch_kernel.cuh"
+#include "memory.cuh"
+#include "transform.cuh"
+
+namespace monosoftmax::cuda {
+
+template <class E>
+void launch_cross_entropy_of(const Plan& plan, std::string_view transform, const CrossEntropyArguments& arguments,
+                             Stream stream);
+extern template void launch_cross_entropy_of<float>(const Plan&, std::string_view, const CrossEntropyArguments&,
+                                                    Stream);
+extern template void launch_cross_entropy_of<BFloat16>(const Plan&, std::string_view, const CrossEntropyArguments&,
+                                                       Stream);
+extern template void launch_cross_entropy_of<Half>(const Plan&, std::string_view, const CrossEntropyArguments&, Stream);
+
+namespace {
+
+constexpr int kThreads = 256;
+
+// Memory traffic: nothing for a factor of 1, else a read and a write of each element. Chunks of 16 bytes; the elements
+// before the first one and after the last one by the first threads.
+template <class E>
+__global__ void __launch_bounds__(kThreads) scale_kernel(E* x, int64_t count, const float* factor) {
+  const float by = *factor;
+  if (by == 1) return;
+  constexpr int kElements = Chunk<E>::kElements;
+  const auto beyond = static_cast<unsigned>(reinterpret_cast<uintptr_t>(x)) % kChunkBytes;
+  const int64_t before = (kChunkBytes - beyond) % kChunkBytes / sizeof(E);
+  const int64_t head = before < count ? before : count, chunks = (count - head) / kElements;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t c = thread; c < chunks; c += threads) {
+    float values[kElements];
+    E* at = x + head + c * kElements;
+    load_chunk(at).unpack(values);
+    MONOSOFTMAX_UNROLL for (int i = 0; i < kElements; ++i) values[i] *= by;
+    store_chunk(at, values, true);
+  }
+  const int64_t edges = count - chunks * kElements;
+  if (thread < edges) {
+    E* at = x + (thread < head ? thread : chunks * kElements + thread);
+    store_element(at, load_element(at) * by);
+  }
+}
+
+template <class E>
+void launch_scale_of(void* x, int64_t count, const float* factor, int multiprocessors, Stream stream) {
+  constexpr int64_t kBlocksOfMultiprocessor = 8;
+  const int64_t blocks = (count / Chunk<E>::kElements + kThreads) / kThreads;
+  const int64_t most = kBlocksOfMultiprocessor * multiprocessors;
+  launch_kernel<E*, int64_t, const float*>(scale_kernel<E>, {static_cast<int>(blocks < most ? blocks : most), kThreads},
+                                           stream, static_cast<E*>(x), count, factor);
+}
+
+template <template <class> class F>
+int64_t table_numbers_of(int64_t) {
+  return 0;
+}
+template <template <class, bool> class F>
+int64_t table_numbers_of(int64_t size) {
+  return size * TableTransform<F, Float, false>::kStride;
+}
+
+template <template <class> class F>
+void fill_table_of(const TransformArguments&, float*, Stream) {}
+template <template <class, bool> class F>
+void fill_table_of(const TransformArguments& arguments, float* table, Stream stream) {
+  const int64_t blocks = (arguments.size + kThreads - 1) / kThreads;
+  launch_kernel<TransformArguments, float*>(fill_table_kernel<TableTransform<F, Float, false>>,
+                                            {static_cast<int>(blocks < 1024 ? blocks : 1024), kThreads}, stream,
+                                            arguments, table);
+}
+
+}  // namespace
+
+void launch_cross_entropy(const Plan& plan, std::string_view transform, ElementType element,
+                          const CrossEntropyArguments& arguments, Stream stream) {
+  switch (element) {
+    case ElementType::kFloat: return launch_cross_entropy_of<float>(plan, transform, arguments, stream);
+    case ElementType::kBFloat16: return launch_cross_entropy_of<BFloat16>(plan, transform, arguments, stream);
+    case ElementType::kHalf: return launch_cross_entropy_of<Half>(plan, transform, arguments, stream);
+  }
+}
+
+int64_t table_numbers(std::string_view transform, int64_t size) {
+#define ROW(NAME, CLASS, ROWS, SMALLEST, LARGEST) \
+  if (transform == NAME) return table_numbers_of<CLASS>(size);
+  MONOSOFTMAX_TRANSFORMS(ROW)
+#undef ROW
+  return 0;
+}
+
+void launch_fill_table(std::string_view transform, const TransformArguments& arguments, float* table, Stream stream) {
+#define ROW(NAME, CLASS, ROWS, SMALLEST, LARGEST) \
+  if (transform == NAME) return fill_table_of<CLASS>(arguments, table, stream);
+  MONOSOFTMAX_TRANSFORMS(ROW)
+#undef ROW
+}
+
+void launch_scale(void* x, ElementType element, int64_t count, const float* factor, int multiprocessors,
+                  Stream stream) {
+  if (count == 0) return;
+  switch (element) {
+    case ElementType::kFloat: return launch_scale_of<float>(x, count, factor, multiprocessors, stream);
+    case ElementType::kBFloat16: return launch_scale_of<BFloat16>(x, count, factor, multiprocessors, stream);
+    case ElementType::kHalf: return launch_scale_of<Half>(x, count, factor, multiprocessors, stream);
+  }
+}
+
+}  // namespace monosoftmax::cuda

@@ -1,0 +1,29 @@
+// The launchers: plain C++, for the operators (operators.cpp), for C++ programs without torch, and for the tests.
+// They return when the kernel is in the stream, and throw std::runtime_error with CUDA's words where it cannot be.
+#pragma once
+
+#include <string_view>
+
+#include "arguments.h"
+#include "plan.h"
+
+namespace monosoftmax::cuda {
+
+enum class ElementType { kFloat, kBFloat16, kHalf };
+
+// A cudaStream_t, on the current device.
+using Stream = void*;
+
+// The losses, gradients and sums that the arguments ask for, by the plan that was made for them.
+void launch_cross_entropy(const Plan& plan, std::string_view transform, ElementType element,
+                          const CrossEntropyArguments& arguments, Stream stream);
+
+// Numbers in the table for look-ups in global memory of a transform, TransformArguments::table; 0 for one that has none.
+int64_t table_numbers(std::string_view transform, int64_t size);
+// Fills it.
+void launch_fill_table(std::string_view transform, const TransformArguments& arguments, float* table, Stream stream);
+
+// x *= factor, for numbers next to each other: nothing where the factor is 1, which only the device knows.
+void launch_scale(void* x, ElementType element, int64_t count, const float* factor, int multiprocessors, Stream stream);
+
+}  // namespace monosoftmax::cuda

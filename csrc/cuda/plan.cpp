@@ -1,0 +1,170 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "../transforms/registry.h"
+#include "arguments.h"
+
+namespace monosoftmax::cuda {
+namespace {
+
+constexpr int kWarp = 32, kChunkBytes = 16;
+// What kernels have in static shared memory, rounded up.
+constexpr int64_t kStaticBytes = 2048;
+// Fewer threads than these on a multiprocessor would wait for memory: a row is read again rather than kept.
+constexpr int kFewestThreads = 192, kFewestThreadsRereading = 64;
+constexpr int kMostBlocksOfCluster = 8;
+// A table for look-ups lies in shared memory up to this size.
+constexpr int64_t kMostTableBytes = 16 << 10;
+// Tables of all warps together: where it may be one for all instead, and where it may not.
+constexpr int64_t kWarpTablesBytes = 64 << 20, kWarpTablesBytesDeterministic = 256 << 20;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// Entries of a table for look-ups: of PLIF a power of two and one (UniformPieces of a device).
+int64_t entries_of(std::string_view transform, int64_t size) {
+  if (transform != "plif") return size;
+  int64_t power = 1;
+  while (power < size) power *= 2;
+  return power + 1;
+}
+
+class Planner {
+ public:
+  Planner(const PlanRequest& request, const Device& device) : request_(request), device_(device) {
+    if (!find_transform(request.transform, &shape_)) {
+      throw std::invalid_argument("unknown transform \"" + std::string(request.transform) + "\"");
+    }
+    entries_ = entries_of(request.transform, request.size);
+    chunks_ = request.classes * request.element_bytes / kChunkBytes;
+  }
+
+  Plan make() {
+    Plan plan{};
+    plan.cluster = 1;
+    plan.table_in_shared_memory = table_bytes() <= kMostTableBytes;
+    plan.sums = SumsKind::kNone;
+    if (request_.coefficients && request_.size > 0) {
+      plan.sums = shape_.table_rows > 0 || shape_.smallest != shape_.largest ? SumsKind::kLanes : SumsKind::kVector;
+    }
+    const bool keep = request_.losses && request_.gradient && !request_.weighted_smoothing;
+    plan.rows = !request_.gradient ? Rows::kOnce : keep ? Rows::kResident : Rows::kReread;
+    if (!(plan.rows == Rows::kResident && plan.table_in_shared_memory && fit_resident(plan)) && !fit(plan)) {
+      // No room for a table for each thread.
+      plan.sums = SumsKind::kWarps;
+      plan.table_in_shared_memory = false;
+      fit(plan);
+    }
+    choose_blocks(plan);
+    return plan;
+  }
+
+ private:
+  int64_t table_bytes() const { return entries_ * table_stride(std::max(shape_.table_rows, 1)) * 4; }
+  int64_t coefficient_bytes(const Plan& plan) const {
+    if (shape_.table_rows == 0) return round_up(4 * request_.size, kChunkBytes);
+    return plan.table_in_shared_memory ? round_up(table_bytes(), kChunkBytes) : 0;
+  }
+  // Of each thread.
+  int64_t lane_bytes(const Plan& plan) const {
+    if (plan.sums != SumsKind::kLanes) return 0;
+    return 4 * (shape_.table_rows == 0 ? request_.size : entries_ * shape_.table_rows);
+  }
+  int most_threads(int cluster) const {
+    const int64_t wanted = round_up(divide_up(chunks_, cluster), kWarp);
+    return static_cast<int>(std::clamp(wanted, int64_t{kWarp}, int64_t{kMostThreads}));
+  }
+  int64_t row_bytes(int threads, int cluster) const {
+    return divide_up(chunks_, static_cast<int64_t>(threads) * cluster) * threads * kChunkBytes;
+  }
+  bool take(Plan& plan, int threads, int64_t row_bytes) const {
+    const int64_t sums_offset = coefficient_bytes(plan);
+    const int64_t row_offset = round_up(sums_offset + threads * lane_bytes(plan), kChunkBytes);
+    if (row_offset + row_bytes + kStaticBytes > device_.shared_memory) return false;
+    plan.threads = threads;
+    plan.sums_offset = static_cast<unsigned>(sums_offset);
+    plan.row_offset = static_cast<unsigned>(row_offset);
+    plan.shared_bytes = static_cast<unsigned>(row_offset + row_bytes);
+    return true;
+  }
+  // With the row on chip: in one block, or in as few as it takes; or in more, where rows are few.
+  bool fit_resident(Plan& plan) const {
+    const int most_blocks = device_.capability >= 90 ? kMostBlocksOfCluster : 1;
+    for (int cluster = 1; cluster <= most_blocks; cluster *= 2) {
+      const bool idle = 2 * cluster * request_.rows <= device_.multiprocessors;
+      if (idle && 2 * cluster <= most_blocks && chunks_ >= 2 * cluster * kFewestThreads) continue;
+      const int most = most_threads(cluster);
+      for (int threads = most; threads >= std::min(most, kFewestThreads); threads -= kWarp) {
+        plan.cluster = cluster;
+        if (take(plan, threads, row_bytes(threads, cluster))) return true;
+      }
+    }
+    plan.cluster = 1;
+    return false;
+  }
+  bool fit(Plan& plan) const {
+    if (plan.rows == Rows::kResident) plan.rows = Rows::kReread;
+    if (plan.sums == SumsKind::kLanes && !plan.table_in_shared_memory && shape_.table_rows > 0) return false;
+    const int most = most_threads(1);
+    for (int threads = most; threads >= std::min(most, kFewestThreadsRereading); threads -= kWarp) {
+      if (take(plan, threads, 0)) return true;
+    }
+    return false;
+  }
+  void choose_blocks(Plan& plan) const {
+    const int64_t threads_of_multiprocessor = 1536;
+    const int64_t by_memory = device_.shared_memory_multiprocessor / (plan.shared_bytes + kStaticBytes);
+    const int64_t at_once = std::clamp(threads_of_multiprocessor / plan.threads, int64_t{1}, std::max<int64_t>(by_memory, 1));
+    // With sums, as many as run at once: each adds up its own. Without, more, so that none ends long after the others.
+    const int64_t rounds = plan.sums == SumsKind::kNone ? 8 : 1;
+    int64_t teams = std::max<int64_t>(1, at_once * rounds * device_.multiprocessors / plan.cluster);
+    teams = std::min(teams, request_.rows);
+    if (plan.sums == SumsKind::kWarps) {
+      const int64_t table = 4 * shape_.table_rows * request_.size;
+      const int64_t most = request_.deterministic ? kWarpTablesBytesDeterministic : kWarpTablesBytes;
+      plan.atomic = !request_.deterministic && teams * (plan.threads / kWarp) * table > most;
+      if (!plan.atomic) {
+        plan.threads = static_cast<int>(std::clamp(most / table * kWarp, int64_t{kWarp}, int64_t{plan.threads}));
+        teams = std::clamp(most / (table * (plan.threads / kWarp)), int64_t{1}, teams);
+      }
+    }
+    plan.blocks = static_cast<int>(std::min<int64_t>(teams, 1 << 20)) * plan.cluster;
+    plan.sum_sets = plan.sums == SumsKind::kWarps ? (plan.atomic ? 1 : plan.blocks * int64_t{plan.threads / kWarp})
+                                                  : plan.blocks;
+  }
+
+  const PlanRequest& request_;
+  const Device& device_;
+  TransformShape shape_{};
+  int64_t entries_, chunks_;
+};
+
+}  // namespace
+
+Plan make_plan(const PlanRequest& request, const Device& device) { return Planner(request, device).make(); }
+
+std::string describe(const Plan& plan) {
+  std::string text;
+  const std::string threads = std::to_string(plan.threads) + " threads";
+  switch (plan.rows) {
+    case Rows::kOnce: text = "rows read once, by blocks of " + threads; break;
+    case Rows::kReread: text = "rows read again for the gradient, by blocks of " + threads; break;
+    case Rows::kResident:
+      text = plan.cluster == 1 ? "rows kept in the shared memory of a block of " + threads
+                               : "rows kept in the shared memory of a cluster of " + std::to_string(plan.cluster) +
+                                     " blocks of " + threads;
+  }
+  switch (plan.sums) {
+    case SumsKind::kNone: break;
+    case SumsKind::kVector: text += "; coefficient gradients summed in registers"; break;
+    case SumsKind::kLanes: text += "; coefficient gradients summed in a table of each thread in shared memory"; break;
+    case SumsKind::kWarps:
+      text += plan.atomic ? "; coefficient gradients summed by atomics in global memory, in an order that changes"
+                          : "; coefficient gradients summed in a table of each warp in global memory";
+  }
+  return text;
+}
+
+}  // namespace monosoftmax::cuda

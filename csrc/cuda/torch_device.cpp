@@ -1,0 +1,53 @@
+#include "torch_device.h"
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+
+#include <map>
+#include <mutex>
+
+namespace monosoftmax::cuda {
+namespace {
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
+// Asked once for each device.
+const Device& device_number(int index) {
+  static std::mutex mutex;
+  static std::map<int, Device> devices;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = devices.find(index);
+  if (found != devices.end()) return found->second;
+  const int capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
+                         attribute(cudaDevAttrComputeCapabilityMinor, index);
+  return devices
+      .emplace(index, Device{capability, attribute(cudaDevAttrMultiProcessorCount, index),
+                             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
+                             attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index)})
+      .first->second;
+}
+
+}  // namespace
+
+struct OnDeviceOf::State {
+  c10::cuda::CUDAGuard guard;
+  int index;
+};
+
+OnDeviceOf::OnDeviceOf(const at::Tensor& tensor)
+    : state_(new State{c10::cuda::CUDAGuard(tensor.device()), tensor.get_device()}) {}
+OnDeviceOf::~OnDeviceOf() = default;
+
+const Device& OnDeviceOf::device() const { return device_number(state_->index); }
+
+Stream OnDeviceOf::stream() const { return c10::cuda::getCurrentCUDAStream(state_->index).stream(); }
+
+bool is_ours(const at::Tensor& tensor) { return tensor.is_cuda(); }
+
+}  // namespace monosoftmax::cuda

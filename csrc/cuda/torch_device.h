@@ -1,0 +1,31 @@
+// What the operators ask torch about the device of a tensor: torch_device.cpp, and for the host host/torch_device.cpp.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+
+#include "launch.h"
+
+namespace monosoftmax::cuda {
+
+// While it lives, the device of the tensor is the current one.
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const at::Tensor& tensor);
+  ~OnDeviceOf();
+  OnDeviceOf(const OnDeviceOf&) = delete;
+  OnDeviceOf& operator=(const OnDeviceOf&) = delete;
+
+  const Device& device() const;
+  Stream stream() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+// Whether the kernels can work on the memory of a tensor.
+bool is_ours(const at::Tensor& tensor);
+
+}  // namespace monosoftmax::cuda

@@ -1,0 +1,88 @@
+"""The CUDA kernels on the CPU: builds the host execution of ``csrc/cuda`` as a Python module, and imports it.
+
+A fiber stands for each CUDA thread (``csrc/cuda/host``). The module gives the operators of the cuda backend kernels for
+CPU tensors; :mod:`monosoftmax.backends` finds them there. Needs a C++20 compiler and no CUDA.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.utils.cpp_extension import get_cxx_compiler, include_paths
+
+_ROOT = Path(__file__).parents[1]
+_CSRC = _ROOT / "csrc"
+_NAME = "monosoftmax_cuda_host"
+
+#: GPUs by their capability: multiprocessors (few, so that blocks have many rows) and shared memory of a block.
+DEVICES = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+_MULTIPROCESSORS = 2
+
+
+@functools.cache
+def module() -> ModuleType:
+    """The module, built where a source is newer than it."""
+    folder = _ROOT / "build" / f"cuda-host-torch-{torch.__version__}"
+    library = folder / f"{_NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(_rules(library), encoding="utf-8")
+    ninja = shutil.which("ninja", path=os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", ""))))
+    assert ninja is not None, "ninja is not installed"
+    result = subprocess.run([ninja, "-C", folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, result.stdout
+    spec = importlib.util.spec_from_file_location(_NAME, library)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@contextmanager
+def device(capability: int = 90, multiprocessors: int = _MULTIPROCESSORS) -> Iterator[Any]:
+    """While it lasts, the kernels are planned for such a GPU, and run with its shared memory."""
+    host = module()
+    host.set_device(capability, multiprocessors, DEVICES[capability])
+    try:
+        yield host
+    finally:
+        host.set_device(90, _MULTIPROCESSORS, DEVICES[90])
+        host.set_order("forward")
+
+
+def _rules(library: Path) -> str:
+    includes = " ".join(f"-isystem {path}" for path in (*include_paths(), sysconfig.get_path("include")))
+    torch_lib = Path(torch.__file__).parent / "lib"
+    flags = "-std=c++20 -O2 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Werror"
+    torch_flags = f"{includes} -DMONOSOFTMAX_DISPATCH_KEY=CPU -D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    with_torch = ("cuda/operators.cpp", "cuda/host/torch_device.cpp", "cuda/host/python_module.cpp")
+    sources = {_CSRC / name: torch_flags for name in with_torch}
+    others = [*(_CSRC / "cuda").glob("*.cu"), _CSRC / "cuda/plan.cpp", *(_CSRC / "cuda/host").glob("*.cpp")]
+    for path in sorted(others):
+        sources.setdefault(path, "-x c++")
+    compiler = " ".join(map(shlex.quote, shlex.split(get_cxx_compiler())))
+    lines = [
+        "rule compile",
+        f"  command = {compiler} {flags} $more -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler} -shared $in -o $out -L{torch_lib} -ltorch_cpu -ltorch -lc10 -ltorch_python",
+    ]
+    objects = []
+    for path, more in sources.items():
+        objects.append(f"{path.name}.o")
+        lines += [f"build {objects[-1]}: compile {path}", f"  more = {more}"]
+    lines += [f"build {library}: link {' '.join(objects)}", f"default {library}", ""]
+    return "\n".join(lines)

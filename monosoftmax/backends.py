@@ -62,6 +62,8 @@ class Call:
     #: Of the head: what is asked for, and whether the size of a chunk is.
     method: str = "auto"
     has_chunk_rows: bool = False
+    #: Logits of the shape in question, where someone asks how they are dealt with.
+    like: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -237,13 +239,67 @@ def head_method(
     return "chunked"
 
 
-def _planned(name: str) -> _Backend:
-    problem = f"the {name} kernels are not part of this version"
-    return _Backend(lambda: problem, lambda: problem, lambda call: problem, lambda call: problem)
+def _host_execution() -> bool:
+    """Whether the host execution of the CUDA kernels stands in for a GPU (``tests/cuda_host.py``)."""
+    return "monosoftmax_cuda_host" in sys.modules
+
+
+def _cuda_problem() -> str | None:
+    if _host_execution():
+        return None
+    if extension is None:
+        return _extension_problem
+    build = extension.build_info()
+    if not build["cuda"]:
+        return f"the C++ extension was built without CUDA: {build['cuda_problem']}"
+    if not torch.cuda.is_available():
+        return (
+            f"built, no device: CUDA {build['cuda']} kernels for {build['cuda_architectures']}, but torch finds no GPU"
+        )
+    return None
+
+
+_cuda_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_host_execution._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _cuda_detail() -> str:
+    if _host_execution():
+        return "CUDA C++, executed on the CPU"
+    assert extension is not None
+    build = extension.build_info()
+    return (
+        f"CUDA C++, built with CUDA {build['cuda']} for {build['cuda_architectures']}; {torch.cuda.get_device_name()}"
+    )
+
+
+def _cuda_refusal(call: Call) -> str | None:
+    if call.device != "cuda" and not (call.device == "cpu" and _host_execution()):
+        return f"it takes CUDA tensors, input is on {call.device}"
+    if call.dtype == torch.float64:
+        return "it computes in float32, input is float64"
+    if call.method == "recompute":
+        return 'it has no method="recompute": the triton backend has'
+    if call.operation in ("log_softmax", "linear_token_statistics"):
+        return f"it has no kernel for {call.operation}: the triton backend has"
+    return _no_fused_kernel(call)
+
+
+def _cuda_how(call: Call) -> str:
+    if call.operation == "linear_cross_entropy":
+        return f"{_CHUNKED_HOW}CUDA kernel{_LINEAR_HOW[call.operation]}"
+    how = "one fused CUDA kernel, which computes the gradient of a mean or sum in the forward pass"
+    if call.like is None:
+        return how
+    coefficients = call.transform.coefficients()
+    plan = torch.ops.monosoftmax.describe_plan.cuda(
+        call.like, call.transform.kernel, coefficients.shape[-1], True, coefficients.requires_grad
+    )
+    return f"{how}: {plan}"
 
 
 _BACKENDS = {
-    "cuda": _planned("CUDA"),
+    "cuda": _Backend(_cuda_problem, _cuda_detail, _cuda_refusal, _cuda_how),
     "triton": _Backend(_triton_problem, _triton_detail, _triton_refusal, _triton_how),
     "cpu": _Backend(lambda: _extension_problem or None, _cpu_detail, _cpu_refusal, _cpu_how),
     "reference": _Backend(
@@ -273,7 +329,8 @@ def explain(
 
     Args:
         operation: ``"cross_entropy"``, ``"linear_cross_entropy"``, ``"linear_token_statistics"`` or ``"log_softmax"``.
-        input: the logits, or the input of the head. Only its device and dtype are looked at.
+        input: the logits, or the input of the head. Its device and dtype are looked at, and the shape of logits [N, V],
+            not its values.
         transform: as given to the call.
         backend: as given to the call.
         method: as given to ``linear_cross_entropy``.
@@ -283,7 +340,9 @@ def explain(
     """
     if operation not in get_args(Operation):
         raise ValueError(f"operation must be one of {', '.join(get_args(Operation))}, got {operation!r}")
-    call = Call(operation, input.device.type, input.dtype, Identity() if transform is None else transform, method)
+    transform = Identity() if transform is None else transform
+    like = input if operation == "cross_entropy" and input.dim() == 2 else None
+    call = Call(operation, input.device.type, input.dtype, transform, method, like=like)
     chosen, refused = _choose(call, backend)
     return Explanation(chosen, _BACKENDS[chosen].how(call), refused)
 

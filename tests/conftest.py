@@ -29,14 +29,20 @@ def _same_number_of_threads() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _triton_in_its_interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests with the parameter backend="triton" run its kernels on the CPU."""
+def _gpu_kernels_on_the_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests with the parameter backend="triton" run its kernels in its interpreter, "cuda" in their host execution."""
     callspec = getattr(request.node, "callspec", None)
-    if callspec is None or callspec.params.get("backend") != "triton":
-        yield
-        return
-    pytest.importorskip("triton", reason="Triton is not installed")
-    from triton_interpreter import interpreting
+    backend = None if callspec is None else callspec.params.get("backend")
+    if backend == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
+        from triton_interpreter import interpreting
 
-    with interpreting():
+        with interpreting():
+            yield
+    elif backend == "cuda":
+        from cuda_host import executing
+
+        with executing():
+            yield
+    else:
         yield

@@ -1,7 +1,8 @@
 """The CUDA kernels on the CPU: builds the host execution of ``csrc/cuda`` as a Python module, and imports it.
 
 A fiber stands for each CUDA thread (``csrc/cuda/host``). The module gives the operators of the cuda backend kernels for
-CPU tensors; :mod:`monosoftmax.backends` finds them there. Needs a C++20 compiler and no CUDA.
+CPU tensors; :mod:`monosoftmax.backends` offers them while it is among Python's modules, which :func:`executing` sees to.
+Needs a C++20 compiler and no CUDA.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,15 +52,21 @@ def module() -> ModuleType:
 
 
 @contextmanager
-def device(capability: int = 90, multiprocessors: int = _MULTIPROCESSORS) -> Iterator[Any]:
-    """While it lasts, the kernels are planned for such a GPU, and run with its shared memory."""
+def executing(capability: int = 90, multiprocessors: int = _MULTIPROCESSORS, **wishes: Any) -> Iterator[Any]:
+    """While it lasts, the cuda backend takes CPU tensors, as a GPU of such a capability would.
+
+    ``keeps_rows=False``: rows are read again for the gradient. ``fewest_blocks``: of the cluster that keeps a row.
+    """
     host = module()
-    host.set_device(capability, multiprocessors, DEVICES[capability])
+    host.set_device(capability, multiprocessors, DEVICES[capability], **wishes)
+    host.set_order("forward")
+    before = sys.modules.get(_NAME)
+    sys.modules[_NAME] = host
     try:
         yield host
     finally:
-        host.set_device(90, _MULTIPROCESSORS, DEVICES[90])
-        host.set_order("forward")
+        if before is None:
+            del sys.modules[_NAME]
 
 
 def _rules(library: Path) -> str:

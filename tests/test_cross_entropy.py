@@ -14,12 +14,13 @@ from torch.nn import functional as F
 import monosoftmax as ms
 
 BACKENDS = ["reference", "cpu"]
-#: "triton" in its interpreter. It has no float64, and does not look at targets, which are on a GPU.
-WITH_TRITON = [*BACKENDS, "triton"]
-FUSED = ["cpu", "triton"]
+#: Those of GPUs, "triton" in its interpreter and "cuda" in its host execution, have no float64, and do not look at
+#: targets.
+WITH_GPU = [*BACKENDS, "triton", "cuda"]
+FUSED = ["cpu", "triton", "cuda"]
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
+@pytest.mark.parametrize("backend", WITH_GPU)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
@@ -173,7 +174,7 @@ def test_target_gradient_next_to_certainty(backend: Any) -> None:
     torch.testing.assert_close(result["input"].double(), truth["input"], rtol=0, atol=6e-8)
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
+@pytest.mark.parametrize("backend", WITH_GPU)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_masked_logits(backend: Any, name: str) -> None:
     """Logits of -inf have probability exp(f(-inf) - lse), and every gradient is finite."""
@@ -192,7 +193,7 @@ def test_masked_logits(backend: Any, name: str) -> None:
     torch.testing.assert_close(result["loss"], wanted["loss"])
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
+@pytest.mark.parametrize("backend", WITH_GPU)
 def test_special_rows_are_those_of_torch(backend: Any) -> None:
     nan, inf = torch.nan, torch.inf
     input = torch.tensor(
@@ -208,7 +209,7 @@ def test_special_rows_are_those_of_torch(backend: Any) -> None:
     assert gradient[0].isnan().all() and gradient[1].isnan().any() and gradient[2].isnan().all()
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
+@pytest.mark.parametrize("backend", WITH_GPU)
 def test_empty_and_ignored_batches(backend: Any) -> None:
     transform = ms.transforms.PLIF()
     empty = torch.zeros(0, 7, requires_grad=True)
@@ -229,7 +230,7 @@ def test_empty_and_ignored_batches(backend: Any) -> None:
     assert F.cross_entropy(torch.zeros(3, 7), target).isnan()
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
+@pytest.mark.parametrize("backend", WITH_GPU)
 def test_ignored_rows_contribute_nothing(backend: Any) -> None:
     torch.manual_seed(0)
     input = torch.randn(6, 11)
@@ -243,7 +244,7 @@ def test_ignored_rows_contribute_nothing(backend: Any) -> None:
     torch.testing.assert_close(result["input"][target >= 0], kept["input"])
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
+@pytest.mark.parametrize("backend", WITH_GPU)
 def test_ignore_index_may_be_a_class(backend: Any) -> None:
     input = torch.randn(6, 11)
     target = torch.tensor([1, 3, 10, 3, 0, 4])
@@ -252,7 +253,7 @@ def test_ignore_index_may_be_a_class(backend: Any) -> None:
     torch.testing.assert_close(loss, F.cross_entropy(input, target, weight=weight, ignore_index=3))
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
+@pytest.mark.parametrize("backend", WITH_GPU)
 def test_lse_of_ignored_rows(backend: Any) -> None:
     input = torch.randn(4, 9, requires_grad=True)
     target = torch.tensor([1, -100, 2, -100])
@@ -307,7 +308,7 @@ def test_requires_grad_combinations(backend: Any, name: str, needs_input: bool, 
 @pytest.mark.parametrize("backend", FUSED)
 def test_same_result_twice(backend: Any) -> None:
     torch.manual_seed(0)
-    rows = 64 if backend == "cpu" else 8
+    rows = 8 if backend == "triton" else 64
     input, target = torch.randn(rows, 3000), torch.randint(0, 3000, (rows,))
     transform = disturbed("plif")
     first, second = (loss_and_gradients(input, target, transform, backend) for _ in range(2))
@@ -364,7 +365,7 @@ def test_log_softmax_dtype_is_rounded_once(backend: Any, dtype: torch.dtype, out
     assert torch.equal(result, ms.log_softmax(input, backend=backend).to(out))
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
+@pytest.mark.parametrize("backend", WITH_GPU)
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3)])
 def test_linear_cross_entropy(backend: Any, leading: tuple[int, ...]) -> None:
     torch.manual_seed(0)

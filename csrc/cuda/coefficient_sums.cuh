@@ -107,19 +107,21 @@ class LaneSums {
   static constexpr int kRows = F::kTableRows, kPairs = kRows / 2;
   static_assert(kRows % 2 == 0, "pairs of rows");
 
-  // Numbers that each thread keeps.
-  static constexpr int64_t numbers(int64_t size) {
-    if constexpr (kRows == 0) return size;
-    else return F::entries(size) * kRows;
-  }
-
   __device__ LaneSums(const SumsArguments& arguments, const TransformArguments& transform, unsigned char* shared)
       : partials_(arguments.partials),
         lanes_(reinterpret_cast<float*>(shared)),
         size_(static_cast<int>(transform.size)),
         entry_bytes_(kPairs * blockDim.x * static_cast<unsigned>(sizeof(float2))),
         mine_(shared + threadIdx.x * sizeof(float2)) {
-    for (unsigned i = threadIdx.x; i < numbers(size_) * blockDim.x; i += blockDim.x) lanes_[i] = 0;
+    // What is its own: no thread waits for another before it adds.
+    const int threads = blockDim.x;
+    if constexpr (kRows == 0) {
+      for (int i = 0; i < size_; ++i) lanes_[i * threads + threadIdx.x] = 0;
+    } else {
+      const int entries = static_cast<int>(F::entries(size_));
+      float2* pairs = reinterpret_cast<float2*>(lanes_);
+      for (int i = 0; i < entries * kPairs; ++i) pairs[i * threads + threadIdx.x] = {0, 0};
+    }
   }
   __device__ __forceinline__ void add(const F& f, const typename F::Point& point, T z, T gradient) {
     if constexpr (kRows == 0) {

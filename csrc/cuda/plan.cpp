@@ -49,7 +49,7 @@ class Planner {
     if (request_.coefficients && request_.size > 0) {
       plan.sums = shape_.table_rows > 0 || shape_.smallest != shape_.largest ? SumsKind::kLanes : SumsKind::kVector;
     }
-    const bool keep = request_.losses && request_.gradient && !request_.weighted_smoothing;
+    const bool keep = device_.keeps_rows && request_.losses && request_.gradient && !request_.weighted_smoothing;
     plan.rows = !request_.gradient ? Rows::kOnce : keep ? Rows::kResident : Rows::kReread;
     if (!(plan.rows == Rows::kResident && plan.table_in_shared_memory && fit_resident(plan)) && !fit(plan)) {
       // No room for a table for each thread.
@@ -92,7 +92,7 @@ class Planner {
   // With the row on chip: in one block, or in as few as it takes; or in more, where rows are few.
   bool fit_resident(Plan& plan) const {
     const int most_blocks = device_.capability >= 90 ? kMostBlocksOfCluster : 1;
-    for (int cluster = 1; cluster <= most_blocks; cluster *= 2) {
+    for (int cluster = device_.fewest_blocks; cluster <= most_blocks; cluster *= 2) {
       const bool idle = 2 * cluster * request_.rows <= device_.multiprocessors;
       if (idle && 2 * cluster <= most_blocks && chunks_ >= 2 * cluster * kFewestThreads) continue;
       const int most = most_threads(cluster);

@@ -11,8 +11,11 @@ namespace monosoftmax::cuda {
 struct Device {
   int capability;  // 90 for 9.0
   int multiprocessors;
-  int64_t shared_memory;                  // of a block, at most
-  int64_t shared_memory_multiprocessor;   // of all blocks on a multiprocessor
+  int64_t shared_memory;                 // of a block, at most
+  int64_t shared_memory_multiprocessor;  // of all blocks on a multiprocessor
+  // Tests ask for what a row does not need.
+  bool keeps_rows = true;
+  int fewest_blocks = 1;  // of a cluster
 };
 
 enum class Rows {

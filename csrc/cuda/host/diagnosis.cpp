@@ -7,6 +7,11 @@
 
 #include "execution.h"
 
+#ifdef MONOSOFTMAX_CUDA_HOST_THREAD
+// Without it the sanitizer waits for a second before the process ends, for threads of the system that might yet race.
+extern "C" const char* __tsan_default_options() { return "atexit_sleep_ms=0"; }
+#endif
+
 namespace monosoftmax::cuda::host {
 namespace {
 

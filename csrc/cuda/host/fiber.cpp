@@ -100,23 +100,15 @@ void enter_fiber(Fiber* caller) {
   caller->stack_bytes = bytes;
 }
 
-void Slots::provide(size_t begin, size_t count) {
-  if (slots_.size() >= begin + count) return;
-  const size_t missing = begin + count - slots_.size();
+void Slots::provide(size_t count) {
+  if (slots_.size() >= count) return;
+  const size_t missing = count - slots_.size();
   const size_t stride = page_bytes() + kStackBytes;
   auto* memory = static_cast<char*>(map_memory(missing * stride));
-  mappings_.emplace_back(memory, missing * stride);
   for (size_t i = 0; i < missing; ++i, memory += stride) {
     if (mprotect(memory, page_bytes(), PROT_NONE) != 0) throw std::bad_alloc();
     slots_.push_back({memory + page_bytes(), threads::create()});
   }
-}
-
-void Slots::clear() {
-  for (const Slot& slot : slots_) threads::destroy(slot.sanitizer_thread);
-  for (const auto& [memory, bytes] : mappings_) unmap_memory(memory, bytes);
-  slots_.clear();
-  mappings_.clear();
 }
 
 void* map_memory(size_t bytes) {

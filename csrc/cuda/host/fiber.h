@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstddef>
-#include <utility>
 #include <vector>
 
 #include "runtime.h"
@@ -37,15 +36,12 @@ class Slots {
     void* sanitizer_thread;
   };
 
-  // Slots begin, ..., begin + count - 1, with the same content as before if there were.
-  void provide(size_t begin, size_t count);
-  // Gives all of them back. Unlike used slots, new ones have no past for the thread sanitizer.
-  void clear();
+  // At least this many.
+  void provide(size_t count);
   const Slot& operator[](size_t index) const { return slots_[index]; }
 
  private:
   std::vector<Slot> slots_;
-  std::vector<std::pair<void*, size_t>> mappings_;
 };
 
 // Makes a fiber that begins with main(), which must not return, when first switched to.

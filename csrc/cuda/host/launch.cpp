@@ -124,32 +124,32 @@ void begin_thread(Thread* thread, unsigned index, Block* block, const LaunchShap
   prepare(&thread->fiber, execution.slots[slot], Slots::kStackBytes - offset, thread_main);
 }
 
-// For the thread sanitizer every thread of a launch is another one, since a block does not come after the block before
-// it. Making them takes long, so the next launch takes the same; a launch of more than this many makes new ones on the
-// way.
-constexpr size_t kMostSanitizerThreads = 1024;
-constexpr unsigned kMostThreadsAtOnce = kBuild == Build::kThread ? 4096 : 16384;
+// For the thread sanitizer a block should be of other threads than the blocks before it, after which it does not come.
+// But making a thread takes it half a millisecond and 800 KiB, and the place of one that is gone in its clocks goes to
+// the next one all the same. So there are some sets of threads, for a cluster each: races are seen between all blocks
+// of a launch but those that have the same set; in a random order those are others each time.
+constexpr unsigned kSanitizerThreads = 2048;
+constexpr unsigned kMostThreadsAtOnce = kBuild == Build::kThread ? 2048 : 16384;
 
-void provide_slots() {
+void choose_slots(size_t cluster) {
   Execution& e = execution;
-  if (kBuild == Build::kThread && e.first_slot > 0 && e.first_slot + e.thread_count > kMostSanitizerThreads) {
-    e.slots.clear();
-    e.first_slot = 0;
-  }
-  e.slots.provide(e.first_slot, e.thread_count);
+  const size_t sets = kBuild == Build::kThread ? std::max(kSanitizerThreads / e.thread_count, 2u) : 1;
+  e.first_slot = cluster % sets * e.thread_count;
+  e.slots.provide(e.first_slot + e.thread_count);
 }
 
 // The threads of the launch come after what the host did before it, and the host comes after all of them.
 char launch_begins, launch_ends;
 
-void run_cluster(const LaunchShape& shape, uint3 first_block) {
+// The cluster is the nth of the launch to run.
+void run_cluster(const LaunchShape& shape, uint3 first_block, size_t nth) {
   Execution& e = execution;
   const unsigned block_threads = shape.block.x * shape.block.y * shape.block.z;
   const unsigned block_warps = (block_threads + 31) / 32;
   e.alive = e.thread_count;
   e.at_cluster_barrier = e.cluster_syncs = 0;
   e.active = nullptr;
-  provide_slots();
+  choose_slots(nth);
   e.shared.begin(e.block_count, shape.shared_bytes);
   threads::release(&launch_begins);
   for (unsigned b = 0; b < e.block_count; ++b) {
@@ -190,7 +190,6 @@ void run_cluster(const LaunchShape& shape, uint3 first_block) {
   }
   threads::act_as(e.host.sanitizer_thread);
   e.shared.end();
-  if (kBuild == Build::kThread) e.first_slot += e.thread_count;
 }
 
 void require(bool holds, const std::string& message) {
@@ -247,7 +246,6 @@ void run(std::integral_constant<Build, kBuild>, const LaunchShape& shape, void (
   if (e.threads.size() < e.thread_count) e.threads.resize(e.thread_count);
   if (e.warps.size() < e.warp_count) e.warps.resize(e.warp_count);
   if (e.blocks.size() < e.block_count) e.blocks.resize(e.block_count);
-  e.first_slot = 0;
   e.random_state = 0x9e3779b97f4a7c15ull ^ e.seed;
 
   const dim3 clusters(shape.grid.x / shape.cluster, shape.grid.y, shape.grid.z);
@@ -260,9 +258,11 @@ void run(std::integral_constant<Build, kBuild>, const LaunchShape& shape, void (
   }
   for (size_t i = 0; i < count; ++i) {
     const size_t cluster = e.order == Order::kForward ? i : e.order == Order::kReverse ? count - 1 - i : drawn[i];
-    run_cluster(shape, {static_cast<unsigned>(cluster % clusters.x * shape.cluster),
-                        static_cast<unsigned>(cluster / clusters.x % clusters.y),
-                        static_cast<unsigned>(cluster / clusters.x / clusters.y)});
+    run_cluster(shape,
+                {static_cast<unsigned>(cluster % clusters.x * shape.cluster),
+                 static_cast<unsigned>(cluster / clusters.x % clusters.y),
+                 static_cast<unsigned>(cluster / clusters.x / clusters.y)},
+                i);
   }
   threads::acquire(&launch_ends);
   current = nullptr;

@@ -12,7 +12,8 @@
 #define SHARED_ARRAY(T, name, ...)                                                                                  \
   static constexpr ::monosoftmax::cuda::host::SharedArray name##_declared{sizeof(T __VA_ARGS__), alignof(T), #name, \
                                                                           __FILE__, __LINE__};                      \
-  T(&name) __VA_ARGS__ = *static_cast<T(*) __VA_ARGS__>(::monosoftmax::cuda::host::shared_array(name##_declared))
+  auto& name =                                                                                                      \
+      *static_cast<std::type_identity_t<T __VA_ARGS__>*>(::monosoftmax::cuda::host::shared_array(name##_declared))
 #define DYNAMIC_SHARED(name) unsigned char* name = ::monosoftmax::cuda::host::dynamic_shared()
 
 #define MONOSOFTMAX_GLOBAL_READ(bytes) \
@@ -41,8 +42,9 @@ __attribute__((always_inline)) inline void __stcs(T* to, std::type_identity_t<T>
   *to = value;
 }
 
-inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+// Every CUDA thread runs in the same thread of the process: only the compiler might reorder.
+inline void __threadfence_block() { asm volatile("" ::: "memory"); }
+inline void __threadfence() { asm volatile("" ::: "memory"); }
 
 namespace monosoftmax::cuda::host {
 

@@ -32,11 +32,40 @@ PYBIND11_MODULE(monosoftmax_cuda_host, module) {
   namespace host = monosoftmax::cuda::host;
   module.def(
       "set_device",
-      [](int capability, int multiprocessors, int64_t shared_memory) {
-        host::device() = {capability, multiprocessors, shared_memory, shared_memory + 1024};
+      [](int capability, int multiprocessors, int64_t shared_memory, bool keeps_rows, int fewest_blocks) {
+        host::device() = {capability, multiprocessors, shared_memory, shared_memory + 1024, keeps_rows, fewest_blocks};
         host::set_shared_limit(shared_memory);
       },
-      "The GPU to be taken for.", py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_memory"));
+      "The GPU to be taken for.", py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_memory"),
+      py::arg("keeps_rows") = true, py::arg("fewest_blocks") = 1);
+  module.def(
+      "plan",
+      [](const std::string& transform, int64_t size, int64_t rows, int64_t classes, int element_bytes, bool losses,
+         bool gradient, bool coefficients, bool weighted_smoothing, bool deterministic) {
+        namespace cuda = monosoftmax::cuda;
+        const auto plan = cuda::make_plan({transform, size, rows, classes, element_bytes, losses, gradient,
+                                           coefficients, weighted_smoothing, deterministic},
+                                          host::device());
+        py::dict result;
+        result["rows"] = plan.rows == cuda::Rows::kOnce       ? "once"
+                         : plan.rows == cuda::Rows::kResident ? "resident"
+                                                              : "reread";
+        result["sums"] = plan.sums == cuda::SumsKind::kNone     ? "none"
+                         : plan.sums == cuda::SumsKind::kVector ? "vector"
+                         : plan.sums == cuda::SumsKind::kLanes  ? "lanes"
+                                                                : "warps";
+        result["table_in_shared_memory"] = plan.table_in_shared_memory;
+        result["atomic"] = plan.atomic;
+        result["blocks"] = plan.blocks;
+        result["cluster"] = plan.cluster;
+        result["threads"] = plan.threads;
+        result["sum_sets"] = plan.sum_sets;
+        result["shared_bytes"] = plan.shared_bytes;
+        return result;
+      },
+      "The plan of a call on that GPU.", py::arg("transform"), py::arg("size"), py::kw_only(), py::arg("rows"),
+      py::arg("classes"), py::arg("element_bytes") = 2, py::arg("losses") = true, py::arg("gradient") = true,
+      py::arg("coefficients") = true, py::arg("weighted_smoothing") = false, py::arg("deterministic") = false);
   module.def("set_order", &host::set_order_by_name, "The order in which threads take turns.", py::arg("order"),
              py::arg("seed") = 1);
   module.def(

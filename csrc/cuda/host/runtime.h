@@ -33,9 +33,8 @@ struct ThreadIndices {
 };
 MONOSOFTMAX_HIDDEN extern const ThreadIndices* current;  // of the thread that runs
 
-// What can be said of a defect of the kernel is printed, and the process ends with this exit code.
+// Of the process, which ends when a kernel has a defect, once that has been described.
 inline constexpr int kDefectExitCode = 99;
-[[noreturn]] void defect(Location where, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 enum class Collective : uint8_t {
   kSync,

@@ -1,0 +1,316 @@
+"""The CUDA kernels in their host execution: accuracy, rows of every kind, memory traffic, one result in every order."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cuda_host import executing
+from losses import TRANSFORMS, distance, disturbed, head_loss_and_gradients, loss_and_gradients
+from torch import Tensor
+
+import monosoftmax as ms
+from monosoftmax.ops import operator
+
+#: How a row comes to its gradient: kept by a block, by a cluster, read again.
+STRATEGIES = {"block": {}, "cluster": {"fewest_blocks": 4}, "reread": {"keeps_rows": False}}
+SIZES = [1, 33, 1023, *(pytest.param(size, marks=pytest.mark.slow) for size in (31, 32, 4097))]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"label_smoothing": 0.1, "z_loss": 1e-3},
+    {"weighted": True, "reduction": "sum"},
+    {"weighted": True, "label_smoothing": 0.2},
+]
+
+
+@pytest.fixture(params=STRATEGIES)
+def host(request: pytest.FixtureRequest) -> Iterator[Any]:
+    with executing(**STRATEGIES[request.param]) as host:
+        yield host
+
+
+def logits_and_target(classes: int, seed: int, rows: int = 6) -> tuple[Tensor, Tensor]:
+    """Rows of small, ordinary and large logits; an ignored one, one with p next to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    input = (0.1, 1.0, 20.0)[seed % 3] * torch.randn(rows, classes, generator=generator)
+    target = torch.randint(0, classes, (rows,), generator=generator)
+    target[0] = -100
+    input[1, target[1]] += 25
+    input[2] -= 30
+    return input, target
+
+
+def options_of(case: int, classes: int) -> dict[str, Any]:
+    options = dict(OPTIONS[case % len(OPTIONS)])
+    if options.pop("weighted", False):
+        options["weight"] = torch.rand(classes, generator=torch.Generator().manual_seed(case)) + 0.1
+    return options
+
+
+def assert_close_to_the_truth(name: str, classes: int, seeds: int, rows: int = 6) -> None:
+    """At most twice the relative error of the reference in float32, plus 1e-7: the bound of the cpu backend."""
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(seeds):
+        transform = disturbed(name, seed)
+        input, target = logits_and_target(classes, seed, rows)
+        options = options_of(seed // 3, classes)
+        truth = loss_and_gradients(input, target, transform, "reference", torch.float64, **options)
+        plain = loss_and_gradients(input, target, transform, "reference", **options)
+        fused = loss_and_gradients(input, target, transform, "cuda", **options)
+        for key, value in truth.items():
+            norm = value.norm().item()
+            if norm == 0:
+                assert distance(fused[key], value) <= 1e-7, key
+            else:
+                row = (distance(fused[key], value) / norm, distance(plain[key], value) / norm)
+                errors.setdefault(key, []).append(row)
+    for key, found in errors.items():
+        of_fused, of_plain = (_summary(column, key in ("loss", "input")) for column in zip(*found, strict=True))
+        assert of_fused <= 2 * of_plain + 1e-7, (key, of_fused, of_plain)
+
+
+def _summary(errors: tuple[float, ...], all_of_them: bool) -> float:
+    return math.sqrt(sum(x * x for x in errors) / len(errors)) if all_of_them else statistics.median(errors)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("classes", SIZES)
+def test_is_as_close_to_the_truth_as_pytorch(host: Any, name: str, classes: int) -> None:
+    assert_close_to_the_truth(name, classes, 24)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_long_rows_are_as_close_to_the_truth_as_pytorch(host: Any, name: str) -> None:
+    assert_close_to_the_truth(name, 50257, 12, rows=3)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [33, 1023, 4097])
+def test_half_precision_is_rounded_once(host: Any, name: str, dtype: torch.dtype, classes: int) -> None:
+    """Half precision logits give a float32 loss, and a gradient no further from the truth than its rounding is."""
+    transform = disturbed(name)
+    input, target = logits_and_target(classes, 1)
+    input = input.to(dtype)
+    for case in range(len(OPTIONS)):
+        options = options_of(case, classes)
+        half = loss_and_gradients(input, target, transform, "cuda", **options)
+        truth = loss_and_gradients(input, target, transform, "reference", torch.float64, **options)
+        plain = loss_and_gradients(input.float(), target, transform, "reference", **options)
+        assert half["loss"].dtype == torch.float32 and half["input"].dtype == dtype
+        rounding = distance(truth["input"].to(dtype), truth["input"])
+        error = distance(plain["input"], truth["input"])
+        assert distance(half["input"], truth["input"]) <= 1.02 * rounding + 2 * error + 1e-7 * truth["input"].norm()
+        assert distance(half["loss"], truth["loss"]) <= 2 * distance(plain["loss"], truth["loss"]) + 1e-6 * (
+            truth["loss"].norm()
+        )
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("case", range(len(OPTIONS)))
+def test_gradients_of_losses_and_lse(host: Any, name: str, case: int) -> None:
+    """Random upstream gradients of every loss and lse: the gradient comes from row_stats, in a pass of its own."""
+    torch.manual_seed(case)
+    classes, transform = 517, disturbed(name)
+    input, target = logits_and_target(classes, 1, 5)
+    options = {**options_of(case, classes), "reduction": "none", "return_lse": True}
+    upstream = (torch.randn(5), torch.randn(5))
+    arguments = (input, target, transform)
+    truth = loss_and_gradients(*arguments, "reference", torch.float64, upstream=upstream, **options)
+    plain = loss_and_gradients(*arguments, "reference", upstream=upstream, **options)
+    fused = loss_and_gradients(*arguments, "cuda", upstream=upstream, **options)
+    for key, value in truth.items():
+        bound = 3 * distance(plain[key], value) + 1e-6 * value.norm().item()
+        assert distance(fused[key], value) <= bound, key
+
+
+def test_rows_of_any_stride_and_alignment(host: Any) -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        storage = torch.randn(9, 2101).to(dtype)
+        target = torch.randint(0, 1041, (9,))
+        transform = disturbed("plif")
+        views = {f"columns from {begin}": storage[:, begin : begin + 1041] for begin in range(9)} | {
+            "every second row": storage.repeat_interleave(2, 0)[::2, 3:1044],
+            "one row, expanded": storage[:1, 3:1044].expand(9, -1),
+            "transposed": storage[:, 3:1044].t().contiguous().t(),
+        }
+        before = storage.clone()
+        for name, view in views.items():
+            result = loss_and_gradients(view, target, transform, "cuda")
+            wanted = loss_and_gradients(view.clone(), target, transform, "cpu")
+            for key, value in wanted.items():
+                assert distance(result[key], value) <= 1e-4 * value.float().norm() + 1e-7, (name, key)
+        assert torch.equal(storage, before)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_one_result_in_every_order(name: str) -> None:
+    """Whatever the order in which threads run: bit for bit the same."""
+    transform = disturbed(name)
+    for strategy, wishes in STRATEGIES.items():
+        for dtype, classes in ((torch.float32, 1500), (torch.bfloat16, 2601)):
+            input, target = logits_and_target(classes, 1)
+            results = []
+            for order in (("forward",), ("reverse",), ("random", 1), ("random", 2)):
+                with executing(**wishes) as host:
+                    host.set_order(*order)
+                    results.append(loss_and_gradients(input.to(dtype), target, transform, "cuda", label_smoothing=0.1))
+            for other in results[1:]:
+                for key, value in results[0].items():
+                    assert torch.equal(other[key], value), (strategy, dtype, key)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", ["plif", "spline"])
+def test_tables_too_large_for_shared_memory(name: str, deterministic: bool) -> None:
+    """A table of each warp, or of all: one result in every order where there are no atomics."""
+    transform = disturbed(name, **{"num_pieces" if name == "plif" else "num_bins": 3000})
+    input, target = logits_and_target(2000, 1)
+    truth = loss_and_gradients(input, target, transform, "reference", torch.float64)
+    results = []
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        for order in (("forward",), ("reverse",), ("random", 1)):
+            # With as many multiprocessors, a table for each warp would take too much memory.
+            with executing(multiprocessors=2 if deterministic else 4000) as host:
+                plan = host.plan(transform.kernel, 3000, rows=6, classes=2000, element_bytes=4)
+                assert plan["sums"] == "warps"
+                host.set_order(*order)
+                results.append(loss_and_gradients(input, target, transform, "cuda"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for result in results:
+        for key, value in truth.items():
+            assert distance(result[key], value) <= 1e-5 * value.norm() + 1e-7, key
+            assert torch.equal(result[key], results[0][key]), key
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("strategy", ["block", "cluster"])
+def test_a_row_is_read_and_written_once(strategy: str, offset: int) -> None:
+    """Loss, d logits and d coefficients of bf16 rows, 64 pieces: no byte of a row crosses twice."""
+    rows, classes = 4, 4099
+    transform = disturbed("plif", num_pieces=64)
+    storage = torch.randn(rows, 4112).bfloat16()
+    input = storage[:, offset : offset + classes]
+    target = torch.tensor([0, classes - 1, 17, 2048])
+    with executing(**STRATEGIES[strategy]) as host:
+        host.reset_traffic()
+        loss_and_gradients(input, target, transform, "cuda")
+        assert host.traffic() == (2 * rows * classes, 2 * rows * classes)
+
+
+def test_traffic_of_the_other_ways() -> None:
+    rows, classes = 4, 4099
+    input, target = torch.randn(rows, classes).bfloat16(), torch.tensor([0, classes - 1, 17, -100])
+    transform, size = disturbed("plif", num_pieces=64), 2 * classes
+    with executing() as host:
+        ms.cross_entropy(input, target, transform.requires_grad_(False), backend="cuda")
+        # Each thread that has to know the target's logit reads it.
+        read, written = host.traffic()
+        host.reset_traffic()
+        ms.cross_entropy(input, target, transform, backend="cuda")
+        read, written = host.traffic()
+        assert 3 * size <= read <= 3 * size + 3 * 2 * 256 and written == 0
+    with executing(keeps_rows=False) as host:
+        host.reset_traffic()
+        loss_and_gradients(input, target, transform.requires_grad_(), "cuda")
+        read, written = host.traffic()
+        assert 6 * size <= read <= 6 * size + 3 * 2 * 256 and written == 4 * size
+
+
+def test_targets_that_are_no_class_poison_their_row(host: Any) -> None:
+    input = torch.randn(4, 50)
+    transform = disturbed("plif")
+    target = torch.tensor([3, 50, -1, 2**40])
+    result = loss_and_gradients(input, target, transform, "cuda", reduction="none", upstream=(torch.ones(4),))
+    assert result["loss"][0].isfinite() and result["input"][0].isfinite().all()
+    assert result["loss"][1:].isnan().all() and result["input"][1:].isnan().all()
+    whole = loss_and_gradients(input, target, transform, "cuda")
+    assert whole["loss"].isnan() and whole["input"][1:].isnan().all() and whole["input"][0].isfinite().all()
+
+
+def test_rows_beyond_two_billion_elements(host: Any) -> None:
+    stride = 2**31 + 8
+    storage = torch.empty(stride + 40, dtype=torch.bfloat16)  # pages that nobody touches take no memory
+    input = storage.as_strided((2, 33), (stride, 1))
+    values = torch.randn(2, 33).bfloat16()
+    input.copy_(values)
+    target = torch.tensor([3, 32])
+    transform = disturbed("gss")
+    result = loss_and_gradients(input, target, transform, "cuda")
+    wanted = loss_and_gradients(values, target, transform, "cuda")
+    for key, value in wanted.items():
+        torch.testing.assert_close(result[key], value, msg=key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_upstream_gradient_of_the_total(host: Any, dtype: torch.dtype, factor: float) -> None:
+    """The gradient that the forward pass computed is right for a factor of 1, and becomes right for others."""
+    transform = disturbed("plif")
+    input, target = logits_and_target(517, 1)
+    input = input.to(dtype)
+    result = loss_and_gradients(input, target, transform, "cuda", upstream=(torch.tensor(factor),))
+    truth = loss_and_gradients(input, target, transform, "reference", torch.float64, upstream=(torch.tensor(factor),))
+    rounding = distance(truth["input"].to(dtype), truth["input"])
+    assert distance(result["input"], truth["input"]) <= 1.02 * rounding + 2e-6 * truth["input"].norm()
+    assert distance(result["raw_slope"], truth["raw_slope"]) <= 1e-5 * truth["raw_slope"].norm()
+
+
+@pytest.mark.parametrize("case", range(len(OPTIONS)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_in_chunks(host: Any, dtype: torch.dtype, case: int) -> None:
+    torch.manual_seed(0)
+    head = {"input": torch.randn(11, 16), "linear_weight": torch.randn(70, 16), "linear_bias": torch.randn(70)}
+    head = {name: each.to(dtype) for name, each in head.items()}
+    target = torch.randint(0, 70, (11,))
+    target[3] = -100
+    transform, options = disturbed("plif"), options_of(case, 70)
+    result = head_loss_and_gradients(head, target, transform, "cuda", chunk_rows=4, **options)
+    wanted = head_loss_and_gradients(head, target, transform, "cpu", chunk_rows=4, **options)
+    for key, value in wanted.items():
+        assert distance(result[key], value) <= (1e-5 if dtype == torch.float32 else 2e-2) * value.float().norm(), key
+
+
+def test_nothing_is_waited_for() -> None:
+    """No number is brought to the host: calls can be captured in CUDA graphs."""
+    input, target = torch.randn(4, 70), torch.randint(0, 70, (4,))
+    transform = disturbed("plif")
+    coefficients, constants = transform.coefficients().detach(), list(transform.constants())
+    weight, scale = torch.rand(70), torch.tensor(0.5)
+    with executing(), torch.profiler.profile() as profile:
+        operator("cross_entropy", "cuda")(
+            input, target, weight, coefficients, "plif", constants, -100, 0.1, 0.1, True, scale, True, True
+        )
+        operator("scale_", "cuda")(input, scale)
+    names = {event.name for event in profile.events()}
+    assert "monosoftmax::cross_entropy" in names
+    assert not names & {"aten::item", "aten::_local_scalar_dense", "aten::nonzero"}
+
+
+def test_operators_check_out() -> None:
+    input, target = torch.randn(4, 70), torch.randint(0, 70, (4,))
+    with executing():
+        for name in ("identity", "plif", "monotonic_mlp"):
+            transform = disturbed(name)
+            of_transform = (transform.coefficients().detach(), transform.kernel, list(transform.constants()))
+            below = (target, torch.rand(70), *of_transform)
+            options, scale = (-100, 0.1, 0.1), torch.tensor(0.5)
+            row_stats = operator("cross_entropy", "cuda")(input, *below, *options, True, None, False, False)[2]
+            calls: dict[str, tuple[Any, ...]] = {
+                "cross_entropy": (input, *below, *options, True, scale, True, True),
+                "cross_entropy_": (input.clone(), *below, *options, True, scale, True),
+                "cross_entropy_backward": (torch.rand(4), None, input, *below, row_stats, *options, True, True),
+                "cross_entropy_backward_": (torch.rand(4), None, input.clone(), *below, row_stats, *options, True),
+                "scale_": (input.clone(), scale),
+                "cross_entropy_rescale_": (torch.zeros_like(input), scale, scale, input, *below, row_stats, *options),
+            }
+            for operation, arguments in calls.items():
+                torch.library.opcheck(operator(operation, "cuda"), arguments)

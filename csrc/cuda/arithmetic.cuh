@@ -22,9 +22,7 @@ struct Pack {
   S of[W];
 
   Pack() = default;
-  explicit MONOSOFTMAX_HD Pack(S x) {
-    MONOSOFTMAX_UNROLL for (int i = 0; i < W; ++i) of[i] = x;
-  }
+  explicit MONOSOFTMAX_HD Pack(S x) { MONOSOFTMAX_UNROLL for (int i = 0; i < W; ++i) of[i] = x; }
 };
 
 using Float = Pack<float, 1>;
@@ -60,13 +58,13 @@ __device__ __forceinline__ Pack<float, W> operator/(const Pack<float, W>& x, con
   return each<float>(x, y, [](float a, float b) { return a * reciprocal_approximate(b); });
 }
 
-// A whole number n from 0 to 2^22 as the last bits of the float 2 + n 2^-22: one addition, no conversion. The first bits,
-// 2^30, vanish from the 32 bits of n times 4, 8 or any number of bytes that an entry of a table has.
+// A whole number n from 0 to 2^22 as the last bits of the float 2 + n 2^-22: one addition, no conversion. The first
+// bits, 2^30, vanish from the 32 bits of n times 4, 8 or any number of bytes that an entry of a table has.
 constexpr float kNumberBase = 2, kNumberStep = 1.0f / (1 << 22);
 constexpr unsigned kNumberBits = 0x40000000;
 
-// Where look-ups go: the entry of a table, as such bits, and its number as a float, for formulas that need it. What is not
-// used costs nothing.
+// Where look-ups go: the entry of a table, as such bits, and its number as a float, for formulas that need it. What is
+// not used costs nothing.
 template <int W>
 struct PackPiece {
   Pack<unsigned, W> bits;
@@ -180,9 +178,8 @@ struct Arithmetic<cuda::Pack<float, W>> {
     return result;
   }
   static __device__ __forceinline__ Piece piece(T number) {
-    return {cuda::each<unsigned>(number, [](float a) {
-              return __float_as_uint(__fmaf_rn(a, cuda::kNumberStep, cuda::kNumberBase));
-            }),
+    return {cuda::each<unsigned>(
+                number, [](float a) { return __float_as_uint(__fmaf_rn(a, cuda::kNumberStep, cuda::kNumberBase)); }),
             number};
   }
   static __device__ __forceinline__ T number(const Piece& piece) { return piece.number; }
@@ -219,7 +216,8 @@ class UniformPieces<cuda::Pack<float, W>, true> {
       const float part = __saturatef(offset.of[i] * step_);
       const float number = __fmaf_rd(part, scale_, cuda::kNumberBase);
       piece.bits.of[i] = __float_as_uint(number);
-      piece.number.of[i] = fminf(__fmaf_rn(number, 1 / cuda::kNumberStep, -cuda::kNumberBase / cuda::kNumberStep), last_);
+      piece.number.of[i] =
+          fminf(__fmaf_rn(number, 1 / cuda::kNumberStep, -cuda::kNumberBase / cuda::kNumberStep), last_);
     }
     return piece;
   }

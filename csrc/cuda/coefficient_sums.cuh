@@ -1,15 +1,18 @@
-// Sums over logits of dL/dy * df/dcoefficient: the gradients of the coefficients. Each block writes its sums to a place of
-// its own, or each warp, and a second stage in torch adds those up in float64 and in one order: the same in every run.
+// Sums over logits of dL/dy * df/dcoefficient: the gradients of the coefficients. Each block writes its sums to a place
+// of its own, or each warp, and a second stage in torch adds those up in float64 and in one order: the same in every
+// run.
 //
 //   NoSums       nobody needs them, or there are none
 //   VectorSums   a few numbers: in the registers of each thread
-//   LaneSums     a table of each thread's own in shared memory, [entry][thread], so that threads that meet in a piece do
-//                not meet in memory: no atomics, no conflicts of banks, one order of additions. A logit takes a load, two
-//                additions and a store of 8 bytes.
-//   WarpSums     a table of each warp in global memory, for those that are too large for the above. Lanes of a warp that
-//                meet in a piece add up among themselves first, in the order of the lanes; the lowest adds to the table.
-//                Where that many tables would take too much memory there is one for all, added to by atomics, in an order
-//                that changes from run to run.
+//   LaneSums     a table of each thread's own in shared memory, [entry][thread], so that threads that meet in a piece
+//   do
+//                not meet in memory: no atomics, no conflicts of banks, one order of additions. A logit takes a load,
+//                two additions and a store of 8 bytes.
+//   WarpSums     a table of each warp in global memory, for those that are too large for the above. Lanes of a warp
+//   that
+//                meet in a piece add up among themselves first, in the order of the lanes; the lowest adds to the
+//                table. Where that many tables would take too much memory there is one for all, added to by atomics, in
+//                an order that changes from run to run.
 //
 // Lanes do meet: of realistic logits most fall into few pieces (tests/test_cuda_coefficient_sums.py counts them).
 #pragma once
@@ -63,8 +66,8 @@ class VectorSums {
   T sums_[kCount];
 };
 
-// Coefficients of a vector of any length, each thread's in shared memory [coefficient][thread]. To accumulate() they are
-// what T* would be: what is read has the sum in its first lane, and what is assigned is added up over the lanes.
+// Coefficients of a vector of any length, each thread's in shared memory [coefficient][thread]. To accumulate() they
+// are what T* would be: what is read has the sum in its first lane, and what is assigned is added up over the lanes.
 template <class T>
 class LaneColumn {
  public:
@@ -87,7 +90,9 @@ class LaneColumn {
   };
 
   explicit __device__ LaneColumn(float* first) : first_(first) {}
-  __device__ __forceinline__ Entry operator[](int64_t i) const { return Entry(first_ + static_cast<int>(i) * blockDim.x); }
+  __device__ __forceinline__ Entry operator[](int64_t i) const {
+    return Entry(first_ + static_cast<int>(i) * blockDim.x);
+  }
   friend __device__ __forceinline__ T operator+(const Entry& entry, const T& other) {
     return static_cast<T>(entry) + other;
   }

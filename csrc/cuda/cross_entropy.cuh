@@ -1,20 +1,22 @@
 // The loss of rows of logits, and its gradient with respect to logits and coefficients.
 //
 //   cross_entropy_kernel           losses: each row is read once
-//   cross_entropy_gradient_kernel  losses and gradients: where kResident, the row is read once, kept in the shared memory
-//                                  of a block, or of the blocks of a cluster, and its gradient written once. Otherwise it
-//                                  is read once for the loss and once more, from the L2 cache if it has stayed there, for
-//                                  the gradient; without the losses, from the row_stats of an earlier call, only that.
+//   cross_entropy_gradient_kernel  losses and gradients: where kResident, the row is read once, kept in the shared
+//   memory
+//                                  of a block, or of the blocks of a cluster, and its gradient written once. Otherwise
+//                                  it is read once for the loss and once more, from the L2 cache if it has stayed
+//                                  there, for the gradient; without the losses, from the row_stats of an earlier call,
+//                                  only that.
 //
 // A row is described by its largest y and sum exp(y - largest), as on the CPU (csrc/row). The largest y is y of the
 // largest logit, as f increases: finding it takes no f. e^(y - largest) is 2^(y log2(e) - shift), shift being
-// round(largest log2(e)): one fma and one ex2. The rounding of shift is a factor that all exponentials of a row share; it
-// cancels where they are divided by their sum, in p and in log(sum) - (y_t - largest), for which the latter is formed with
-// the same shift.
+// round(largest log2(e)): one fma and one ex2. The rounding of shift is a factor that all exponentials of a row share;
+// it cancels where they are divided by their sum, in p and in log(sum) - (y_t - largest), for which the latter is
+// formed with the same shift.
 //
-// Hazards: a thread reads of a row what it copied, or what it writes: grad_input may be input, and no barrier protects the
-// row. Blocks of a cluster tell each other maxima and sums only (reduce.cuh). Rows that are ignored may hold anything:
-// they are not read. A target that is no class makes its row's loss and gradient NaN.
+// Hazards: a thread reads of a row what it copied, or what it writes: grad_input may be input, and no barrier protects
+// the row. Blocks of a cluster tell each other maxima and sums only (reduce.cuh). Rows that are ignored may hold
+// anything: they are not read. A target that is no class makes its row's loss and gradient NaN.
 #pragma once
 
 #include "../row/loss.h"
@@ -47,8 +49,8 @@ class RowTarget {
       : column_(arguments.target[row]),
         ignored_(column_ == arguments.ignore_index),
         valid_(column_ >= 0 && column_ < arguments.classes),
-        loss_({arguments.classes, arguments.ignore_index, arguments.label_smoothing, arguments.z_loss,
-               arguments.weight, arguments.weight_sum == nullptr ? arguments.classes : *arguments.weight_sum},
+        loss_({arguments.classes, arguments.ignore_index, arguments.label_smoothing, arguments.z_loss, arguments.weight,
+               arguments.weight_sum == nullptr ? arguments.classes : *arguments.weight_sum},
               valid_ ? column_ : 0) {}
   __device__ bool ignored() const { return ignored_; }
   __device__ bool valid() const { return valid_; }
@@ -69,7 +71,7 @@ struct RowScan {
 };
 
 __device__ inline void write_results(const CrossEntropyArguments& arguments, int64_t row, const RowTarget& target,
-                              const RowScan& scan) {
+                                     const RowScan& scan) {
   const float log_sum = scan.sum == 0 ? NAN : log2f(scan.sum) * kLn2;
   const float lse = scan.sum == 0 ? -INFINITY : scan.largest + log_sum;
   const float loss = target.loss().loss(scan.gap * kLn2, scan.gaps * kLn2, log_sum, lse);
@@ -140,11 +142,10 @@ __device__ __forceinline__ float gaps_of(const T& y, float reference, const floa
 }
 
 // In one pass over the row: each thread has its own largest y and sum until the row ends.
-template <class T, class F, class E>
-__device__ RowScan scan_once(const F& f, const CrossEntropyArguments& arguments, const RowInMemory<E>& row,
-                             const Team& team, const RowTarget& target, ScanMemory& memory) {
+template <class T, bool kSmooths, class F, class E>
+__device__ RowScan scan_once_as(const F& f, const CrossEntropyArguments& arguments, const RowInMemory<E>& row,
+                                const Team& team, const RowTarget& target, ScanMemory& memory) {
   const RowLayout<E>& layout = row.layout;
-  const bool smooths = arguments.label_smoothing > 0;
   float target_y = 0;
   if (target.column() >= 0) target_y = f.value(T(load_element(row.row + target.column()))).of[0];
   // The sum of V numbers of the size of y would lose the loss.
@@ -168,7 +169,7 @@ __device__ RowScan scan_once(const F& f, const CrossEntropyArguments& arguments,
     largest = chunk_largest;
     shift = new_shift;
     MONOSOFTMAX_UNROLL for (int i = 0; i < kElements; ++i) sum += exponential(Float(y[i]), shift).of[0];
-    if (smooths) {
+    if constexpr (kSmooths) {
       MONOSOFTMAX_UNROLL for (int i = 0; i < kElements; ++i) {
         gaps += gaps_of(Float(y[i]), reference, arguments.weight, layout.column_of_chunk(c) + i);
       }
@@ -180,7 +181,7 @@ __device__ RowScan scan_once(const F& f, const CrossEntropyArguments& arguments,
     sum = sum * exp2_approximate(shift - new_shift) + exponential(y, new_shift).of[0];
     largest = new_largest;
     shift = new_shift;
-    if (smooths) gaps += gaps_of(y, reference, arguments.weight, layout.column_of_edge(e));
+    if constexpr (kSmooths) gaps += gaps_of(y, reference, arguments.weight, layout.column_of_edge(e));
   }
   float maximum[1] = {largest};
   reduce<Maximum>(maximum, memory.maximum);
@@ -190,11 +191,19 @@ __device__ RowScan scan_once(const F& f, const CrossEntropyArguments& arguments,
   const float reference_gap = __fmaf_rn(reference, kLog2E, -row_shift);
   const float weights = arguments.weight_sum == nullptr ? arguments.classes : *arguments.weight_sum;
   return {maximum[0], sums[0], __fmaf_rn(target_y, kLog2E, -row_shift),
-          smooths ? __fmaf_rn(weights, reference_gap, sums[1] * kLog2E) : 0};
+          kSmooths ? __fmaf_rn(weights, reference_gap, sums[1] * kLog2E) : 0};
 }
 
-// Of a row on chip: first its largest logit, two in an instruction, then the sum. Without class weights, where labels are
-// smoothed.
+// In two copies: what smoothed labels need would cost the others a third of their instructions.
+template <class T, class F, class E>
+__device__ RowScan scan_once(const F& f, const CrossEntropyArguments& arguments, const RowInMemory<E>& row,
+                             const Team& team, const RowTarget& target, ScanMemory& memory) {
+  return arguments.label_smoothing > 0 ? scan_once_as<T, true>(f, arguments, row, team, target, memory)
+                                       : scan_once_as<T, false>(f, arguments, row, team, target, memory);
+}
+
+// Of a row on chip: first its largest logit, two in an instruction, then the sum. Without class weights, where labels
+// are smoothed.
 template <class T, class F, class E>
 __device__ RowScan scan_resident(const F& f, const CrossEntropyArguments& arguments, const ResidentRow<E>& row,
                                  const RowLayout<E>& layout, const Team& team, const RowTarget& target,
@@ -273,8 +282,8 @@ class GradientOfY {
   float sum_, inverse_, of_p_, of_target_, extra_;
 };
 
-// Writes the gradient of a row, where there is one to write, and adds to the sums. Class weights with smoothed labels are
-// for rows of edges only.
+// Writes the gradient of a row, where there is one to write, and adds to the sums. Class weights with smoothed labels
+// are for rows of edges only.
 template <class T, class F, class Sums, class E, class Row>
 __device__ void differentiate(const F& f, const CrossEntropyArguments& arguments, const Row& row,
                               const RowLayout<E>& layout, const Team& team, const RowTarget& target,
@@ -365,7 +374,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const bool by_elements = arguments.weight != nullptr && arguments.label_smoothing > 0;
   for (int64_t row = blockIdx.x / Cluster::blocks(); row < arguments.rows; row += gridDim.x / Cluster::blocks()) {
     const E* logits = static_cast<const E*>(arguments.input) + row * arguments.stride;
-    E* grad_row = arguments.grad_input == nullptr ? nullptr : static_cast<E*>(arguments.grad_input) + row * arguments.grad_stride;
+    E* grad_row =
+        arguments.grad_input == nullptr ? nullptr : static_cast<E*>(arguments.grad_input) + row * arguments.grad_stride;
     const bool aligned = equally_aligned<E>(logits, grad_row);
     const RowTarget target(arguments, row);
     const RowLayout<E> layout(logits, arguments.classes, target.column(), kResident || !by_elements);

@@ -90,10 +90,10 @@ void launch_transform(const Plan& plan, const CrossEntropyArguments& arguments, 
 template <class E>
 void launch_cross_entropy_of(const Plan& plan, std::string_view transform, const CrossEntropyArguments& arguments,
                              Stream stream) {
-#define ROW(NAME, CLASS, ROWS, SMALLEST, LARGEST)                                    \
-  if (transform == NAME) {                                                           \
-    launch_transform<CLASS, ROWS, SMALLEST, LARGEST, E>(plan, arguments, stream);     \
-    return;                                                                          \
+#define ROW(NAME, CLASS, ROWS, SMALLEST, LARGEST)                                 \
+  if (transform == NAME) {                                                        \
+    launch_transform<CLASS, ROWS, SMALLEST, LARGEST, E>(plan, arguments, stream); \
+    return;                                                                       \
   }
   MONOSOFTMAX_TRANSFORMS(ROW)
 #undef ROW

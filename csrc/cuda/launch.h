@@ -18,7 +18,8 @@ using Stream = void*;
 void launch_cross_entropy(const Plan& plan, std::string_view transform, ElementType element,
                           const CrossEntropyArguments& arguments, Stream stream);
 
-// Numbers in the table for look-ups in global memory of a transform, TransformArguments::table; 0 for one that has none.
+// Numbers in the table for look-ups in global memory of a transform, TransformArguments::table; 0 for one that has
+// none.
 int64_t table_numbers(std::string_view transform, int64_t size);
 // Fills it.
 void launch_fill_table(std::string_view transform, const TransformArguments& arguments, float* table, Stream stream);

@@ -28,9 +28,9 @@ template <class... Parameters>
 void launch_kernel(void (*kernel)(Parameters...), const Shape& shape, Stream stream, Parameters... arguments) {
   constexpr unsigned kWithoutAsking = 48 << 10;
   if (shape.shared_bytes > kWithoutAsking) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shape.shared_bytes)),
-               "a kernel cannot have the shared memory that it was planned with");
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)),
+        "a kernel cannot have the shared memory that it was planned with");
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(shape.blocks);

@@ -1,8 +1,8 @@
 // Rows of logits in memory, 16 bytes at a time.
 //
-// A row may begin anywhere. It is taken as a head of fewer elements than 16 bytes hold, chunks of 16 bytes at multiples of
-// 16, and a tail. Head, tail and the chunk with the target are edges, fewer elements than a warp has lanes: a thread of
-// the first warp takes one each. Nothing outside a row is touched.
+// A row may begin anywhere. It is taken as a head of fewer elements than 16 bytes hold, chunks of 16 bytes at multiples
+// of 16, and a tail. Head, tail and the chunk with the target are edges, fewer elements than a warp has lanes: a thread
+// of the first warp takes one each. Nothing outside a row is touched.
 #pragma once
 
 #include <cstring>
@@ -121,8 +121,8 @@ __device__ __forceinline__ float lowest_logit() {
   return numbers[0];
 }
 
-// How a row of `classes` elements is divided. The elements of the chunk that has the target, if there is one, are edges,
-// too: what only the target needs is then no burden of chunks.
+// How a row of `classes` elements is divided. The elements of the chunk that has the target, if there is one, are
+// edges, too: what only the target needs is then no burden of chunks.
 template <class E>
 class RowLayout {
  public:

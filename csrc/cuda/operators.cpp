@@ -1,5 +1,6 @@
 // The operators of the cuda backend: checks, outputs, plans. The schemas are in monosoftmax/ops.py, the kernels in
-// cross_entropy.cuh. Nothing here waits for the device, and all is in its current stream: calls can be captured in graphs.
+// cross_entropy.cuh. Nothing here waits for the device, and all is in its current stream: calls can be captured in
+// graphs.
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -61,17 +62,13 @@ void check_beside(const char* name, const Tensor& tensor, const Tensor& input, c
                     tensor.sizes());
   TORCH_CHECK_TYPE(tensor.scalar_type() == type, "monosoftmax: ", name, " must be ", type, ", got ",
                    tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.device() == input.device(), "monosoftmax: ", name, " must be on ", input.device(),
-                    ", got ", tensor.device());
+  TORCH_CHECK_VALUE(tensor.device() == input.device(), "monosoftmax: ", name, " must be on ", input.device(), ", got ",
+                    tensor.device());
 }
 
-const float* data_of(const Optional& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr<float>() : nullptr;
-}
+const float* data_of(const Optional& tensor) { return tensor.has_value() ? tensor->const_data_ptr<float>() : nullptr; }
 
-Optional contiguous(const Optional& tensor) {
-  return tensor.has_value() ? Optional(tensor->contiguous()) : Optional();
-}
+Optional contiguous(const Optional& tensor) { return tensor.has_value() ? Optional(tensor->contiguous()) : Optional(); }
 
 struct Transform {
   Tensor coefficients;
@@ -83,13 +80,12 @@ struct Transform {
       : coefficients(coefficients_.contiguous()), name(name_), constants(constants_) {
     TORCH_CHECK_VALUE(find_transform(std::string_view(name.data(), name.size()), &shape),
                       "monosoftmax: unknown transform \"", name, "\"");
-    TORCH_CHECK_VALUE(coefficients.dim() == (shape.table_rows > 0 ? 2 : 1) && shape.smallest <= size() &&
-                          size() <= shape.largest &&
-                          (shape.table_rows == 0 || coefficients.size(0) == shape.table_rows),
-                      "monosoftmax: coefficients of shape ", coefficients.sizes(), " do not fit transform \"", name,
-                      "\"");
-    TORCH_CHECK_VALUE(size() <= kMostPieces, "monosoftmax: the cuda backend takes up to ", kMostPieces,
-                      " pieces, got ", size());
+    TORCH_CHECK_VALUE(
+        coefficients.dim() == (shape.table_rows > 0 ? 2 : 1) && shape.smallest <= size() && size() <= shape.largest &&
+            (shape.table_rows == 0 || coefficients.size(0) == shape.table_rows),
+        "monosoftmax: coefficients of shape ", coefficients.sizes(), " do not fit transform \"", name, "\"");
+    TORCH_CHECK_VALUE(size() <= kMostPieces, "monosoftmax: the cuda backend takes up to ", kMostPieces, " pieces, got ",
+                      size());
     TORCH_CHECK_VALUE(name != "plif" || constants.size() == 3, "monosoftmax: plif takes 3 constants");
     TORCH_CHECK_VALUE(name != "monotonic_mlp" || size() % 3 == 1,
                       "monosoftmax: monotonic_mlp takes 3H + 1 coefficients");
@@ -110,10 +106,7 @@ struct Options {
   double label_smoothing, z_loss;
 
   Options(const Tensor& input, const Optional& weight_, int64_t ignore_index_, double label_smoothing_, double z_loss_)
-      : weight(contiguous(weight_)),
-        ignore_index(ignore_index_),
-        label_smoothing(label_smoothing_),
-        z_loss(z_loss_) {
+      : weight(contiguous(weight_)), ignore_index(ignore_index_), label_smoothing(label_smoothing_), z_loss(z_loss_) {
     if (!weight.has_value()) return;
     check_beside("weight", *weight, input, {input.size(1)});
     if (smooths()) weight_sum = weight->sum(at::kDouble).to(at::kFloat);
@@ -193,8 +186,7 @@ class Loss {
   Tensor run() {
     const bool sums = coefficients_wanted_ && transform_.coefficients.numel() > 0;
     const bool gradient = arguments_.grad_input != nullptr || sums;
-    const Tensor nothing =
-        coefficients_wanted_ ? at::zeros_like(transform_.coefficients) : empty_like_coefficients();
+    const Tensor nothing = coefficients_wanted_ ? at::zeros_like(transform_.coefficients) : empty_like_coefficients();
     if (input_.size(0) == 0 || !(gradient || arguments_.losses)) return nothing;
     TORCH_CHECK_VALUE(!gradient || arguments_.grad_loss != nullptr, "monosoftmax: gradients need a scale");
     const OnDeviceOf on(input_);

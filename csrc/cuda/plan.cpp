@@ -10,8 +10,9 @@ namespace monosoftmax::cuda {
 namespace {
 
 constexpr int kWarp = 32, kChunkBytes = 16;
-// What kernels have in static shared memory, rounded up.
-constexpr int64_t kStaticBytes = 2048;
+// What kernels have in static shared memory, at most (python -m benchmarks.codegen cuda lists it), and what the system
+// takes of a multiprocessor's for each block.
+constexpr int64_t kStaticBytes = 1024, kSystemBytes = 1024;
 // Fewer threads than these on a multiprocessor would wait for memory: a row is read again rather than kept.
 constexpr int kFewestThreads = 192, kFewestThreadsRereading = 64;
 constexpr int kMostBlocksOfCluster = 8;
@@ -115,8 +116,9 @@ class Planner {
   }
   void choose_blocks(Plan& plan) const {
     const int64_t threads_of_multiprocessor = 1536;
-    const int64_t by_memory = device_.shared_memory_multiprocessor / (plan.shared_bytes + kStaticBytes);
-    const int64_t at_once = std::clamp(threads_of_multiprocessor / plan.threads, int64_t{1}, std::max<int64_t>(by_memory, 1));
+    const int64_t by_memory = device_.shared_memory_multiprocessor / (plan.shared_bytes + kStaticBytes + kSystemBytes);
+    const int64_t at_once =
+        std::clamp(threads_of_multiprocessor / plan.threads, int64_t{1}, std::max<int64_t>(by_memory, 1));
     // With sums, as many as run at once: each adds up its own. Without, more, so that none ends long after the others.
     const int64_t rounds = plan.sums == SumsKind::kNone ? 8 : 1;
     int64_t teams = std::max<int64_t>(1, at_once * rounds * device_.multiprocessors / plan.cluster);
@@ -131,8 +133,8 @@ class Planner {
       }
     }
     plan.blocks = static_cast<int>(std::min<int64_t>(teams, 1 << 20)) * plan.cluster;
-    plan.sum_sets = plan.sums == SumsKind::kWarps ? (plan.atomic ? 1 : plan.blocks * int64_t{plan.threads / kWarp})
-                                                  : plan.blocks;
+    plan.sum_sets =
+        plan.sums == SumsKind::kWarps ? (plan.atomic ? 1 : plan.blocks * int64_t{plan.threads / kWarp}) : plan.blocks;
   }
 
   const PlanRequest& request_;

@@ -1,5 +1,5 @@
-// How a call is computed: which kernel, in blocks of how many threads, with what in shared memory. Plain C++, one visible
-// predicate: explain() asks it, the operators and the tests use it.
+// How a call is computed: which kernel, in blocks of how many threads, with what in shared memory. Plain C++, one
+// visible predicate: explain() asks it, the operators and the tests use it.
 #pragma once
 
 #include <cstdint>
@@ -43,9 +43,9 @@ struct PlanRequest {
   int64_t size;  // of a row of coefficients
   int64_t rows, classes;
   int element_bytes;
-  bool losses, gradient;         // gradient: of logits or coefficients
-  bool coefficients;             // those of the coefficients are needed
-  bool weighted_smoothing;       // class weights and smoothed labels
+  bool losses, gradient;    // gradient: of logits or coefficients
+  bool coefficients;        // those of the coefficients are needed
+  bool weighted_smoothing;  // class weights and smoothed labels
   bool deterministic;
 };
 

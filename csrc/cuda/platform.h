@@ -1,13 +1,16 @@
-// What the CUDA sources are compiled with: nvcc, or a C++20 compiler and the stand-in of host/shim.h, which runs the very
-// same kernels on the CPU. Both offer what CUDA names; what neither language has a common spelling for is named here:
+// What the CUDA sources are compiled with: nvcc, or a C++20 compiler and the stand-in of host/shim.h, which runs the
+// very same kernels on the CPU. Both offer what CUDA names; what neither language has a common spelling for is named
+// here:
 //
 //   SHARED_ARRAY(T, name, [N])   a static array in shared memory
 //   DYNAMIC_SHARED(name)         the dynamic shared memory of the launch: unsigned char*, aligned to 16 bytes
 //   MONOSOFTMAX_GLOBAL_READ(bytes), MONOSOFTMAX_GLOBAL_WRITE(bytes)
-//                                what the calling thread reads or writes of the rows in global memory: the host counts it
+//                                what the calling thread reads or writes of the rows in global memory: the host counts
+//                                it
 //   exp2_approximate, log2_approximate, reciprocal_approximate
 //                                one instruction each (flushing subnormals); the host's are exact to rounding
-//   SharedBytes                  the shared memory from a place on, by offsets in bytes. load() is for what nobody writes
+//   SharedBytes                  the shared memory from a place on, by offsets in bytes. load() is for what nobody
+//   writes
 //                                meanwhile; load_again() and store() keep their order
 //   Cluster                      the blocks that share one row; of one block where there are no clusters (before sm_90)
 #pragma once
@@ -23,7 +26,7 @@
 #include <type_traits>
 
 #define SHARED_ARRAY(T, name, ...) __shared__ T name __VA_ARGS__
-#define DYNAMIC_SHARED(name)                                     \
+#define DYNAMIC_SHARED(name)                                      \
   extern __shared__ __align__(16) unsigned char name##_storage[]; \
   unsigned char* name = name##_storage
 #define MONOSOFTMAX_GLOBAL_READ(bytes)
@@ -144,9 +147,7 @@ class SharedBytes {
   T load_again(unsigned offset) const {
     return load<T>(offset);
   }
-  void store(unsigned offset, float2 x) const {
-    *reinterpret_cast<float2*>(first_ + offset) = x;
-  }
+  void store(unsigned offset, float2 x) const { *reinterpret_cast<float2*>(first_ + offset) = x; }
 
  private:
   unsigned char* first_;

@@ -24,8 +24,8 @@ const Device& device_number(int index) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = devices.find(index);
   if (found != devices.end()) return found->second;
-  const int capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
-                         attribute(cudaDevAttrComputeCapabilityMinor, index);
+  const int capability =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor, index) + attribute(cudaDevAttrComputeCapabilityMinor, index);
   return devices
       .emplace(index, Device{capability, attribute(cudaDevAttrMultiProcessorCount, index),
                              attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),

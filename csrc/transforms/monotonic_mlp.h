@@ -26,7 +26,7 @@ class MonotonicMlp {
 
   MONOSOFTMAX_HD T value(T z) const {
     T result = T(*linear_) * z;
-MONOSOFTMAX_UNROLL_2
+    MONOSOFTMAX_UNROLL_2
     for (int64_t h = 0; h < units_; ++h) {
       result = A::fma(T(amplitude_[h]), HyperbolicTangent<T>(argument(h, z)).tanh, result);
     }
@@ -35,7 +35,7 @@ MONOSOFTMAX_UNROLL_2
   MONOSOFTMAX_HD Point at(T z) const {
     Point point;
     T value = T(*linear_) * z, derivative(*linear_);
-MONOSOFTMAX_UNROLL_2
+    MONOSOFTMAX_UNROLL_2
     for (int64_t h = 0; h < units_; ++h) {
       const HyperbolicTangent<T> unit(argument(h, z));
       value = A::fma(T(amplitude_[h]), unit.tanh, value);
@@ -53,7 +53,7 @@ MONOSOFTMAX_UNROLL_2
   template <class Sums>
   MONOSOFTMAX_HD void accumulate(const Point& at, T z, T gradient, Sums sums) const {
     sums[0] = A::fma(gradient, z, sums[0]);
-MONOSOFTMAX_UNROLL_2
+    MONOSOFTMAX_UNROLL_2
     for (int64_t h = 0; h < units_; ++h) {
       T tanh, slope;
       if constexpr (A::kPointsKeep) {

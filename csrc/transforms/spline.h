@@ -35,8 +35,8 @@ class Spline {
   MONOSOFTMAX_HD T value(T z) const { return at(z).value; }
   MONOSOFTMAX_HD Point at(T z) const {
     Point p;
-    p.piece = A::piece(
-        count_less_equal(pieces_ - 1, z, [this](T knot) { return table_.at(0, A::piece(knot + T(1))); }));
+    p.piece =
+        A::piece(count_less_equal(pieces_ - 1, z, [this](T knot) { return table_.at(0, A::piece(knot + T(1))); }));
     const auto [x, width, y, height, d0, d1, slope, inverse_width] = table_.row(p.piece).of;
     const T offset = z - x;
     const auto is_below = A::less(offset, T(0));

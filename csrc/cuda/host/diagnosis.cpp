@@ -20,10 +20,7 @@ namespace {
   std::fflush(stdout);
   std::fputs("monosoftmax: defect in a CUDA kernel: ", stderr);
   std::vfprintf(stderr, format, arguments);
-  if (thread != nullptr) {
-    std::fprintf(stderr, "\n  block (%u,%u,%u) thread (%u,%u,%u)", thread->block.x, thread->block.y, thread->block.z,
-                 thread->ThreadIndices::thread.x, thread->ThreadIndices::thread.y, thread->ThreadIndices::thread.z);
-  }
+  if (thread != nullptr) std::fprintf(stderr, "\n  %s", name_of(*thread).c_str());
   if (file != nullptr && line != 0) std::fprintf(stderr, "\n  at %s:%u", file, line);
   std::fputc('\n', stderr);
   std::fflush(stderr);
@@ -74,6 +71,13 @@ void explain_barrier(const Thread& thread, const Thread* threads, unsigned count
 }
 
 }  // namespace
+
+std::string name_of(const Thread& thread) {
+  const auto written = [](const uint3& index) {
+    return "(" + std::to_string(index.x) + "," + std::to_string(index.y) + "," + std::to_string(index.z) + ")";
+  };
+  return "block " + written(thread.block) + " thread " + written(thread.ThreadIndices::thread);
+}
 
 void report_defect(const char* file, unsigned line, const char* format, ...) {
   va_list arguments;

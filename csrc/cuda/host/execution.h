@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "fiber.h"
@@ -90,6 +91,9 @@ void wait();
 [[noreturn]] void report_defect(const char* file, unsigned line, const char* format, ...)
     __attribute__((format(printf, 3, 4)));
 [[noreturn]] void report_defect_of(const Thread& thread, const char* format, ...) __attribute__((format(printf, 2, 3)));
+
+// Its block and its index, in words.
+std::string name_of(const Thread& thread);
 
 bool same_place(const Location& a, const Location& b);
 

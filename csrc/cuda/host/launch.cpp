@@ -104,6 +104,9 @@ void thread_main() {
   end_fiber(&thread.fiber, next == nullptr ? &execution.host : &next->fiber);
 }
 
+// The threads of the launch come after what the host did before it, and the host comes after all of them.
+char launch_begins, launch_ends;
+
 void begin_thread(Thread* thread, unsigned index, Block* block, const LaunchShape& shape, size_t slot) {
   const dim3& extent = shape.block;
   thread->thread = {index % extent.x, index / extent.x % extent.y, index / (extent.x * extent.y)};
@@ -122,6 +125,12 @@ void begin_thread(Thread* thread, unsigned index, Block* block, const LaunchShap
   // Stacks that all begin at the same offset in a page would compete for the same few lines of the cache.
   const size_t offset = slot % 16 * 256;
   prepare(&thread->fiber, execution.slots[slot], Slots::kStackBytes - offset, thread_main);
+  if constexpr (kBuild == Build::kThread) {
+    threads::name(thread->fiber.sanitizer_thread, name_of(*thread).c_str());
+    threads::act_as(thread->fiber.sanitizer_thread);
+    threads::acquire(&launch_begins);
+    threads::act_as(execution.host.sanitizer_thread);
+  }
 }
 
 // For the thread sanitizer a block should be of other threads than the blocks before it, after which it does not come.
@@ -137,9 +146,6 @@ void choose_slots(size_t cluster) {
   e.first_slot = cluster % sets * e.thread_count;
   e.slots.provide(e.first_slot + e.thread_count);
 }
-
-// The threads of the launch come after what the host did before it, and the host comes after all of them.
-char launch_begins, launch_ends;
 
 // The cluster is the nth of the launch to run.
 void run_cluster(const LaunchShape& shape, uint3 first_block, size_t nth) {
@@ -171,11 +177,7 @@ void run_cluster(const LaunchShape& shape, uint3 first_block, size_t nth) {
           .threads = block->threads + w * 32, .lanes = mask, .ready = mask, .at_collective = 0, .ended = 0};
     }
     for (unsigned i = 0; i < block_threads; ++i) {
-      Thread* thread = &block->threads[i];
-      begin_thread(thread, i, block, shape, e.first_slot + b * block_threads + i);
-      threads::act_as(thread->fiber.sanitizer_thread);
-      threads::acquire(&launch_begins);
-      threads::act_as(e.host.sanitizer_thread);
+      begin_thread(&block->threads[i], i, block, shape, e.first_slot + b * block_threads + i);
     }
   }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 #include "runtime.h"
 
@@ -29,12 +30,13 @@ void launch(void (*kernel)(P...), const LaunchShape& shape, A... arguments) {
   static_assert((sizeof(P) + ... + 0) <= 4096, "kernels have at most 4 KiB of arguments");
   using Call = std::tuple<void (*)(P...), P...>;
   const Call call(kernel, static_cast<P>(arguments)...);
-  run(
-      std::integral_constant<Build, kBuild>(), shape,
-      [](const void* packed) {
-        std::apply([](auto function, auto... values) { function(values...); }, *static_cast<const Call*>(packed));
-      },
-      &call);
+  const auto body = []<size_t... i>(std::index_sequence<i...>) {
+    return +[](const void* packed) {
+      const Call& unpacked = *static_cast<const Call*>(packed);
+      std::get<0>(unpacked)(std::get<i + 1>(unpacked)...);
+    };
+  }(std::index_sequence_for<P...>());
+  run(std::integral_constant<Build, kBuild>(), shape, body, &call);
 }
 
 // In which order blocks run, and threads wherever several could. A clean kernel gives the same results in every order.

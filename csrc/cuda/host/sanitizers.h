@@ -40,12 +40,14 @@ namespace monosoftmax::cuda::host::threads {
 
 #ifdef MONOSOFTMAX_CUDA_HOST_THREAD
 inline void* create() { return __tsan_create_fiber(0); }
+inline void name(void* thread, const char* words) { __tsan_set_fiber_name(thread, words); }
 inline void* acting() { return __tsan_get_current_fiber(); }
 inline void act_as(void* thread) { __tsan_switch_to_fiber(thread, __tsan_switch_to_fiber_no_sync); }
 inline void release(void* address) { __tsan_release(address); }
 inline void acquire(void* address) { __tsan_acquire(address); }
 #else
 inline void* create() { return nullptr; }
+inline void name(void*, const char*) {}
 inline void* acting() { return nullptr; }
 inline void act_as(void*) {}
 inline void release(void*) {}

@@ -280,14 +280,14 @@ def _cuda_refusal(call: Call) -> str | None:
         return "it computes in float32, input is float64"
     if call.method == "recompute":
         return 'it has no method="recompute": the triton backend has'
-    if call.operation in ("log_softmax", "linear_token_statistics"):
-        return f"it has no kernel for {call.operation}: the triton backend has"
     return _no_fused_kernel(call)
 
 
 def _cuda_how(call: Call) -> str:
-    if call.operation == "linear_cross_entropy":
+    if call.operation in _LINEAR_HOW:
         return f"{_CHUNKED_HOW}CUDA kernel{_LINEAR_HOW[call.operation]}"
+    if call.operation == "log_softmax":
+        return "one fused CUDA kernel each way"
     how = "one fused CUDA kernel, which computes the gradient of a mean or sum in the forward pass"
     if call.like is None:
         return how

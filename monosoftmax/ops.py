@@ -3,9 +3,8 @@
 Every operator has one overload for each fused backend, e.g. ``torch.ops.monosoftmax.cross_entropy.cpu``. An overload,
 not a dispatch key, names the backend because two of them may serve one device. The kernels are registered by the
 backends (``csrc/cpu/cross_entropy.cpp`` for ``cpu``, ``triton_kernels/operators.py`` for ``triton``,
-``csrc/cuda/operators.cpp`` for ``cuda``, which has no kernels for log_softmax and token_statistics; the ``linear_``
-ones, which are made of the others, by :mod:`monosoftmax.chunked_head`), the derivatives by
-:mod:`monosoftmax.autograd`.
+``csrc/cuda/operators.cpp`` for ``cuda``; the ``linear_`` ones, which are made of the others, by
+:mod:`monosoftmax.chunked_head`), the derivatives by :mod:`monosoftmax.autograd`.
 
 Common arguments: ``input`` [N, V], rows with any stride and columns with stride 1; ``target`` [N] int64; ``weight``
 [V] in the arithmetic type (float64 for float64 input, else float32); ``transform``, ``coefficients`` (in the

@@ -52,4 +52,43 @@ struct CrossEntropyArguments {
   unsigned sums_offset, row_offset;
 };
 
+enum class ElementType { kFloat, kBFloat16, kHalf };
+
+struct LogSoftmaxArguments {
+  const void* input;  // [rows, classes]
+  int64_t stride, rows;
+  int classes;
+  TransformArguments transform;
+  void* output;
+  ElementType output_type;
+  int64_t output_stride;
+  float *largest, *sum;
+};
+
+struct LogSoftmaxBackwardArguments {
+  const void* grad_output;  // [rows, classes]
+  ElementType grad_output_type;
+  int64_t grad_output_stride;
+  const void* input;
+  int64_t stride, rows;
+  int classes;
+  TransformArguments transform;
+  const float *largest, *sum;
+  void* grad_input;  // null: not needed
+  int64_t grad_stride;
+  SumsArguments sums;
+  unsigned sums_offset;
+};
+
+struct TokenStatisticsArguments {
+  const void* input;  // [rows, classes]
+  int64_t stride, rows;
+  int classes;
+  const int64_t* target;
+  TransformArguments transform;
+  int64_t ignore_index;
+  float *log_prob, *entropy, *lse;
+  int64_t *argmax, *rank;
+};
+
 }  // namespace monosoftmax::cuda

@@ -8,39 +8,16 @@
 //                                  there, for the gradient; without the losses, from the row_stats of an earlier call,
 //                                  only that.
 //
-// A row is described by its largest y and sum exp(y - largest), as on the CPU (csrc/row). The largest y is y of the
-// largest logit, as f increases: finding it takes no f. e^(y - largest) is 2^(y log2(e) - shift), shift being
-// round(largest log2(e)): one fma and one ex2. The rounding of shift is a factor that all exponentials of a row share;
-// it cancels where they are divided by their sum, in p and in log(sum) - (y_t - largest), for which the latter is
-// formed with the same shift.
-//
-// Hazards: a thread reads of a row what it copied, or what it writes: grad_input may be input, and no barrier protects
-// the row. Blocks of a cluster tell each other maxima and sums only (reduce.cuh). Rows that are ignored may hold
-// anything: they are not read. A target that is no class makes its row's loss and gradient NaN.
+// Numerics: scan.cuh. Hazards: a thread writes of a row what it alone has read: grad_input may be input. Rows that are
+// ignored may hold anything: they are not read. A target that is no class makes its row's loss and gradient NaN.
 #pragma once
 
 #include "../row/loss.h"
 #include "coefficient_sums.cuh"
-#include "memory.cuh"
+#include "scan.cuh"
 #include "transform.cuh"
 
 namespace monosoftmax::cuda {
-
-// 2^(y log2(e) - shift).
-template <class T>
-__device__ __forceinline__ T exponential(T y, float shift) {
-  return each<float>(y, [shift](float x) { return exp2_approximate(__fmaf_rn(x, kLog2E, -shift)); });
-}
-
-// Calls visitor(z, i) with the logits i to i + kWidth of those of a chunk.
-template <class T, int kElements, class Visitor>
-__device__ __forceinline__ void for_each_group(const float (&logits)[kElements], Visitor&& visitor) {
-  MONOSOFTMAX_UNROLL for (int i = 0; i < kElements; i += T::kWidth) {
-    T z;
-    MONOSOFTMAX_UNROLL for (int j = 0; j < T::kWidth; ++j) z.of[j] = logits[i + j];
-    visitor(z, i);
-  }
-}
 
 // The target of a row, and what follows from it and the options.
 class RowTarget {
@@ -64,11 +41,15 @@ class RowTarget {
   RowLoss<float, float> loss_;
 };
 
-// What is known of a row. gap: y_t - largest, and gaps: sum_j w_j (y_j - largest), read where labels are smoothed; both
-// in units of ln 2.
-struct RowScan {
-  float largest, sum, gap, gaps;
-};
+// Smoothed labels in a copy of the loop: what they need would cost the others a third of their instructions.
+template <class T, class F, class E>
+__device__ RowScan scan_for_loss(const F& f, const CrossEntropyArguments& arguments, const RowInMemory<E>& row,
+                                 const Team& team, const RowTarget& target, ScanMemory& memory) {
+  const ClassWeights weights{arguments.weight,
+                             arguments.weight_sum == nullptr ? arguments.classes : *arguments.weight_sum};
+  return arguments.label_smoothing > 0 ? scan_once<T, true>(f, weights, row, team, target.column(), memory)
+                                       : scan_once<T, false>(f, weights, row, team, target.column(), memory);
+}
 
 __device__ inline void write_results(const CrossEntropyArguments& arguments, int64_t row, const RowTarget& target,
                                      const RowScan& scan) {
@@ -84,172 +65,6 @@ __device__ inline void write_results(const CrossEntropyArguments& arguments, int
 // Of an ignored row whose lse nobody wants.
 __device__ inline void write_nothing(const CrossEntropyArguments& arguments, int64_t row) {
   arguments.loss[row] = arguments.lse[row] = arguments.largest[row] = arguments.sum[row] = 0;
-}
-
-// The threads that share a row: of a block, or of the blocks of a cluster.
-struct Team {
-  int thread, threads;
-
-  __device__ Team() : thread(Cluster::rank() * blockDim.x + threadIdx.x), threads(Cluster::blocks() * blockDim.x) {}
-};
-
-// The rows of logits as the loops below find them, in memory: chunk c, the i-th of this thread, and edges.
-template <class E>
-struct RowInMemory {
-  const E* row;
-  const RowLayout<E>& layout;
-
-  __device__ __forceinline__ Chunk<E> chunk(int c, int) const { return load_chunk(row + layout.column_of_chunk(c)); }
-  __device__ __forceinline__ float edge(int e) const { return load_element(row + layout.column_of_edge(e)); }
-};
-
-// And in shared memory, [chunks of a thread][threads]. Each thread copies, and reads, its own.
-template <class E>
-class ResidentRow {
- public:
-  __device__ ResidentRow(const RowInMemory<E>& from, const Team& team, unsigned char* shared)
-      : kept_(reinterpret_cast<Chunk<E>*>(shared) + threadIdx.x), edge_(0) {
-    MONOSOFTMAX_UNROLL_4 for (int c = team.thread, i = 0; c < from.layout.chunks(); c += team.threads, ++i) {
-      copy_chunk(kept_ + i * blockDim.x, from.row + from.layout.column_of_chunk(c));
-    }
-    if (team.thread < from.layout.edges()) edge_ = from.edge(team.thread);
-    wait_for_copies();
-  }
-  __device__ __forceinline__ Chunk<E> chunk(int, int i) const { return kept_[i * blockDim.x]; }
-  // There are no more edges than threads.
-  __device__ __forceinline__ float edge(int) const { return edge_; }
-
- private:
-  Chunk<E>* kept_;
-  float edge_;
-};
-
-// Shared memory for the reductions of a row.
-struct ScanMemory {
-  ReductionMemory<1> maximum;
-  ReductionMemory<3> sums;
-};
-
-// sum_j w_j (y_j - y_t) over a group of y.
-template <class T>
-__device__ __forceinline__ float gaps_of(const T& y, float reference, const float* weight, int column) {
-  float gaps = 0;
-  MONOSOFTMAX_UNROLL for (int j = 0; j < T::kWidth; ++j) {
-    const float gap = y.of[j] - reference;
-    gaps = weight == nullptr ? gaps + gap : __fmaf_rn(__ldg(weight + column + j), gap, gaps);
-  }
-  return gaps;
-}
-
-// In one pass over the row: each thread has its own largest y and sum until the row ends.
-template <class T, bool kSmooths, class F, class E>
-__device__ RowScan scan_once_as(const F& f, const CrossEntropyArguments& arguments, const RowInMemory<E>& row,
-                                const Team& team, const RowTarget& target, ScanMemory& memory) {
-  const RowLayout<E>& layout = row.layout;
-  float target_y = 0;
-  if (target.column() >= 0) target_y = f.value(T(load_element(row.row + target.column()))).of[0];
-  // The sum of V numbers of the size of y would lose the loss.
-  const float reference = fabsf(target_y) < INFINITY ? target_y : 0;
-  // Scaled by log2(e), and rounded.
-  float largest = lowest_logit<float>(), shift = largest * kLog2E, sum = 0, gaps = 0;
-  for (int c = team.thread; c < layout.chunks(); c += team.threads) {
-    constexpr int kElements = Chunk<E>::kElements;
-    float logits[kElements], y[kElements];
-    row.chunk(c, 0).unpack(logits);
-    float chunk_largest = largest;
-    for_each_group<T>(logits, [&](T z, int i) {
-      const T value = f.value(z);
-      MONOSOFTMAX_UNROLL for (int j = 0; j < T::kWidth; ++j) {
-        y[i + j] = value.of[j];
-        chunk_largest = fmaxf(chunk_largest, value.of[j]);
-      }
-    });
-    const float new_shift = chunk_largest * kLog2E;
-    sum *= exp2_approximate(shift - new_shift);
-    largest = chunk_largest;
-    shift = new_shift;
-    MONOSOFTMAX_UNROLL for (int i = 0; i < kElements; ++i) sum += exponential(Float(y[i]), shift).of[0];
-    if constexpr (kSmooths) {
-      MONOSOFTMAX_UNROLL for (int i = 0; i < kElements; ++i) {
-        gaps += gaps_of(Float(y[i]), reference, arguments.weight, layout.column_of_chunk(c) + i);
-      }
-    }
-  }
-  for (int e = team.thread; e < layout.edges(); e += team.threads) {
-    const Float y(f.value(T(row.edge(e))).of[0]);
-    const float new_largest = fmaxf(largest, y.of[0]), new_shift = new_largest * kLog2E;
-    sum = sum * exp2_approximate(shift - new_shift) + exponential(y, new_shift).of[0];
-    largest = new_largest;
-    shift = new_shift;
-    if constexpr (kSmooths) gaps += gaps_of(y, reference, arguments.weight, layout.column_of_edge(e));
-  }
-  float maximum[1] = {largest};
-  reduce<Maximum>(maximum, memory.maximum);
-  const float row_shift = maximum[0] * kLog2E;
-  float sums[3] = {sum * exp2_approximate(shift - row_shift), gaps, 0};
-  reduce<Sum>(sums, memory.sums);
-  const float reference_gap = __fmaf_rn(reference, kLog2E, -row_shift);
-  const float weights = arguments.weight_sum == nullptr ? arguments.classes : *arguments.weight_sum;
-  return {maximum[0], sums[0], __fmaf_rn(target_y, kLog2E, -row_shift),
-          kSmooths ? __fmaf_rn(weights, reference_gap, sums[1] * kLog2E) : 0};
-}
-
-// In two copies: what smoothed labels need would cost the others a third of their instructions.
-template <class T, class F, class E>
-__device__ RowScan scan_once(const F& f, const CrossEntropyArguments& arguments, const RowInMemory<E>& row,
-                             const Team& team, const RowTarget& target, ScanMemory& memory) {
-  return arguments.label_smoothing > 0 ? scan_once_as<T, true>(f, arguments, row, team, target, memory)
-                                       : scan_once_as<T, false>(f, arguments, row, team, target, memory);
-}
-
-// Of a row on chip: first its largest logit, two in an instruction, then the sum. Without class weights, where labels
-// are smoothed.
-template <class T, class F, class E>
-__device__ RowScan scan_resident(const F& f, const CrossEntropyArguments& arguments, const ResidentRow<E>& row,
-                                 const RowLayout<E>& layout, const Team& team, const RowTarget& target,
-                                 ScanMemory& memory) {
-  constexpr int kElements = Chunk<E>::kElements;
-  const bool has_edge = team.thread < layout.edges();
-  Chunk<E> most = Chunk<E>::lowest();
-  MONOSOFTMAX_UNROLL_4 for (int c = team.thread, i = 0; c < layout.chunks(); c += team.threads, ++i) {
-    most = most.larger(row.chunk(c, i));
-  }
-  float logits[kElements];
-  most.unpack(logits);
-  float maximum[1] = {logits[0]};
-  MONOSOFTMAX_UNROLL for (int i = 1; i < kElements; ++i) maximum[0] = fmaxf(maximum[0], logits[i]);
-  if (has_edge) maximum[0] = fmaxf(maximum[0], row.edge(team.thread));
-  reduce<Maximum>(maximum, memory.maximum);
-  const float largest = f.value(T(maximum[0])).of[0], shift = largest * kLog2E;
-
-  // Of each place in a chunk, so that an addition does not wait for the one before.
-  float sums[3] = {0, 0, 0}, parts[kElements];
-  MONOSOFTMAX_UNROLL for (int i = 0; i < kElements; ++i) parts[i] = 0;
-  for (int c = team.thread, i = 0; c < layout.chunks(); c += team.threads, ++i) {
-    row.chunk(c, i).unpack(logits);
-    for_each_group<T>(logits, [&](T z, int k) {
-      const T e = exponential(f.value(z), shift);
-      MONOSOFTMAX_UNROLL for (int j = 0; j < T::kWidth; ++j) parts[k + j] += e.of[j];
-    });
-  }
-  MONOSOFTMAX_UNROLL for (int i = 0; i < kElements; ++i) sums[0] += parts[i];
-  if (has_edge) sums[0] += exponential(f.value(T(row.edge(team.thread))), shift).of[0];
-
-  // The gap of the target comes from the thread that has it; the others add 0.
-  const auto gap_of = [&](float z) { return __fmaf_rn(f.value(T(z)).of[0], kLog2E, -shift); };
-  if (has_edge && layout.column_of_edge(team.thread) == target.column()) sums[1] = gap_of(row.edge(team.thread));
-  if (arguments.label_smoothing > 0) {
-    for (int c = team.thread, i = 0; c < layout.chunks(); c += team.threads, ++i) {
-      row.chunk(c, i).unpack(logits);
-      for_each_group<T>(logits, [&](T z, int) {
-        const T y = f.value(z);
-        MONOSOFTMAX_UNROLL for (int j = 0; j < T::kWidth; ++j) sums[2] += __fmaf_rn(y.of[j], kLog2E, -shift);
-      });
-    }
-    if (has_edge) sums[2] += gap_of(row.edge(team.thread));
-  }
-  reduce<Sum>(sums, memory.sums);
-  return {largest, sums[0], sums[1], sums[2]};
 }
 
 // dL/dy of a row: fma(e, spread, -of_weight), and of the target what target() says.
@@ -354,7 +169,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) cross_entropy_kernel(const Cr
     }
     const E* logits = static_cast<const E*>(arguments.input) + row * arguments.stride;
     const RowLayout<E> layout(logits, arguments.classes, target.column());
-    const RowScan scan = scan_once<T>(f, arguments, RowInMemory<E>{logits, layout}, team, target, memory[0]);
+    const RowScan scan = scan_for_loss<T>(f, arguments, RowInMemory<E>{logits, layout}, team, target, memory[0]);
     if (team.thread == 0) write_results(arguments, row, target, scan);
   }
 }
@@ -391,14 +206,15 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     if constexpr (kResident) {
       if (scanned) {
         const ResidentRow<E> resident(in_memory, team, shared + arguments.row_offset);
-        const RowScan scan = scan_resident<T>(f, arguments, resident, layout, team, target, memory[0]);
+        const RowScan scan =
+            scan_resident<T>(f, resident, layout, team, target.column(), arguments.label_smoothing > 0, memory[0]);
         if (team.thread == 0) write_results(arguments, row, target, scan);
         go_on(resident, scan.largest, scan.sum);
       }
     } else {
       RowScan scan{};
       if (scanned) {
-        scan = scan_once<T>(f, arguments, in_memory, team, target, memory[0]);
+        scan = scan_for_loss<T>(f, arguments, in_memory, team, target, memory[0]);
         if (team.thread == 0) write_results(arguments, row, target, scan);
       } else if (!arguments.losses) {
         scan.largest = arguments.largest[row];

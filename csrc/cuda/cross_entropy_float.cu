@@ -3,6 +3,6 @@
 
 namespace monosoftmax::cuda {
 
-template void launch_cross_entropy_of<float>(const Plan&, std::string_view, const CrossEntropyArguments&, Stream);
+template void launch_cross_entropy_of<float>(const Plan&, std::string_view, CrossEntropyArguments, Stream);
 
 }  // namespace monosoftmax::cuda

@@ -1,19 +1,11 @@
-// The launchers of everything that is not compiled for each transform.
+// The launchers, and the kernels that know nothing of rows.
 #include "../transforms/registry.h"
 #include "launch_kernel.cuh"
 #include "memory.cuh"
 #include "transform.cuh"
+#include "typed_launch.h"
 
 namespace monosoftmax::cuda {
-
-template <class E>
-void launch_cross_entropy_of(const Plan& plan, std::string_view transform, const CrossEntropyArguments& arguments,
-                             Stream stream);
-extern template void launch_cross_entropy_of<float>(const Plan&, std::string_view, const CrossEntropyArguments&,
-                                                    Stream);
-extern template void launch_cross_entropy_of<BFloat16>(const Plan&, std::string_view, const CrossEntropyArguments&,
-                                                       Stream);
-extern template void launch_cross_entropy_of<Half>(const Plan&, std::string_view, const CrossEntropyArguments&, Stream);
 
 namespace {
 
@@ -75,13 +67,32 @@ void fill_table_of(const TransformArguments& arguments, float* table, Stream str
 
 }  // namespace
 
+// Calls visitor(E()) with the type of logits.
+template <class Visitor>
+static void with_element(ElementType element, Visitor&& visitor) {
+  switch (element) {
+    case ElementType::kFloat: return visitor(float());
+    case ElementType::kBFloat16: return visitor(BFloat16());
+    case ElementType::kHalf: return visitor(Half());
+  }
+}
+
 void launch_cross_entropy(const Plan& plan, std::string_view transform, ElementType element,
                           const CrossEntropyArguments& arguments, Stream stream) {
-  switch (element) {
-    case ElementType::kFloat: return launch_cross_entropy_of<float>(plan, transform, arguments, stream);
-    case ElementType::kBFloat16: return launch_cross_entropy_of<BFloat16>(plan, transform, arguments, stream);
-    case ElementType::kHalf: return launch_cross_entropy_of<Half>(plan, transform, arguments, stream);
-  }
+  with_element(element, [&](auto e) { launch_cross_entropy_of<decltype(e)>(plan, transform, arguments, stream); });
+}
+void launch_log_softmax(const Plan& plan, std::string_view transform, ElementType element,
+                        const LogSoftmaxArguments& arguments, Stream stream) {
+  with_element(element, [&](auto e) { launch_log_softmax_of<decltype(e)>(plan, transform, arguments, stream); });
+}
+void launch_log_softmax_backward(const Plan& plan, std::string_view transform, ElementType element,
+                                 const LogSoftmaxBackwardArguments& arguments, Stream stream) {
+  with_element(element,
+               [&](auto e) { launch_log_softmax_backward_of<decltype(e)>(plan, transform, arguments, stream); });
+}
+void launch_token_statistics(const Plan& plan, std::string_view transform, ElementType element,
+                             const TokenStatisticsArguments& arguments, Stream stream) {
+  with_element(element, [&](auto e) { launch_token_statistics_of<decltype(e)>(plan, transform, arguments, stream); });
 }
 
 int64_t table_numbers(std::string_view transform, int64_t size) {
@@ -102,11 +113,7 @@ void launch_fill_table(std::string_view transform, const TransformArguments& arg
 void launch_scale(void* x, ElementType element, int64_t count, const float* factor, int multiprocessors,
                   Stream stream) {
   if (count == 0) return;
-  switch (element) {
-    case ElementType::kFloat: return launch_scale_of<float>(x, count, factor, multiprocessors, stream);
-    case ElementType::kBFloat16: return launch_scale_of<BFloat16>(x, count, factor, multiprocessors, stream);
-    case ElementType::kHalf: return launch_scale_of<Half>(x, count, factor, multiprocessors, stream);
-  }
+  with_element(element, [&](auto e) { launch_scale_of<decltype(e)>(x, count, factor, multiprocessors, stream); });
 }
 
 }  // namespace monosoftmax::cuda

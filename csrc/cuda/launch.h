@@ -9,14 +9,20 @@
 
 namespace monosoftmax::cuda {
 
-enum class ElementType { kFloat, kBFloat16, kHalf };
-
 // A cudaStream_t, on the current device.
 using Stream = void*;
 
 // The losses, gradients and sums that the arguments ask for, by the plan that was made for them.
 void launch_cross_entropy(const Plan& plan, std::string_view transform, ElementType element,
                           const CrossEntropyArguments& arguments, Stream stream);
+
+// log p, its gradients, and what is known of each token. Of the plan: threads and blocks; rows are read again.
+void launch_log_softmax(const Plan& plan, std::string_view transform, ElementType element,
+                        const LogSoftmaxArguments& arguments, Stream stream);
+void launch_log_softmax_backward(const Plan& plan, std::string_view transform, ElementType element,
+                                 const LogSoftmaxBackwardArguments& arguments, Stream stream);
+void launch_token_statistics(const Plan& plan, std::string_view transform, ElementType element,
+                             const TokenStatisticsArguments& arguments, Stream stream);
 
 // Numbers in the table for look-ups in global memory of a transform, TransformArguments::table; 0 for one that has
 // none.

@@ -114,6 +114,44 @@ struct Options {
   bool smooths() const { return label_smoothing > 0; }
 };
 
+// The buffers of a call beside its results: the table for look-ups, and the sums for the gradient of the coefficients.
+class Buffers {
+ public:
+  Buffers(const Plan& plan, const Transform& transform, TransformArguments& arguments, SumsArguments& sums,
+          Stream stream) {
+    const at::TensorOptions options = transform.coefficients.options();
+    if (!plan.table_in_shared_memory) {
+      if (const int64_t numbers = table_numbers(transform.view(), transform.size()); numbers > 0) {
+        table_ = at::empty({numbers}, options);
+        launch_fill_table(transform.view(), arguments, table_.mutable_data_ptr<float>(), stream);
+        arguments.table = table_.const_data_ptr<float>();
+      }
+    }
+    if (plan.sums == SumsKind::kNone) return;
+    std::vector<int64_t> sizes = transform.coefficients.sizes().vec();
+    sizes.insert(sizes.begin(), plan.sum_sets);
+    // Each block writes all of its own; of tables in memory, each warp adds to it.
+    partials_ = plan.sums == SumsKind::kWarps ? at::zeros(sizes, options) : at::empty(sizes, options);
+    sums.partials = partials_.mutable_data_ptr<float>();
+  }
+  // The second stage.
+  Tensor total() const { return partials_.sum(0, false, at::kDouble).to(at::kFloat); }
+
+ private:
+  Tensor table_, partials_;
+};
+
+PlanRequest request_of(const Tensor& input, const Transform& transform) {
+  PlanRequest request{};
+  request.transform = transform.view();
+  request.size = transform.size();
+  request.rows = input.size(0);
+  request.classes = input.size(1);
+  request.element_bytes = static_cast<int>(input.element_size());
+  request.deterministic = at::globalContext().deterministicAlgorithms();
+  return request;
+}
+
 // A call of the loss kernels: what is given is set, then run() plans and launches.
 class Loss {
  public:
@@ -190,35 +228,15 @@ class Loss {
     if (input_.size(0) == 0 || !(gradient || arguments_.losses)) return nothing;
     TORCH_CHECK_VALUE(!gradient || arguments_.grad_loss != nullptr, "monosoftmax: gradients need a scale");
     const OnDeviceOf on(input_);
-    const PlanRequest request{transform_.view(),
-                              transform_.size(),
-                              input_.size(0),
-                              input_.size(1),
-                              static_cast<int>(input_.element_size()),
-                              arguments_.losses,
-                              gradient,
-                              sums,
-                              options_.weight.has_value() && options_.smooths(),
-                              at::globalContext().deterministicAlgorithms()};
+    PlanRequest request = request_of(input_, transform_);
+    request.losses = arguments_.losses;
+    request.gradient = gradient;
+    request.coefficients = sums;
+    request.weighted_smoothing = options_.weight.has_value() && options_.smooths();
     const Plan plan = make_plan(request, on.device());
-    Tensor table;
-    if (!plan.table_in_shared_memory) {
-      if (const int64_t numbers = table_numbers(transform_.view(), transform_.size()); numbers > 0) {
-        table = empty({numbers});
-        launch_fill_table(transform_.view(), arguments_.transform, table.mutable_data_ptr<float>(), on.stream());
-        arguments_.transform.table = table.const_data_ptr<float>();
-      }
-    }
-    Tensor partials;
-    if (plan.sums != SumsKind::kNone) {
-      std::vector<int64_t> sizes = transform_.coefficients.sizes().vec();
-      sizes.insert(sizes.begin(), plan.sum_sets);
-      // Each block or warp writes all of its own; of tables in memory, adds to it.
-      partials = plan.sums == SumsKind::kWarps ? at::zeros(sizes, transform_.coefficients.options()) : empty(sizes);
-      arguments_.sums.partials = partials.mutable_data_ptr<float>();
-    }
+    const Buffers buffers(plan, transform_, arguments_.transform, arguments_.sums, on.stream());
     launch_cross_entropy(plan, transform_.view(), element_of(input_), arguments_, on.stream());
-    return partials.defined() ? partials.sum(0, false, at::kDouble).to(at::kFloat) : nothing;
+    return sums ? buffers.total() : nothing;
   }
 
   Tensor loss, lse, row_stats;
@@ -328,13 +346,121 @@ void scale_(Tensor& input, const Tensor& factor) {
                on.device().multiprocessors, on.stream());
 }
 
+std::tuple<Tensor, Tensor> log_softmax(const Tensor& input, const Tensor& coefficients, c10::string_view transform,
+                                       Constants constants, at::ScalarType dtype) {
+  check_rows("input", input);
+  const Transform of(input, coefficients, transform, constants);
+  Tensor output = at::empty(input.sizes(), input.options().dtype(dtype));
+  Tensor row_stats = at::empty({2, input.size(0)}, input.options().dtype(at::kFloat));
+  const ElementType output_type = element_of(output);
+  if (input.size(0) == 0) return {output, row_stats};
+  float* stats = row_stats.mutable_data_ptr<float>();
+  LogSoftmaxArguments arguments{input.const_data_ptr(),
+                                input.stride(0),
+                                input.size(0),
+                                static_cast<int>(input.size(1)),
+                                of.arguments(),
+                                output.mutable_data_ptr(),
+                                output_type,
+                                output.stride(0),
+                                stats,
+                                stats + input.size(0)};
+  const OnDeviceOf on(input);
+  const Plan plan = make_plan(request_of(input, of), on.device());
+  SumsArguments none{};
+  const Buffers buffers(plan, of, arguments.transform, none, on.stream());
+  launch_log_softmax(plan, of.view(), element_of(input), arguments, on.stream());
+  return {output, row_stats};
+}
+
+std::tuple<Tensor, Tensor> log_softmax_backward(const Tensor& grad_output, const Tensor& input,
+                                                const Tensor& coefficients, c10::string_view transform,
+                                                Constants constants, const Tensor& row_stats, bool need_input,
+                                                bool need_coefficients) {
+  check_rows("input", input);
+  const Transform of(input, coefficients, transform, constants);
+  check_beside("grad_output", grad_output, input, input.sizes(), grad_output.scalar_type());
+  check_beside("row_stats", row_stats, input, {2, input.size(0)});
+  const Tensor stats = row_stats.contiguous();
+  Tensor grad_input = empty_gradient(input, need_input);
+  const bool sums = need_coefficients && of.coefficients.numel() > 0;
+  const Tensor nothing = need_coefficients ? at::zeros_like(of.coefficients) : at::empty({0}, stats.options());
+  if (input.size(0) == 0 || !(need_input || sums)) return {grad_input, nothing};
+  const Tensor grad = grad_output.stride(1) == 1 ? grad_output : grad_output.contiguous();
+  check_rows("grad_output", grad);
+  const float* largest = stats.const_data_ptr<float>();
+  LogSoftmaxBackwardArguments arguments{};
+  arguments.grad_output = grad.const_data_ptr();
+  arguments.grad_output_type = element_of(grad);
+  arguments.grad_output_stride = grad.stride(0);
+  arguments.input = input.const_data_ptr();
+  arguments.stride = input.stride(0);
+  arguments.rows = input.size(0);
+  arguments.classes = static_cast<int>(input.size(1));
+  arguments.transform = of.arguments();
+  arguments.largest = largest;
+  arguments.sum = largest + input.size(0);
+  if (need_input) {
+    arguments.grad_input = grad_input.mutable_data_ptr();
+    arguments.grad_stride = grad_input.stride(0);
+  }
+  const OnDeviceOf on(input);
+  PlanRequest request = request_of(input, of);
+  request.gradient = true;
+  request.coefficients = sums;
+  const Plan plan = make_plan(request, on.device());
+  const Buffers buffers(plan, of, arguments.transform, arguments.sums, on.stream());
+  launch_log_softmax_backward(plan, of.view(), element_of(input), arguments, on.stream());
+  return {grad_input, sums ? buffers.total() : nothing};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_statistics(const Tensor& input, const Tensor& target,
+                                                                    const Tensor& coefficients,
+                                                                    c10::string_view transform, Constants constants,
+                                                                    int64_t ignore_index) {
+  check_rows("input", input);
+  const Transform of(input, coefficients, transform, constants);
+  check_beside("target", target, input, {input.size(0)}, at::kLong);
+  const Tensor targets = target.contiguous();
+  const auto numbers = input.options().dtype(at::kFloat), counts = input.options().dtype(at::kLong);
+  const int64_t rows = input.size(0);
+  Tensor log_prob = at::empty({rows}, numbers), entropy = at::empty({rows}, numbers), lse = at::empty({rows}, numbers);
+  Tensor argmax = at::empty({rows}, counts), rank = at::empty({rows}, counts);
+  if (rows > 0) {
+    TokenStatisticsArguments arguments{input.const_data_ptr(),
+                                       input.stride(0),
+                                       rows,
+                                       static_cast<int>(input.size(1)),
+                                       targets.const_data_ptr<int64_t>(),
+                                       of.arguments(),
+                                       ignore_index,
+                                       log_prob.mutable_data_ptr<float>(),
+                                       entropy.mutable_data_ptr<float>(),
+                                       lse.mutable_data_ptr<float>(),
+                                       argmax.mutable_data_ptr<int64_t>(),
+                                       rank.mutable_data_ptr<int64_t>()};
+    const OnDeviceOf on(input);
+    const Plan plan = make_plan(request_of(input, of), on.device());
+    SumsArguments none{};
+    const Buffers buffers(plan, of, arguments.transform, none, on.stream());
+    launch_token_statistics(plan, of.view(), element_of(input), arguments, on.stream());
+  }
+  return {log_prob, entropy, argmax, lse, rank};
+}
+
 std::string describe_plan(const Tensor& input, c10::string_view transform, int64_t size, bool gradient,
                           bool coefficients) {
-  const OnDeviceOf on(input);
-  return describe(make_plan({std::string_view(transform.data(), transform.size()), size, input.size(0), input.size(1),
-                             static_cast<int>(input.element_size()), true, gradient, coefficients, false,
-                             at::globalContext().deterministicAlgorithms()},
-                            on.device()));
+  PlanRequest request{};
+  request.transform = std::string_view(transform.data(), transform.size());
+  request.size = size;
+  request.rows = input.size(0);
+  request.classes = input.size(1);
+  request.element_bytes = static_cast<int>(input.element_size());
+  request.losses = true;
+  request.gradient = gradient;
+  request.coefficients = coefficients;
+  request.deterministic = at::globalContext().deterministicAlgorithms();
+  return describe(make_plan(request, OnDeviceOf(input).device()));
 }
 
 }  // namespace
@@ -346,6 +472,9 @@ TORCH_LIBRARY_IMPL(monosoftmax, MONOSOFTMAX_DISPATCH_KEY, m) {
   m.impl("cross_entropy_backward_.cuda", &cross_entropy_backward_);
   m.impl("cross_entropy_rescale_.cuda", &cross_entropy_rescale_);
   m.impl("scale_.cuda", &scale_);
+  m.impl("token_statistics.cuda", &token_statistics);
+  m.impl("log_softmax.cuda", &log_softmax);
+  m.impl("log_softmax_backward.cuda", &log_softmax_backward);
   m.impl("describe_plan.cuda", &describe_plan);
 }
 

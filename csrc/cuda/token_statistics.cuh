@@ -1,0 +1,116 @@
+// What is known of each token under softmax(f(logits)): log p of the target, entropy, argmax, lse, and how many logits
+// are larger than the target's.
+//
+//   entropy = log(sum_j e_j) + sum_j e_j (largest - y_j) / sum_j e_j,   e_j = exp(y_j - largest)
+//
+// f is increasing: argmax and rank are those of the logits. Memory traffic per logit: a read from memory, one more from
+// the L2 cache if the row has stayed there. Numerics and hazards: scan.cuh.
+#pragma once
+
+#include "scan.cuh"
+#include "transform.cuh"
+
+namespace monosoftmax::cuda {
+
+// Of the logits that a thread has seen: the largest and the first column that has it, NaN being larger than any number;
+// and how many are larger than the target's.
+struct Seen {
+  static constexpr int kNowhere = 0x7FFFFFFF;
+
+  float largest;
+  int column, larger;
+
+  static __device__ __forceinline__ Seen nothing() { return {-INFINITY, kNowhere, 0}; }
+  __device__ __forceinline__ void see(float logit, int at) {
+    const bool is_nan = logit != logit, was_nan = largest != largest;
+    const bool equal = logit == largest || (is_nan && was_nan);
+    if (logit > largest || (is_nan && !was_nan) || (equal && at < column)) {
+      largest = logit;
+      column = at;
+    }
+  }
+  __device__ __forceinline__ void take(float their_largest, int their_column, int their_larger) {
+    see(their_largest, their_column);
+    larger += their_larger;
+  }
+};
+
+// Of all lanes of a warp, to all.
+__device__ __forceinline__ Seen seen_by_warp(Seen seen) {
+  MONOSOFTMAX_UNROLL for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    const float largest = __shfl_xor_sync(kAllLanes, seen.largest, distance);
+    const int column = __shfl_xor_sync(kAllLanes, seen.column, distance);
+    seen.take(largest, column, __shfl_xor_sync(kAllLanes, seen.larger, distance));
+  }
+  return seen;
+}
+
+// Of all threads of the block.
+__device__ inline Seen seen_by_block(Seen seen, Seen* of_warps) {
+  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  seen = seen_by_warp(seen);
+  if (lane == 0) of_warps[threadIdx.x / kWarp] = seen;
+  __syncthreads();
+  return seen_by_warp(lane < warps ? of_warps[lane] : Seen::nothing());
+}
+
+template <class Transform, class T, class E>
+__global__ void __launch_bounds__(kMostThreads, 1) token_statistics_kernel(const TokenStatisticsArguments arguments) {
+  DYNAMIC_SHARED(shared);
+  SHARED_ARRAY(ScanMemory, memory, [1]);
+  SHARED_ARRAY(ReductionMemory<1>, of_gaps, [1]);
+  SHARED_ARRAY(Seen, of_warps, [kMostWarps]);
+  constexpr int kElements = Chunk<E>::kElements;
+  const auto f = Transform::load(arguments.transform, shared);
+  const Team team;
+  for (int64_t row = blockIdx.x; row < arguments.rows; row += gridDim.x) {
+    const int64_t target = arguments.target[row];
+    const bool ignored = target == arguments.ignore_index;
+    const bool valid = !ignored && target >= 0 && target < arguments.classes;
+    const E* logits = static_cast<const E*>(arguments.input) + row * arguments.stride;
+    const RowLayout<E> layout(logits, arguments.classes, -1);
+    const RowInMemory<E> in_memory{logits, layout};
+    const RowScan scan =
+        scan_once<T, false>(f, {nullptr, 0}, in_memory, team, valid ? static_cast<int>(target) : -1, memory[0]);
+    const float shift = scan.largest * kLog2E;
+    const float target_logit = valid ? load_element(logits + target) : 0;
+    // In units of ln 2: sum_j e_j (largest - y_j).
+    float gaps[1] = {0};
+    Seen seen = Seen::nothing();
+    const auto take = [&](float logit, float y, int column) {
+      const float gap = __fmaf_rn(-y, kLog2E, shift);
+      gaps[0] = __fmaf_rn(exp2_approximate(-gap), gap, gaps[0]);
+      seen.larger += logit > target_logit;
+      seen.see(logit, column);
+    };
+    for (int c = team.thread; c < layout.chunks(); c += team.threads) {
+      const Chunk<E> chunk = in_memory.chunk(c, 0);
+      float values[kElements], lowest[kElements];
+      chunk.unpack(values);
+      // -inf has no part in the entropy: 0 times the gap of a finite number.
+      chunk.larger(Chunk<E>::lowest()).unpack(lowest);
+      for_each_group<T>(lowest, [&](T z, int i) {
+        const T y = f.value(z);
+        MONOSOFTMAX_UNROLL for (int j = 0; j < T::kWidth; ++j) {
+          take(values[i + j], y.of[j], layout.column_of_chunk(c) + i + j);
+        }
+      });
+    }
+    for (int e = team.thread; e < layout.edges(); e += team.threads) {
+      const float logit = in_memory.edge(e);
+      take(logit, f.value(T(fmaxf(logit, lowest_logit<E>()))).of[0], layout.column_of_edge(e));
+    }
+    reduce<Sum>(gaps, of_gaps[0]);
+    seen = seen_by_block(seen, of_warps);
+    if (team.thread == 0) {
+      const float log2_sum = scan.sum == 0 ? NAN : log2f(scan.sum);
+      arguments.log_prob[row] = ignored ? 0 : valid ? (scan.gap - log2_sum) * kLn2 : NAN;
+      arguments.entropy[row] = (log2_sum + gaps[0] / scan.sum) * kLn2;
+      arguments.lse[row] = scan.sum == 0 ? -INFINITY : scan.largest + log2_sum * kLn2;
+      arguments.argmax[row] = seen.column == Seen::kNowhere ? 0 : seen.column;
+      arguments.rank[row] = valid ? seen.larger : -1;
+    }
+  }
+}
+
+}  // namespace monosoftmax::cuda

@@ -19,9 +19,17 @@ PYBIND11_MODULE(_C, module) {
 #else
         info["openmp"] = false;
 #endif
+#ifdef MONOSOFTMAX_CUDA
+        info["cuda"] = MONOSOFTMAX_CUDA_TOOLKIT;
+        info["cuda_architectures"] = MONOSOFTMAX_CUDA_ARCHITECTURES;
+#else
+        info["cuda"] = py::none();
+        info["cuda_problem"] = MONOSOFTMAX_CUDA_PROBLEM;
+#endif
         return info;
       },
-      "What the extension was built against and with.");
+      "What the extension was built against and with. cuda is the version of the toolkit that compiled its CUDA\n"
+      "kernels for cuda_architectures; it is None where there are none, and cuda_problem says why.");
   module.def(
       "cpu_capability", [] { return monosoftmax::cpu::instruction_set().name; },
       "The instruction set whose kernels run on this machine: default, avx2 or avx512.");

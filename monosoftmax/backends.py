@@ -250,13 +250,26 @@ def _cuda_problem() -> str | None:
     if extension is None:
         return _extension_problem
     build = extension.build_info()
-    if not build["cuda"]:
+    if build["cuda"] is None:
         return f"the C++ extension was built without CUDA: {build['cuda_problem']}"
+    kernels = f"CUDA {build['cuda']} kernels for {build['cuda_architectures']}"
     if not torch.cuda.is_available():
-        return (
-            f"built, no device: CUDA {build['cuda']} kernels for {build['cuda_architectures']}, but torch finds no GPU"
-        )
+        return f"built, no device: {kernels}, but torch finds no GPU"
+    gpu = torch.cuda.get_device_capability()
+    if not any(_runs_on(gpu, each) for each in build["cuda_architectures"].split()):
+        wanted = f"{gpu[0]}.{gpu[1]}"
+        return f"{kernels}, but this GPU is {wanted}: install again with TORCH_CUDA_ARCH_LIST={wanted}"
     return None
+
+
+def _runs_on(gpu: tuple[int, int], architecture: str) -> bool:
+    """Whether a GPU of this capability runs what was compiled for ``architecture``, such as 9.0 or 10.0+PTX."""
+    name, _, ptx = architecture.partition("+")
+    major, minor = (int(part) for part in name.rstrip("af").split("."))
+    if name.endswith("a"):
+        return (major, minor) == gpu
+    same_family = major == gpu[0] and minor <= gpu[1]
+    return same_family if name.endswith("f") else same_family or (bool(ptx) and (major, minor) <= gpu)
 
 
 _cuda_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -24,8 +24,11 @@ def collect() -> dict[str, Any]:
     """All that the command prints, as values that ``json`` can write.
 
     ``extension`` is what the C++ extension was built with, or None where it is missing or cannot be used;
-    ``backends`` says why. ``compiler`` is the path of the C++ compiler that a build would use now, or None.
+    ``backends`` says why. ``kernels`` says of its kernels which of them run here. ``compiler`` is the path of the C++
+    compiler that a build would use now, or None.
     """
+    extension = backends.extension
+    built = None if extension is None else dict(extension.build_info())
     return {
         "monosoftmax": __version__,
         "python": platform.python_version(),
@@ -36,7 +39,11 @@ def collect() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "packages": {name: _version(name) for name in _OPTIONAL},
         "compiler": shutil.which(_compiler()),
-        "extension": None if backends.extension is None else dict(backends.extension.build_info()),
+        "extension": built,
+        "kernels": {
+            "cuda": _cuda_kernels(built),
+            "cpu": "not built" if extension is None else extension.cpu_capability(),
+        },
         "backends": {
             name: {"available": status.available, "detail": status.detail}
             for name, status in backends.available().items()
@@ -47,7 +54,9 @@ def collect() -> dict[str, Any]:
 def render(info: Mapping[str, Any]) -> str:
     """The text for people of what :func:`collect` returns."""
     extension, compiler = info["extension"], info["compiler"]
-    built = "not in use, see the cpu backend" if extension is None else _pairs(extension)
+    built = "not in use, see the cpu backend"
+    if extension is not None:
+        built = _pairs({name: value for name, value in extension.items() if not name.startswith("cuda")})
     rows = {
         "monosoftmax": info["monosoftmax"],
         "Python": info["python"],
@@ -57,6 +66,7 @@ def render(info: Mapping[str, Any]) -> str:
         "GPUs": ", ".join(info["gpus"]) or "none that torch can use",
         "packages": _pairs({name: version or "not installed" for name, version in info["packages"].items()}),
         "C++ extension": built,
+        "kernels": "; ".join(f"{name}: {what}" for name, what in info["kernels"].items()),
         "C++ compiler": compiler or f"not found: there is no {_compiler()} (environment variable CXX, else c++)",
     }
     lines = [f"{name:<14} {text}" for name, text in rows.items()]
@@ -74,6 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     info = collect()
     print(json.dumps(info, indent=2) if parser.parse_args(arguments).json else render(info))
+
+
+def _cuda_kernels(built: Mapping[str, Any] | None) -> str:
+    """Whether the extension has CUDA kernels and there is a device for them."""
+    if built is None:
+        return "not built"
+    if built["cuda"] is None:
+        return f"not built ({built['cuda_problem']})"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
+    return f"built, {device} (CUDA {built['cuda']}, for {built['cuda_architectures']})"
 
 
 def _compiler() -> str:

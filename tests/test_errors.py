@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -221,3 +222,34 @@ def test_any_arguments(
     for key, wanted in results[0].items():
         scale = max(wanted.abs().max().item() if wanted.numel() else 0.0, results[0]["loss"].abs().item(), 1.0)
         torch.testing.assert_close(results[1][key], wanted, rtol=1e-10, atol=1e-10 * scale, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "architecture", "runs"),
+    [
+        ((9, 0), "9.0", True), ((8, 9), "8.6", True), ((8, 6), "8.9", False), ((9, 0), "8.0", False),
+        ((9, 0), "8.0+PTX", True), ((12, 0), "10.0+PTX", True), ((8, 0), "9.0+PTX", False),
+        ((9, 0), "9.0a", True), ((10, 3), "10.0f", True), ((12, 0), "10.0f", False), ((10, 3), "10.0a", False),
+    ],
+)  # fmt: skip
+def test_gpus_that_compiled_kernels_run_on(gpu: tuple[int, int], architecture: str, runs: bool) -> None:
+    assert ms.backends._runs_on(gpu, architecture) is runs
+
+
+def test_why_the_cuda_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a build with CUDA, which is not the one of this machine, says where there is no GPU, or another one."""
+    build = {"torch": torch.__version__, "cuda": "13.0", "cuda_architectures": "8.0 9.0 10.0+PTX"}
+    monkeypatch.setattr(
+        ms.backends, "extension", SimpleNamespace(build_info=lambda: build, cpu_capability=lambda: "avx2")
+    )
+    assert str(ms.backends.available()["cuda"]).startswith(
+        "not available: built, no device: CUDA 13.0 kernels for 8.0 9.0 10.0+PTX"
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert "but this GPU is 7.5: install again with TORCH_CUDA_ARCH_LIST=7.5" in str(ms.backends._cuda_problem())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert ms.backends._cuda_problem() is None
+    build["cuda"], build["cuda_problem"] = None, "torch is a CPU build"  # type: ignore[assignment]
+    assert str(ms.backends._cuda_problem()) == "the C++ extension was built without CUDA: torch is a CPU build"

@@ -1,8 +1,13 @@
-"""The package as it is installed: its metadata, its command, and installs with and without a compiler."""
+"""The package as it is built and installed: metadata, command, with and without a compiler, a CUDA toolkit and a GPU.
+
+Nothing here compiles a CUDA kernel: scripts/check_cuda_build.py does.
+"""
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -11,10 +16,15 @@ import sys
 import sysconfig
 import tarfile
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import setuptools
+import torch
+from setuptools.errors import SetupError
 
 import monosoftmax as ms
+import monosoftmax.info
 import monosoftmax.triton_kernels
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +62,8 @@ def test_triton_kernels_is_a_part_of_the_package() -> None:
 def test_every_cpp_file_is_built_once() -> None:
     lines = (ROOT / "csrc/sources.txt").read_text(encoding="utf-8").splitlines()
     listed = [line.split()[0] for line in lines if line and not line.startswith("#")]
-    assert sorted(listed) == sorted(str(path.relative_to(ROOT / "csrc")) for path in ROOT.glob("csrc/**/*.cpp"))
+    files = (path.relative_to(ROOT / "csrc") for path in ROOT.glob("csrc/**/*"))
+    assert sorted(listed) == sorted(str(path) for path in files if path.suffix in (".cpp", ".cu"))
 
 
 @pytest.mark.parametrize("build", sorted(ROOT.glob("build/temp*")), ids=lambda build: build.name)
@@ -61,7 +72,7 @@ def test_instruction_sets_share_no_code(build: Path) -> None:
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")
     owners: dict[str, list[str]] = {}
-    for path in build.glob("row_kernels_*/**/*.o"):
+    for path in build.glob("**/row_kernels_*.o"):
         symbols = subprocess.run(["nm", "--defined-only", "-C", path], check=True, capture_output=True, text=True)
         for line in symbols.stdout.splitlines():
             _, kind, name = line.split(maxsplit=2)
@@ -109,7 +120,272 @@ def test_info_says_what_is_missing() -> None:
     )
     text = run("-c", code, CXX="/nonexistent/c++")
     assert "not available  the C++ extension is not built" in text
+    assert "cuda: not built; cpu: not built" in text
     assert "not found: there is no /nonexistent/c++" in text
+
+
+@pytest.mark.skipif(ms.backends.extension is None, reason="the extension is not built")
+def test_build_info_says_whether_cuda_is_built_in() -> None:
+    built = ms.backends.extension.build_info()
+    if built["cuda"] is None:
+        assert built["cuda_problem"]
+    else:
+        assert built["cuda_architectures"]
+
+
+@pytest.mark.parametrize(
+    ("built", "gpu", "expected"),
+    [
+        ({"cuda": None, "cuda_problem": "it is Monday"}, False, "not built (it is Monday)"),
+        ({"cuda": "13.0", "cuda_architectures": "9.0+PTX"}, False, "built, no device (CUDA 13.0, for 9.0+PTX)"),
+        ({"cuda": "13.0", "cuda_architectures": "9.0+PTX"}, True, "built, Some GPU (CUDA 13.0, for 9.0+PTX)"),
+    ],
+)
+def test_info_says_which_kernels_run_here(
+    monkeypatch: pytest.MonkeyPatch, built: dict[str, str | None], gpu: bool, expected: str
+) -> None:
+    extension = SimpleNamespace(build_info=lambda: built, cpu_capability=lambda: "avx2")
+    monkeypatch.setattr(ms.backends, "extension", extension)
+    monkeypatch.setattr(ms.backends, "available", dict)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "Some GPU")
+    assert f"cuda: {expected}; cpu: avx2" in ms.info.render(ms.info.collect())
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """setup.py, imported, blind to what this environment says about compilers and CUDA."""
+    for name in ("CUDA_HOME", "CUDA_PATH", "CXX", "MAX_JOBS", "NVCC_CCBIN", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("MONOSOFTMAX_CPP", "MONOSOFTMAX_CUDA"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location("monosoftmax_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fake_torch(cuda: str | None = "13.0", hip: str | None = None, gpus: tuple[tuple[int, int], ...] = ()) -> object:
+    """What setup.py asks torch about CUDA."""
+    return SimpleNamespace(
+        __version__="2.99.0",
+        __file__="/nonexistent/torch/__init__.py",
+        version=SimpleNamespace(cuda=cuda, hip=hip),
+        cuda=SimpleNamespace(device_count=lambda: len(gpus), get_device_capability=gpus.__getitem__),
+    )
+
+
+def fake_toolkit(
+    home: Path,
+    version: str = "13.0",
+    without: str = "",
+    known: str = "75 80 86 89 90 100 103 120",
+    compilation: str = "exit 0",
+) -> Path:
+    """A CUDA toolkit that can tell about itself and compiles nothing; its nvcc."""
+    for name in ("bin/nvcc", "include/cuda_runtime.h", "lib/libcudart.so"):
+        if name != without:
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+            (home / name).write_text("")
+    architectures = " ".join(f"compute_{each}" for each in known.split())
+    (home / "bin/nvcc").write_text(
+        f"""#!/bin/sh
+        case " $* " in
+        *" --version "*) echo "Cuda compilation tools, release {version}, V{version}.88" ;;
+        *" --list-gpu-arch "*) printf "%s\\n" {architectures} ;;
+        *" --dryrun "*) echo '#$ TOP={home}/bin/..' >&2; echo '#$ INCLUDES="-I{home}/bin/../include"  ' >&2 ;;
+        *) {compilation} ;;
+        esac
+        """
+    )
+    (home / "bin/nvcc").chmod(0o755)
+    return home / "bin/nvcc"
+
+
+def test_toolkit_is_found_behind_a_wrapper(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As /usr/local/bin/nvcc, a script that calls that of a toolkit: there are no headers next to it."""
+    nvcc = fake_toolkit(tmp_path / "cuda")
+    wrapper = tmp_path / "bin/nvcc"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nexec {nvcc} "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", str(wrapper.parent), prepend=os.pathsep)
+    monkeypatch.setattr(build, "torch", fake_torch())
+    found = build.examine_cuda()
+    assert (found.home, found.version) == (tmp_path / "cuda", "13.0")
+    assert (found.include, found.runtime) == (tmp_path / "cuda/include", tmp_path / "cuda/lib/libcudart.so")
+    assert found.architectures == ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0+PTX")
+
+
+@pytest.mark.parametrize(
+    "fake",
+    [
+        (fake_torch(cuda=None), {}, "torch 2.99.0 is a CPU build"),
+        (fake_torch(cuda=None, hip="7.1"), {}, "torch 2.99.0 is a build for ROCm"),
+        (fake_torch(), {"version": "12.8"}, "is of CUDA 12.8, torch 2.99.0 of CUDA 13.0"),
+        (fake_torch(), {"without": "include/cuda_runtime.h"}, "has no cuda_runtime.h"),
+        (fake_torch(), {"without": "lib/libcudart.so"}, "has no libcudart.so"),
+        (
+            fake_torch(),
+            {"compilation": "echo >&2 'error: unsupported GNU version!'; exit 1"},
+            "with the host compiler 'c++', compiling an empty kernel for 7.5 8.0 8.6 9.0 10.0 12.0+PTX, fails: "
+            "error: unsupported GNU version!",
+        ),
+        (fake_torch(gpus=((7, 0),)), {}, "nvcc 13.0 compiles for 7.5 8.0 8.6 8.9 9.0 10.0 10.3 12.0, not for 7.0"),
+    ],
+    ids=lambda fake: fake[2][:40],
+)
+def test_build_says_what_is_missing_for_cuda(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: tuple[object, dict[str, str], str]
+) -> None:
+    stand_in, toolkit, reason = fake
+    fake_toolkit(tmp_path / "cuda", **toolkit)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setattr(build, "torch", stand_in)
+    with pytest.raises(build.Unavailable) as raised:
+        build.examine_cuda()
+    assert reason in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_cuda_home_is_taken_at_its_word(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = fake_toolkit(tmp_path / "cuda")
+    monkeypatch.setenv("PATH", str(nvcc.parent), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nothing"))
+    monkeypatch.setattr(build, "torch", fake_torch())
+    with pytest.raises(build.Unavailable, match=r"no nvcc in the folder bin of CUDA_HOME=.*nothing"):
+        build.examine_cuda()
+
+
+@pytest.mark.parametrize(
+    ("listed", "gpus", "known", "expected"),
+    [
+        ("8.0;9.0+PTX", (), "80 90", "8.0 9.0+PTX"),
+        (" 8.0 9.0a  10.0f+PTX;8.0", (), "80 90 100", "8.0 9.0a 10.0f+PTX"),
+        ("8.0", ((9, 0),), "80 90", "8.0"),
+        ("", (), "75 80 86 89 90", "7.5 8.0 8.6 9.0+PTX"),
+        ("", ((9, 0), (8, 9), (9, 0)), "80 89 90", "8.9 9.0+PTX"),
+        ("native", ((8, 6),), "80 86 90", "8.6+PTX"),
+        # Newer than nvcc, and, beside another one, older.
+        ("", ((12, 1),), "80 90 120", "12.0+PTX"),
+        ("", ((6, 1), (9, 0)), "75 90", "9.0+PTX"),
+    ],
+)
+def test_architectures(
+    build: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    listed: str,
+    gpus: tuple[tuple[int, int], ...],
+    known: str,
+    expected: str,
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    monkeypatch.setattr(build, "torch", fake_torch(gpus=gpus))
+    capabilities = [f"{each[:-1]}.{each[-1]}" for each in known.split()]
+    chosen = build.choose_architectures(build.requested_architectures(), capabilities, "13.0")
+    assert " ".join(chosen) == expected
+
+
+def test_machine_code_and_ptx_are_asked_of_nvcc(build: ModuleType) -> None:
+    cuda = build.Cuda(Path(), "13.0", "g++", Path(), Path(), ("8.0", "9.0a", "10.0+PTX"))
+    assert [flag for flag in cuda.nvcc_flags() if "arch" in flag] == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_100,code=compute_100",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("listed", "reason"),
+    [
+        ("Hopper", "'Hopper' is not a compute capability such as 8.0, 9.0a or 10.0+PTX"),
+        ("8.0,9.0", "'8.0,9.0' is not a compute capability"),
+        ("90", "'90' is not a compute capability"),
+        ("8.0a", "'8.0a' is not a compute capability"),
+        ("9.0+ptx", "'9.0+ptx' is not a compute capability"),
+        ("7.0 8.0", "asks for 7.0, but nvcc 13.0 compiles for 8.0 9.0"),
+        ("native", "is native, but torch finds no GPU"),
+    ],
+)
+def test_architectures_that_cannot_be_meant(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, listed: str, reason: str
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    monkeypatch.setattr(build, "torch", fake_torch())
+    with pytest.raises(SetupError, match=r"^TORCH_CUDA_ARCH_LIST") as raised:
+        build.choose_architectures(build.requested_architectures(), ["8.0", "9.0"], "13.0")
+    assert reason in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"MONOSOFTMAX_CUDA": "yes"}, "MONOSOFTMAX_CUDA must be 0, 1 or unset, got 'yes'"),
+        ({"MONOSOFTMAX_CUDA": "1"}, "MONOSOFTMAX_CUDA=1, but the CUDA kernels cannot be built: torch 2.99.0 is a CPU"),
+        ({"MONOSOFTMAX_CUDA": "1", "MONOSOFTMAX_CPP": "0"}, "cannot be built: MONOSOFTMAX_CPP=0 says so"),
+        ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, "'Hopper' is not a compute capability"),
+    ],
+)
+def test_build_refuses_before_it_compiles(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], reason: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(build, "torch", fake_torch(cuda=None))
+    monkeypatch.setattr(build, "examine_machine", lambda: (None, False))
+    with pytest.raises(SetupError) as raised:
+        build.BuildKernels(setuptools.Distribution()).run()
+    assert reason in str(raised.value)
+
+
+@pytest.mark.parametrize(("wish", "reason"), [("", "torch 2.99.0 is a CPU build"), ("0", "MONOSOFTMAX_CUDA=0 said so")])
+def test_build_without_cuda_says_why(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, wish: str, reason: str
+) -> None:
+    monkeypatch.setenv("MONOSOFTMAX_CUDA", wish)
+    monkeypatch.setattr(build, "torch", fake_torch(cuda=None))
+    monkeypatch.setattr(build, "examine_machine", lambda: (None, False))
+    monkeypatch.setattr(build.BuildExtension, "run", lambda self: None)
+    command = build.BuildKernels(setuptools.Distribution())
+    command.run()
+    assert command.built_in == [f"-DMONOSOFTMAX_CUDA_PROBLEM={build.c_string(reason)}"]
+    assert build.BuildKernels.outcome == f"monosoftmax is built for the CPU, without its CUDA kernels: {reason}"
+
+
+def test_jobs_are_what_cores_and_memory_allow(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(3))
+    monkeypatch.setattr(build, "JOB_BYTES", 1)
+    assert build.count_jobs() == 3
+    monkeypatch.setattr(build, "JOB_BYTES", 1 << 60)
+    assert build.count_jobs() == 1
+    monkeypatch.setenv("MAX_JOBS", "7")
+    assert build.count_jobs() == 7
+    monkeypatch.setenv("MAX_JOBS", "many")
+    with pytest.raises(SetupError, match="MAX_JOBS must be a number from 1 on, got 'many'"):
+        build.count_jobs()
+
+
+def test_reasons_survive_shell_and_ninja(build: ModuleType) -> None:
+    reason = 'nvcc\'s "$PATH" %s `x` \\ fails:\té'
+    literal = build.c_string(reason)
+    assert ast.literal_eval(literal).encode("latin-1").decode() == reason
+    assert not set(literal[1:-1]) & set("\"'$`%\t")
+
+
+def test_check_of_the_cuda_build_needs_room(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("check_cuda_build", ROOT / "scripts/check_cuda_build.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=7.25e9))
+    assert script.main(["--if-possible"]) == 0
+    assert capsys.readouterr().out.startswith("skipped: needs 12 GB free, there are 7.2 (")
+    assert script.main([]) == 1
+    assert capsys.readouterr().out.startswith("failed: needs 12 GB free, there are 7.2 (")
 
 
 @pytest.fixture
@@ -139,7 +415,9 @@ def test_sdist_installs_with_the_extension(tree: Path, tmp_path: Path) -> None:
     archive = tmp_path / f"monosoftmax-{ms.__version__}.tar.gz"
     with tarfile.open(archive) as sdist:
         files = {name.partition("/")[2] for name in sdist.getnames()}
-    assert {"LICENSE", "Makefile", "CMakeLists.txt", "csrc/sources.txt", "tests/conftest.py"} <= files
+    assert {"LICENSE", "Makefile", "CMakeLists.txt", "RELEASING.md", "tests/conftest.py"} <= files
+    assert {str(path.relative_to(tree)) for path in tree.glob("csrc/**/*.*")} <= files
+    assert {"scripts/check_cuda_build.py", "requirements/cuda.txt"} <= files
 
     site = tmp_path / "site"
     install(archive, site, MONOSOFTMAX_CPP="1")
@@ -170,6 +448,13 @@ def test_installs_without_a_compiler(tree: Path, tmp_path: Path) -> None:
 def test_install_fails_without_a_compiler_that_is_insisted_on(tree: Path, tmp_path: Path) -> None:
     output = install(tree, tmp_path / "site", succeeds=False, CXX="/nonexistent/c++", MONOSOFTMAX_CPP="1")
     assert "MONOSOFTMAX_CPP=1, but the C++ extension cannot be built: there is no C++ compiler" in output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is a CUDA build")
+def test_install_fails_without_cuda_that_is_insisted_on(tree: Path, tmp_path: Path) -> None:
+    output = install(tree, tmp_path / "site", succeeds=False, MONOSOFTMAX_CUDA="1")
+    assert f"MONOSOFTMAX_CUDA=1, but the CUDA kernels cannot be built: torch {torch.__version__} is a CPU" in output
 
 
 @pytest.mark.slow

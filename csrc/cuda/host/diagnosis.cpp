@@ -48,6 +48,10 @@ void explain_warp(const Warp& warp) {
       }
       if (other.wait != Wait::kWarp || other.mask != thread.mask || other.collective != thread.collective ||
           !same_place(other.where, thread.where)) {
+        if (other.wait == Wait::kWarp && other.mask != thread.mask && same_place(other.where, thread.where)) {
+          report_defect_of(thread, "warp collective: lane %u has mask 0x%08x, lane %u, which is in it, has 0x%08x",
+                           thread.lane, thread.mask, other.lane, other.mask);
+        }
         report_defect_of(thread,
                          "warp collective: the lanes in mask 0x%08x are at different places: lane %u %s at %s:%u",
                          thread.mask, other.lane, doing(other), other.where.file_name(), other.where.line());
@@ -119,8 +123,9 @@ void explain_standstill() {
 }
 
 void* fresh_meeting_point() {
-  // The memory is given back when it is used up: for the thread sanitizer, what comes in its place is new.
-  constexpr size_t kBytes = 1 << 20, kDistance = 16;
+  // The memory is given back when it is used up: for the thread sanitizer, what comes in its place is new. And it keeps
+  // up to 16 KiB for each meeting until then.
+  constexpr size_t kBytes = 1 << 16, kDistance = 16;
   static char* memory = nullptr;
   static size_t used = kBytes;
   if (used == kBytes) {

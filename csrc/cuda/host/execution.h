@@ -52,8 +52,10 @@ struct Block {
   Warp* warps;
   unsigned thread_count, warp_count;
   unsigned at_barrier, ended;
-  // The last thread of another block that asked where its shared memory is, and after how many Cluster::sync().
-  const Thread* mapped_by;
+  // The last thread of another block that asked where the shared memory of this one is; from where in the kernel, and
+  // after how many Cluster::sync().
+  Thread* mapped_by;
+  Location mapped_at;
   unsigned mapped_after;
 };
 

@@ -35,6 +35,7 @@ constexpr float __half2float(__half value) {
     const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
     return std::bit_cast<float>(std::bit_cast<uint32_t>(magnitude) | sign);
   }
+  if (exponent == 31 && mantissa != 0) return std::bit_cast<float>(0x7fffffffu);
   const uint32_t rebiased = exponent == 31 ? 255 : exponent + (127 - 15);
   return std::bit_cast<float>(sign | rebiased << 23 | mantissa << 13);
 }
@@ -68,7 +69,7 @@ constexpr __half __float2half_rn(float value) {
   const uint32_t sign = bits >> 16 & 0x8000;
   if (magnitude > 0x7f800000) return {monosoftmax::cuda::host::kHalfNaN};
   uint32_t result = 0;
-  if (magnitude >= 0x477ff000) {  // 65520, halfway between the largest finite value and the next, and above
+  if (magnitude >= 0x47800000) {  // 2^16 and above. What rounds up to it becomes infinity by the carry.
     result = 0x7c00;
   } else if (magnitude >= 0x38800000) {  // 2^-14, the smallest normal value, and above
     result = shift_right_rounded(magnitude - ((127 - 15) << 23), 13);

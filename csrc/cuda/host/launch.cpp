@@ -78,6 +78,7 @@ Thread* choose_thread() {
 
 void end_block(Block& block) {
   if (block.mapped_by != nullptr && block.mapped_after == execution.cluster_syncs) {
+    block.mapped_by->where = block.mapped_at;
     report_defect_of(*block.mapped_by,
                      "block %u of the cluster has exited while its shared memory may be in use: no Cluster::sync() "
                      "since Cluster::of_block()",
@@ -169,6 +170,7 @@ void run_cluster(const LaunchShape& shape, uint3 first_block, size_t nth) {
               .at_barrier = 0,
               .ended = 0,
               .mapped_by = nullptr,
+              .mapped_at = {},
               .mapped_after = 0};
     for (unsigned w = 0; w < block_warps; ++w) {
       const unsigned lanes = std::min(32u, block_threads - w * 32);
@@ -277,8 +279,9 @@ void set_order(Order order, unsigned seed) {
 }
 
 void set_shared_limit(size_t bytes) {
-  if (bytes > kMostSharedBytes)
-    throw std::invalid_argument("no GPU has " + std::to_string(bytes) + " bytes of shared memory");
+  if (bytes > kMostSharedBytes) {
+    throw std::invalid_argument("no GPU has " + std::to_string(bytes) + " bytes of shared memory for a block");
+  }
   const std::lock_guard lock(one_launch);
   shared_limit = bytes;
 }

@@ -117,9 +117,8 @@ __attribute__((always_inline)) inline void perform(const AsyncCopy& copy) {
 }  // namespace monosoftmax::cuda::host
 
 // The copy happens as late as CUDA allows, in the __pipeline_wait_prior() that waits for it.
-__attribute__((always_inline)) inline void __pipeline_memcpy_async(
-    void* to, const void* from, size_t bytes, size_t zeros = 0,
-    monosoftmax::cuda::host::Location where = monosoftmax::cuda::host::Location::current()) {
+__attribute__((always_inline)) inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes,
+                                                                   size_t zeros = 0, MONOSOFTMAX_CALLER) {
   using namespace monosoftmax::cuda::host;
   issue_copy({to, from, static_cast<unsigned>(bytes), static_cast<unsigned>(zeros)}, where);
   if constexpr (kBuild == Build::kAddress) {  // a bad address is reported here, rather than at the wait

@@ -189,6 +189,7 @@ void* shared_of_block(void* mine, unsigned block, Location where) {
     report_defect_of(thread, "Cluster::of_block(): block %u of the cluster has exited", block);
   }
   other.mapped_by = &thread;
+  other.mapped_at = where;
   other.mapped_after = execution.cluster_syncs;
   return execution.shared.in_other_block(mine, rank, block);
 }

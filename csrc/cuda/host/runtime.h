@@ -14,6 +14,8 @@
 namespace monosoftmax::cuda::host {
 
 using Location = std::source_location;
+// The last parameter of what a kernel calls: the place of the call.
+#define MONOSOFTMAX_CALLER ::monosoftmax::cuda::host::Location where = ::monosoftmax::cuda::host::Location::current()
 
 // Which sanitizers the build has. A runtime and kernels of different builds do not link.
 enum class Build { kPlain, kAddress, kThread };

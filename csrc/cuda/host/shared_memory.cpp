@@ -62,17 +62,17 @@ SharedMemory::Zone SharedMemory::place(const SharedArray* array, size_t bytes, s
 }
 
 void SharedMemory::end() {
-  const Zone* before = &dynamic_;
   for (size_t block = 0; block < blocks_; ++block) {
-    check_gap(block, 0, dynamic_.offset, nullptr, &dynamic_);
-    before = &dynamic_;
-    for (const Zone& zone : zones_) {
-      check_gap(block, before->offset + before->bytes, zone.offset, before, &zone);
-      before = &zone;
-    }
-    check_gap(block, used_, used_ + kGap, before, nullptr);
+    const Zone* before = nullptr;
+    const auto check_until = [&](const Zone* zone) {
+      check_gap(block, before, zone);
+      before = zone;
+    };
+    check_until(&dynamic_);
+    for (const Zone& zone : zones_) check_until(&zone);
+    check_until(nullptr);
+    address::forbid(memory_[block], used_);
   }
-  for (size_t block = 0; block < blocks_; ++block) address::forbid(memory_[block], used_);
   zones_.clear();
   if constexpr (kBuild == Build::kThread) {  // which then forgets the accesses to it
     for (unsigned char* memory : memory_) unmap_memory(memory, kMemoryBytes);
@@ -80,23 +80,24 @@ void SharedMemory::end() {
   }
 }
 
-void SharedMemory::check_gap(size_t block, size_t begin, size_t end, const Zone* before, const Zone* after) const {
+// Between two neighbours, of which the first or last may be missing. The one to blame is nearer to what was written.
+void SharedMemory::check_gap(size_t block, const Zone* before, const Zone* after) const {
   if constexpr (kBuild == Build::kAddress) return;
-  const unsigned char* memory = memory_[block];
-  // The first byte that was written: most likely by who meant the array before it, unless it is nearer to the next one.
-  const auto* written = std::find_if(memory + begin, memory + end, [](unsigned char byte) { return byte != kFill; });
-  if (written == memory + end) return;
-  const auto behind = static_cast<size_t>(written - memory) - begin;
-  const auto* last = std::find_if(std::make_reverse_iterator(memory + end), std::make_reverse_iterator(written),
-                                  [](unsigned char byte) { return byte != kFill; })
-                         .base();
-  const auto ahead = end - static_cast<size_t>(last - 1 - memory);
-  const bool is_behind = before != nullptr && (after == nullptr || behind <= ahead);
+  const unsigned char* begin = memory_[block] + (before == nullptr ? 0 : before->offset + before->bytes);
+  const unsigned char* end = memory_[block] + (after == nullptr ? used_ + kGap : after->offset);
+  const auto is_written = [](unsigned char byte) { return byte != kFill; };
+  const unsigned char* first = std::find_if(begin, end, is_written);
+  if (first == end) return;
+  const unsigned char* last = end - 1;
+  while (!is_written(*last)) --last;
+  const auto behind = first - begin, ahead = end - last;
+  const bool is_behind = before != nullptr && (after == nullptr || behind < ahead);
   const SharedArray* array = is_behind ? before->array : after->array;
+  const uint3& index = execution.blocks[block].index;
   report_defect(array == nullptr ? nullptr : array->file, array == nullptr ? 0 : array->line,
-                "block (%u,%u,%u) wrote shared memory out of bounds, %zu bytes %s %s", execution.blocks[block].index.x,
-                execution.blocks[block].index.y, execution.blocks[block].index.z, is_behind ? behind : ahead,
-                is_behind ? "behind the end of" : "before", array == nullptr ? "the dynamic part" : array->name);
+                "block (%u,%u,%u) wrote shared memory out of bounds, %td bytes %s %s", index.x, index.y, index.z,
+                is_behind ? behind : ahead, is_behind ? "behind the end of" : "before",
+                array == nullptr ? "the dynamic part" : array->name);
 }
 
 void* SharedMemory::array(const SharedArray& array, size_t block) {

@@ -30,7 +30,7 @@ class SharedMemory {
     size_t offset, bytes;
   };
   Zone place(const SharedArray* array, size_t bytes, size_t alignment);
-  void check_gap(size_t block, size_t begin, size_t end, const Zone* before, const Zone* after) const;
+  void check_gap(size_t block, const Zone* before, const Zone* after) const;
 
   std::vector<unsigned char*> memory_;  // of each block
   size_t blocks_ = 0;

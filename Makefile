@@ -57,7 +57,7 @@ types: $(VENV)/.requirements
 test-cpp: $(VENV)/.requirements
 	$(BIN)/cmake -S . -B build/cpp -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_COMPILE_WARNING_AS_ERROR=ON -DMONOSOFTMAX_SANITIZE=ON
 	$(BIN)/cmake --build build/cpp --parallel 2
-	$(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error
+	$(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error --parallel 2
 
 test-python: install $(VENV)/.peers
 	$(BIN)/python -m pytest -m 'not slow'

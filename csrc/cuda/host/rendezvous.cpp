@@ -184,6 +184,10 @@ void* shared_of_block(void* mine, unsigned block, Location where) {
     report_defect_of(thread, "Cluster::of_block(): the address is not in the shared memory of this block");
   }
   if (block == rank) return mine;
+  if (execution.cluster_syncs == 0) {
+    report_defect_of(thread, "Cluster::of_block(): before the first Cluster::sync() block %u may not have begun",
+                     block);
+  }
   Block& other = execution.blocks[block];
   if (other.ended == other.thread_count) {
     report_defect_of(thread, "Cluster::of_block(): block %u of the cluster has exited", block);

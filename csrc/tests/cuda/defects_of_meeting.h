@@ -75,8 +75,16 @@ __global__ void match_with_wrong_mask(float* out) {
   out[threadIdx.x] = static_cast<float>(__match_any_sync(mask | 1, threadIdx.x % 4));
 }
 
+__global__ void others_may_not_have_begun(float* out) {
+  SHARED_ARRAY(float, s, [64]);
+  cuda::Cluster::of_block(&s[0], cuda::Cluster::rank() ^ 1)[threadIdx.x] = 1;
+  cuda::Cluster::sync();
+  out[blockIdx.x * 64 + threadIdx.x] = s[threadIdx.x];
+}
+
 __global__ void no_cluster_sync_before_read(float* out) {
   SHARED_ARRAY(float, s, [64]);
+  cuda::Cluster::sync();
   const float* other = cuda::Cluster::of_block(&s[threadIdx.x], cuda::Cluster::rank() ^ 1);
   s[threadIdx.x] = 1;
   const float value = *other;
@@ -94,6 +102,7 @@ __global__ void no_cluster_sync_at_end(float* out) {
 // The last thread of all reads from a block that has gone.
 __global__ void no_cluster_sync_after_early_mapping(float* out) {
   SHARED_ARRAY(float, s, [64]);
+  cuda::Cluster::sync();
   const float* other = cuda::Cluster::of_block(&s[threadIdx.x], cuda::Cluster::rank() ^ 1);
   s[threadIdx.x] = 1;
   cuda::Cluster::sync();
@@ -157,6 +166,7 @@ inline const std::vector<Case> kDefectsOfMeeting = {
     everywhere("masks_differ", run<masks_differ>, "in mask 0xffffffff has exited"),
     everywhere("masks_overlap", run<masks_overlap>, "which is in it, has 0x"),
     everywhere("match_with_wrong_mask", run<match_with_wrong_mask>, "is not in its own mask"),
+    everywhere("others_may_not_have_begun", run<others_may_not_have_begun, 2, 64, 0, 2>, "may not have begun"),
     {"no_cluster_sync_before_read", run<no_cluster_sync_before_read, 2, 64, 0, 2>, kNaN, kNaN, kRace},
     everywhere("no_cluster_sync_at_end", run<no_cluster_sync_at_end, 2, 64, 0, 2>, "of the cluster has exited"),
     {"no_cluster_sync_after_early_mapping", run<no_cluster_sync_after_early_mapping, 2, 64, 0, 2>, kNaN, kPoison, kNaN},

@@ -126,6 +126,7 @@ __global__ void copy_over_what_is_read(float* out) {
 // The barrier is of each block of the cluster by itself.
 __global__ void barrier_of_block_in_cluster(float* out) {
   SHARED_ARRAY(float, s, [64]);
+  cuda::Cluster::sync();
   s[threadIdx.x] = 1;
   __syncthreads();
   const float other = *cuda::Cluster::of_block(&s[threadIdx.x], cuda::Cluster::rank() ^ 1);

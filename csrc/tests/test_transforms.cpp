@@ -111,10 +111,10 @@ void test_search() {
     for (double x = -3; x <= 9; x += 0.25) {
       int64_t wanted = 0;
       while (wanted < count && sorted[wanted] <= x) ++wanted;
-      CHECK(count_less_equal(count, x, at) == static_cast<double>(wanted));
+      CHECK(CountLessEqual<double>(count)(x, at) == static_cast<double>(wanted));
     }
-    CHECK(count_less_equal(count, std::numeric_limits<double>::infinity(), at) == static_cast<double>(count));
-    CHECK(count_less_equal(count, std::numeric_limits<double>::quiet_NaN(), at) == 0.0);
+    CHECK(CountLessEqual<double>(count)(std::numeric_limits<double>::infinity(), at) == static_cast<double>(count));
+    CHECK(CountLessEqual<double>(count)(std::numeric_limits<double>::quiet_NaN(), at) == 0.0);
   }
 }
 

@@ -143,25 +143,33 @@ class UniformPieces {
   T inverse_width_, last_;
 };
 
-// How many of the increasing at(0) .. at(count - 1) are <= x, by bisection; 0 for NaN.
-template <class T, class At>
-MONOSOFTMAX_HD T count_less_equal(int64_t count, T x, At&& at) {
+// Bisection: how many of the increasing at(0) .. at(count - 1) are <= x; 0 for NaN.
+template <class T>
+class CountLessEqual {
+ public:
   using A = Arithmetic<T>;
   using S = typename A::Scalar;
-  int64_t step = 1;
-  while (2 * step <= count) step *= 2;
-  const T last(static_cast<S>(count));
-  T found(0);
-  if (count == 0) return found;
-  for (; step > 0; step /= 2) {
-    const T next = found + T(static_cast<S>(step));
-    const auto beyond = A::less(last, next);
-    const T probe = at(A::select(beyond, last, next) - T(1));
-    const T advanced = A::select(A::less_equal(probe, x), next, found);
-    found = A::select(beyond, found, advanced);
+
+  explicit MONOSOFTMAX_HD CountLessEqual(int64_t count) : count_(static_cast<S>(count)), first_step_(count > 0) {
+    while (0 < first_step_ && 2 * first_step_ <= count_) first_step_ *= 2;
   }
-  return found;
-}
+  template <class At>
+  MONOSOFTMAX_HD T operator()(T x, At&& at) const {
+    const T last(count_);
+    T found(0);
+    for (S step = first_step_; step >= 1; step /= 2) {
+      const T next = found + T(step);
+      const auto beyond = A::less(last, next);
+      const T probe = at(A::select(beyond, last, next) - T(1));
+      const T advanced = A::select(A::less_equal(probe, x), next, found);
+      found = A::select(beyond, found, advanced);
+    }
+    return found;
+  }
+
+ private:
+  S count_, first_step_;
+};
 
 // exp(-|u|), and the two sigmoids and the softplus that follow from it without overflow or cancellation.
 template <class T>

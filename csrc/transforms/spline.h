@@ -30,13 +30,12 @@ class Spline {
     T bump, inverse_denominator, ratio;  // xi (1-xi), 1 / D, and what is multiplied by height in f
   };
 
-  explicit MONOSOFTMAX_HD Spline(const Coefficients<S>& c) : table_(c.data, c.size), pieces_(c.size) {}
+  explicit MONOSOFTMAX_HD Spline(const Coefficients<S>& c) : table_(c.data, c.size), knots_below_(c.size - 1) {}
 
   MONOSOFTMAX_HD T value(T z) const { return at(z).value; }
   MONOSOFTMAX_HD Point at(T z) const {
     Point p;
-    p.piece =
-        A::piece(count_less_equal(pieces_ - 1, z, [this](T knot) { return table_.at(0, A::piece(knot + T(1))); }));
+    p.piece = A::piece(knots_below_(z, [this](T knot) { return table_.at(0, A::piece(knot + T(1))); }));
     const auto [x, width, y, height, d0, d1, slope, inverse_width] = table_.row(p.piece).of;
     const T offset = z - x;
     const auto is_below = A::less(offset, T(0));
@@ -86,7 +85,7 @@ class Spline {
   using A = Arithmetic<T>;
 
   typename A::template Table<kTableRows + kDerived, kSmall> table_;
-  int64_t pieces_;
+  CountLessEqual<T> knots_below_;  // of those between pieces
 };
 
 }  // namespace monosoftmax

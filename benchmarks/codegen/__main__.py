@@ -1,4 +1,4 @@
-"""``python -m benchmarks.codegen triton``; ``--help`` lists the options."""
+"""``python -m benchmarks.codegen triton``, or ``cuda``; ``--help`` lists the options."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import write_text
+from . import cuda_command
 from .budgets import judge
 from .configurations import ALIGNED, QUICK, SHIFTED, Configuration, configurations
 from .measure import measure
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)"
     )
     triton.set_defaults(run=_triton)
+    cuda_command.add_parser(commands)
     return parser
 
 

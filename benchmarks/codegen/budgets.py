@@ -26,6 +26,7 @@ from .configurations import (
 )
 from .measure import MAIN_TARGET, Measurement
 from .peers import Peer
+from .verdict import Verdict
 
 _CLOSED_FORMS = ("temperature", "sigsoftmax", "gss", "soft_cap", "sigmoid_cap")
 _PLIF = ("plif-4", "plif-50", "plif-64")
@@ -195,28 +196,6 @@ SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942":
 
 #: Ours beside a peer's: the transform, by whether there is a soft cap.
 _BESIDE = {None: "identity", 30.0: "soft_cap"}
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A figure held against its budget."""
-
-    budget: str
-    subject: str
-    value: float
-    limit: float
-    reason: str
-    at_least: bool = False
-
-    @property
-    def kept(self) -> bool:
-        """Whether the budget is kept."""
-        return self.value >= self.limit if self.at_least else self.value <= self.limit
-
-    def __str__(self) -> str:
-        relation = "at least" if self.at_least else "at most"
-        state = "ok    " if self.kept else "BROKEN"
-        return f"{state} {self.subject}: {self.budget} {self.value:.4g}, {relation} {self.limit:.4g} ({self.reason})"
 
 
 def judge(measurements: Sequence[Measurement]) -> list[Verdict]:

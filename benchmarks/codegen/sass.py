@@ -1,8 +1,11 @@
 """Listings of NVIDIA machine code (SASS), as ``nvdisasm -c -g`` prints them: instructions, loops, and what they access.
 
-The listings may come from any compiler. A loop is a branch back to a label, with all that lies between the two: ptxas
-lays loops out that way. The source line of that branch is the loop's own line in the source, which
-``-g`` prints where the code was compiled with line numbers (Triton's default, nvcc's ``-lineinfo``).
+The listings may come from any compiler. For :meth:`Function.loops` a loop is a branch back to a label, with all that
+lies between the two: ptxas lays the loops of Triton's kernels out that way. The source line of that branch is the
+loop's own line in the source, which ``-g`` prints where the code was compiled with line numbers (Triton's default,
+nvcc's ``-lineinfo``). Code with blocks out of line takes :mod:`.cuda_control_flow`.
+
+``-gi`` prints of inlined code every call that it lies in, from the innermost on.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from dataclasses import dataclass, field
 
 _SECTION = re.compile(r"\s*\.section\s+\.text\.([^,\s]+)")
 _OTHER_SECTION = re.compile(r"\s*\.section\s")
-_LOCATION = re.compile(r'\s*//## File "([^"]*)", line (\d+)')
+_LOCATION = re.compile(r'\s*//## File "([^"]*)", line (\d+)(?: inlined at "([^"]*)", line (\d+))?')
 _LABEL = re.compile(r"\s*(\.L\w+):")
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _TARGET = re.compile(r"`\((\.L\w+)\)")
@@ -33,12 +36,16 @@ class ListingError(ValueError):
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction. ``location``: file and line of the source, where they are known."""
+    """One instruction. ``location``: file and line of the source, where they are known; ``calls``: those of the calls.
+
+    The calls are those that the location is inlined at, the innermost first.
+    """
 
     opcode: str
     operands: str = ""
     predicate: str = ""
     location: tuple[str, int] | None = None
+    calls: tuple[tuple[str, int], ...] = ()
 
     @property
     def name(self) -> str:
@@ -50,6 +57,22 @@ class Instruction:
         """How many bytes a thread loads or stores."""
         found = _WIDTH.search(self.opcode)
         return 4 if found is None else int(found[1] or found[2]) // 8
+
+    @property
+    def has_effect(self) -> bool:
+        """Whether a thread executes it: before asynchronous copies ptxas writes some that none does."""
+        return self.predicate != "@!PT"
+
+    @property
+    def frames(self) -> tuple[tuple[str, int], ...]:
+        """Location and calls, from the innermost on."""
+        return () if self.location is None else (self.location, *self.calls)
+
+    @property
+    def label(self) -> str | None:
+        """The label that it branches to, or calls."""
+        found = _TARGET.search(self.operands)
+        return None if found is None else found[1]
 
 
 @dataclass(frozen=True)
@@ -130,21 +153,27 @@ def parse(listing: str) -> dict[str, Function]:
     """The functions of a listing, by name."""
     functions: dict[str, Function] = {}
     function: Function | None = None
-    location: tuple[str, int] | None = None
+    # From the innermost on, and where the last one is inlined at: then the next line continues them.
+    frames: tuple[tuple[str, int], ...] = ()
+    caller: tuple[str, int] | None = None
     for line in listing.splitlines():
-        if found := _SECTION.match(line):
+        if found := _INSTRUCTION.match(line):
+            if function is not None:
+                location = frames[0] if frames else None
+                function.instructions.append(Instruction(found[2], found[3], found[1] or "", location, frames[1:]))
+        elif found := _SECTION.match(line):
             function = functions.setdefault(found[1], Function(found[1]))
-            location = None
+            frames, caller = (), None
         elif _OTHER_SECTION.match(line):
             function = None
         elif function is None:
             continue
         elif found := _LOCATION.match(line):
-            location = found[1], int(found[2])
+            frame = found[1], int(found[2])
+            frames = (*frames, frame) if frame == caller else (frame,)
+            caller = None if found[3] is None else (found[3], int(found[4]))
         elif found := _LABEL.match(line):
             function.labels[found[1]] = len(function.instructions)
-        elif found := _INSTRUCTION.match(line):
-            function.instructions.append(Instruction(found[2], found[3], found[1] or "", location))
     if not any(each.instructions for each in functions.values()):
         raise ListingError("no instructions in the listing")
     return functions

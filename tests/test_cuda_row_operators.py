@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,22 +33,32 @@ def rows(classes: int, dtype: torch.dtype, begin: int = 0) -> Tensor:
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("classes", [1, 33, 1030, 4097])
 def test_log_softmax_and_its_gradients(name: str, classes: int) -> None:
-    """As close to the float64 truth as the reference in float32, times 2."""
-    transform = disturbed(name)
-    upstream = torch.randn(5, classes)
+    """As close to the float64 truth as the reference in float32, times 2, in the median of the draws.
 
-    def results(input: Tensor, f: Any, backend: Any) -> list[Tensor]:
-        leaf = input.detach().requires_grad_()
-        output = ms.log_softmax(leaf, f, backend=backend)
-        gradients = torch.autograd.grad(output, [leaf, *f.parameters()], upstream.to(output.dtype))
-        return [output.detach(), *gradients]
+    The gradient of a parameter is a sum that cancels: the error of one of them is a draw of luck.
+    """
+    errors: dict[int, list[tuple[float, float]]] = {}
+    for seed in range(15):
+        transform = disturbed(name, seed)
+        generator = torch.Generator().manual_seed(seed)
+        input = 3 * torch.randn(5, classes + 1, generator=generator)[:, 1:]
+        upstream = torch.randn(5, classes, generator=generator)
+        fused, plain = (_outputs(input, transform, upstream, each) for each in ("cuda", "reference"))
+        truth = _outputs(input.double(), transform.double(), upstream, "reference")
+        for i, (got, beside, wanted) in enumerate(zip(fused, plain, truth, strict=True)):
+            norm = max(wanted.norm().item(), 1.0)
+            error = (got - wanted).norm().item() / norm, (beside - wanted).norm().item() / norm
+            errors.setdefault(i, []).append(error)
+    for i, found in errors.items():
+        of_fused, of_plain = (statistics.median(column) for column in zip(*found, strict=True))
+        assert of_fused <= 2 * of_plain + 6e-7, (i, of_fused, of_plain)
 
-    input = rows(classes, torch.float32, 1)
-    fused, plain = results(input, transform, "cuda"), results(input, transform, "reference")
-    truth = results(input.double(), transform.double(), "reference")
-    for got, beside, wanted in zip(fused, plain, truth, strict=True):
-        error, allowed = (got - wanted).norm(), 2 * (beside - wanted).norm() + 4e-7 * wanted.norm() + 1e-6
-        assert error <= allowed, (error, allowed)
+
+def _outputs(input: Tensor, transform: Any, upstream: Tensor, backend: Any) -> list[Tensor]:
+    leaf = input.detach().requires_grad_()
+    output = ms.log_softmax(leaf, transform, backend=backend)
+    gradients = torch.autograd.grad(output, [leaf, *transform.parameters()], upstream.to(output.dtype))
+    return [output.detach(), *gradients]
 
 
 @pytest.mark.parametrize("out", [torch.float32, *HALF])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,3 +96,34 @@ def head_loss_and_gradients(
 def distance(result: Tensor, truth: Tensor) -> float:
     """Euclidean, in float64."""
     return (result.double() - truth.double()).norm().item()
+
+
+class ErrorsBesideThoseOfPyTorch:
+    """Relative errors of a backend, and of the reference in float32, over draws of what they compute."""
+
+    def __init__(self) -> None:
+        self._errors: dict[str, list[tuple[float, float]]] = {}
+
+    def add(self, fused: Mapping[str, Tensor], plain: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> None:
+        """One draw. Where the truth is 0, ``fused`` must be that to 1e-7."""
+        for key, value in truth.items():
+            norm = value.norm().item()
+            if norm == 0:
+                assert distance(fused[key], value) <= 1e-7, key
+            else:
+                row = (distance(fused[key], value) / norm, distance(plain[key], value) / norm)
+                self._errors.setdefault(key, []).append(row)
+
+    def check(self) -> None:
+        """At most twice the error of the reference, plus 1e-7.
+
+        For losses and input gradients over all draws together. For the gradients of parameters in the median draw: they
+        are sums that cancel, so that the error of one of them is a draw of luck.
+        """
+        for key, rows in self._errors.items():
+            together = key in ("loss", "input")
+            of_fused, of_plain = (
+                math.sqrt(statistics.fmean(x * x for x in column)) if together else statistics.median(column)
+                for column in zip(*rows, strict=True)
+            )
+            assert of_fused <= 2 * of_plain + 1e-7, (key, of_fused, of_plain)

@@ -44,10 +44,6 @@ def _async(each: KernelFacts) -> float | None:
     return float(each.async_copies)
 
 
-def _has_wide_table_of_warps(each: KernelFacts) -> bool:
-    return "Spline" in each.kernel and "WarpSums" in each.kernel
-
-
 #: Of every kernel that is compiled, for every target.
 KERNELS: tuple[KernelBudget, ...] = (
     KernelBudget("spilled bytes", 0, "a spilled register is a store and a load", lambda each: each.spills),
@@ -56,19 +52,7 @@ KERNELS: tuple[KernelBudget, ...] = (
     KernelBudget("bytes loaded at once of chunks", 16, _CHUNK, lambda each: each.load_bytes, True),
     KernelBudget("bytes stored at once of chunks", 16, _CHUNK, lambda each: each.store_bytes, True),
     KernelBudget("copies past the registers", 1, "from sm_80 on: no thread waits for what it copies", _async, True),
-    KernelBudget(
-        "registers",
-        128,
-        "two blocks of 256 threads to a multiprocessor",
-        lambda each: None if _has_wide_table_of_warps(each) else each.registers,
-    ),
-    # Eight coefficients of a piece and six sums at once, whose look-ups in global memory it may as well overlap.
-    KernelBudget(
-        "registers",
-        160,
-        "one block of 256 threads to a multiprocessor",
-        lambda each: each.registers if _has_wide_table_of_warps(each) else None,
-    ),
+    KernelBudget("registers", 128, "two blocks of 256 threads to a multiprocessor", lambda each: each.registers),
 )
 
 #: The contract of the project: instructions per element of PLIF with all gradients.

@@ -5,8 +5,10 @@
 
 namespace monosoftmax::cuda {
 
-// Threads of a block. More would not share more: two blocks on a multiprocessor overlap the copies of one with the
-// arithmetic of the other.
+// Threads of a block, and blocks that a multiprocessor has registers for: 128 for a thread. Two blocks overlap the
+// copies of one with the arithmetic of the other, where shared memory has room for both. Left to itself, the compiler
+// spills a few registers to come down to the next step of occupancy.
+constexpr int kFewestBlocks = 2;
 constexpr int kMostThreads = 256;
 
 // A transform: its coefficients as torch has them, [size] or [rows, size].

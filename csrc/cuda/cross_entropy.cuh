@@ -156,7 +156,8 @@ __device__ void fill_with_zeros(const RowLayout<E>& layout, const Team& team, E*
 }
 
 template <class Transform, class T, class E>
-__global__ void __launch_bounds__(kMostThreads, 1) cross_entropy_kernel(const CrossEntropyArguments arguments) {
+__global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
+    cross_entropy_kernel(const CrossEntropyArguments arguments) {
   DYNAMIC_SHARED(shared);
   SHARED_ARRAY(ScanMemory, memory, [1]);
   const auto f = Transform::load(arguments.transform, shared);
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) cross_entropy_kernel(const Cr
 }
 
 template <class Transform, class T, class Sums, class E, bool kResident>
-__global__ void __launch_bounds__(kMostThreads, 1)
+__global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
     cross_entropy_gradient_kernel(const CrossEntropyArguments arguments) {
   DYNAMIC_SHARED(shared);
   SHARED_ARRAY(ScanMemory, memory, [1]);

@@ -86,7 +86,7 @@ class OtherRow {
 };
 
 template <class Transform, class T, class E>
-__global__ void __launch_bounds__(kMostThreads, 1) log_softmax_kernel(const LogSoftmaxArguments arguments) {
+__global__ void __launch_bounds__(kMostThreads, kFewestBlocks) log_softmax_kernel(const LogSoftmaxArguments arguments) {
   DYNAMIC_SHARED(shared);
   SHARED_ARRAY(ScanMemory, memory, [1]);
   constexpr int kElements = Chunk<E>::kElements;
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) log_softmax_kernel(const LogS
 }
 
 template <class Transform, class T, class Sums, class E>
-__global__ void __launch_bounds__(kMostThreads, 1)
+__global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
     log_softmax_backward_kernel(const LogSoftmaxBackwardArguments arguments) {
   DYNAMIC_SHARED(shared);
   SHARED_ARRAY(ReductionMemory<1>, memory, [2]);

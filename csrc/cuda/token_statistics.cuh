@@ -55,7 +55,8 @@ __device__ inline Seen seen_by_block(Seen seen, Seen* of_warps) {
 }
 
 template <class Transform, class T, class E>
-__global__ void __launch_bounds__(kMostThreads, 1) token_statistics_kernel(const TokenStatisticsArguments arguments) {
+__global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
+    token_statistics_kernel(const TokenStatisticsArguments arguments) {
   DYNAMIC_SHARED(shared);
   SHARED_ARRAY(ScanMemory, memory, [1]);
   SHARED_ARRAY(ReductionMemory<1>, of_gaps, [1]);

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files import write_text
 from . import cuda_command
 from .budgets import judge
 from .configurations import ALIGNED, QUICK, SHIFTED, Configuration, configurations
@@ -16,6 +15,7 @@ from .measure import measure
 from .peers import Peer, peers
 from .report import markdown
 from .triton_targets import TARGETS
+from .verdict import finish
 
 REPORT = Path(__file__).with_name("triton.md")
 
@@ -53,19 +53,7 @@ def _triton(options: argparse.Namespace) -> int:
     ]
     measurements = measure(work, options.targets, options.jobs)
     verdicts = judge(measurements)
-    text = markdown(measurements, verdicts)
-    if options.write:
-        write_text(REPORT, text)
-        print(REPORT)
-    else:
-        print(text)
-    if not options.check:
-        return 0
-    for verdict in verdicts:
-        print(verdict)
-    broken = [verdict for verdict in verdicts if not verdict.kept]
-    print(f"{len(verdicts)} figures held against their budgets, {len(broken)} broken", file=sys.stderr)
-    return 1 if broken else 0
+    return finish(markdown(measurements, verdicts), verdicts, REPORT, options.write, options.check)
 
 
 if __name__ == "__main__":

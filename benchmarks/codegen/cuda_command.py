@@ -7,12 +7,12 @@ import os
 import sys
 from pathlib import Path
 
-from ..files import write_text
 from .cuda_budgets import judge
 from .cuda_measure import MAIN_TARGET, QUICK, measure
 from .cuda_report import markdown
 from .cuda_targets import TARGETS, CudaError
 from .sass import ListingError
+from .verdict import finish
 
 REPORT = Path(__file__).with_name("cuda.md")
 
@@ -42,16 +42,4 @@ def run(options: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     verdicts = judge(measurements)
-    text = markdown(measurements, verdicts)
-    if options.write:
-        write_text(REPORT, text)
-        print(REPORT)
-    else:
-        print(text)
-    if not options.check:
-        return 0
-    for verdict in verdicts:
-        print(verdict)
-    broken = [verdict for verdict in verdicts if not verdict.kept]
-    print(f"{len(verdicts)} figures held against their budgets, {len(broken)} broken", file=sys.stderr)
-    return 1 if broken else 0
+    return finish(markdown(measurements, verdicts), verdicts, REPORT, options.write, options.check)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from .cuda_configurations import ALIGNED, Configuration
 from .cuda_devices import LANES, SHARED_BYTES, SPECIAL_FUNCTIONS, SPEEDS
 from .cuda_measure import MAIN_TARGET, KernelFacts, Measurement, Measurements
 from .cuda_roofline import ISSUE, MEMORY, SHARED, SPECIAL, roofline
 from .cuda_targets import FLAGS, TARGETS, nvcc_version
-from .verdict import Verdict
+from .tables import line, table
+from .verdict import Verdict, summary
 
 _DETAILS = (
     "transform", "operator", "rows", "threads", "cluster", "registers", "KiB shared", "blocks", "occupancy", "load",
@@ -51,16 +52,16 @@ def markdown(measurements: Measurements, verdicts: Sequence[Verdict]) -> str:
     found = measurements.configurations
     parts = [_INTRODUCTION.format(version=nvcc_version(), flags=" ".join(FLAGS))]
     parts.append(f"## Spills\n\n{_spills(measurements.kernels)}\n")
-    parts.append(f"## bf16 for {MAIN_TARGET}, V = {ALIGNED}\n\n{_table(_DETAILS, detail_lines(found))}\n")
-    parts.append(f"## Bounds by data sheets\n\n{_bounds_text()}\n\n{_table(_bound_heads(), bound_lines(found))}\n")
-    parts.append(f"## Other rows for {MAIN_TARGET}\n\n{_table(_SHORT, other_lines(found))}\n")
+    parts.append(f"## bf16 for {MAIN_TARGET}, V = {ALIGNED}\n\n{table(_DETAILS, detail_lines(found))}\n")
+    parts.append(f"## Bounds by data sheets\n\n{_bounds_text()}\n\n{table(_bound_heads(), bound_lines(found))}\n")
+    parts.append(f"## Other rows for {MAIN_TARGET}\n\n{table(_SHORT, other_lines(found))}\n")
     heads = ("transform", "operator", *TARGETS)
     text = "bf16, V = 50304: instr/elem on each target; then rows, threads and cluster of the plan, and occupancy."
-    plans = _table(heads, plan_lines(found))
-    parts.append(f"## Every target\n\n{text}\n\n{_table(heads, count_lines(found))}\n\n{plans}\n")
+    plans = table(heads, plan_lines(found))
+    parts.append(f"## Every target\n\n{text}\n\n{table(heads, count_lines(found))}\n\n{plans}\n")
     heads = ("kernel", "logits", *TARGETS)
-    parts.append(f"## Registers of every kernel\n\n{_table(heads, register_lines(measurements.kernels))}\n")
-    parts.append(f"## Budgets\n\n{_budgets(verdicts)}\n")
+    parts.append(f"## Registers of every kernel\n\n{table(heads, register_lines(measurements.kernels))}\n")
+    parts.append(f"## Budgets\n\n{summary(verdicts, 'benchmarks/codegen/cuda_budgets.py')}\n")
     return "\n".join(parts)
 
 
@@ -77,7 +78,7 @@ def detail_lines(measurements: Sequence[Measurement]) -> list[str]:
         cells += [_number(x) for x in (figures.main, figures.main_path, figures.whole, figures.whole_path)]
         cells += [_number(figures.all_options) if _has_options(one) else None]
         cells += [_number(figures.special), f"{figures.shared_bytes:.1f}"]
-        lines.append(_line(cells))
+        lines.append(line(cells))
     return lines
 
 
@@ -95,7 +96,7 @@ def bound_lines(measurements: Sequence[Measurement]) -> list[str]:
             bounds = roofline(one, each.figures, speeds)
             cells += [f"{1e12 * bounds.seconds[name]:.2f}" for name in (MEMORY, ISSUE, SPECIAL, SHARED)]
             cells.append(f"{_percent(bounds.of_memory_bandwidth)} ({bounds.bound})")
-        lines.append(_line(cells))
+        lines.append(line(cells))
     return lines
 
 
@@ -110,7 +111,7 @@ def other_lines(measurements: Sequence[Measurement]) -> list[str]:
         cells: list[object] = [one.transform, one.operator, one.dtype, one.classes, plan.rows, plan.threads]
         cells += [plan.cluster, each.blocks, _percent(each.occupancy)]
         cells += [_number(x) for x in (figures.main, figures.main_path, figures.whole, figures.whole_path)]
-        lines.append(_line(cells))
+        lines.append(line(cells))
     return lines
 
 
@@ -131,7 +132,7 @@ def register_lines(kernels: Sequence[KernelFacts]) -> list[str]:
 
 def _by_target(known: dict[tuple[tuple[str, str], str], str]) -> list[str]:
     subjects = dict.fromkeys(subject for subject, _ in known)
-    return [_line((*subject, *(known.get((subject, target)) for target in TARGETS))) for subject in subjects]
+    return [line((*subject, *(known.get((subject, target)) for target in TARGETS))) for subject in subjects]
 
 
 def _ordinary(measurements: Sequence[Measurement]) -> list[Measurement]:
@@ -185,23 +186,6 @@ def _bounds_text() -> str:
 
 def _bound_heads() -> tuple[str, ...]:
     return ("transform", "operator", *_BOUNDS)
-
-
-def _budgets(verdicts: Sequence[Verdict]) -> str:
-    broken = [each for each in verdicts if not each.kept]
-    if not broken:
-        return f"All {len(verdicts)} are kept (`benchmarks/codegen/cuda_budgets.py`)."
-    lines = [f"- {str(each).removeprefix('BROKEN ')}" for each in broken]
-    return "\n".join([f"{len(broken)} of {len(verdicts)} are broken (`benchmarks/codegen/cuda_budgets.py`):\n", *lines])
-
-
-def _table(heads: Iterable[object], lines: Iterable[str]) -> str:
-    heads = list(heads)
-    return "\n".join([_line(heads), _line(["---"] * len(heads)), *lines])
-
-
-def _line(cells: Iterable[object]) -> str:
-    return f"| {' | '.join('' if each is None else str(each) for each in cells)} |"
 
 
 def _number(value: float) -> str:

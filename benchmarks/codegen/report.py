@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import triton
 
-from .budgets import Verdict
 from .configurations import ALIGNED, HEAD_BACKWARD, HEAD_LOSS, SHIFTED, Configuration
 from .measure import MAIN_TARGET, Measurement
 from .peers import Peer
+from .tables import line, table
 from .triton_targets import TARGETS
+from .verdict import Verdict, summary
 
 _COUNTED = [name for name, target in TARGETS.items() if target.backend == "cuda"]
 _DETAILS = (
@@ -44,24 +45,24 @@ def markdown(measurements: Sequence[Measurement], verdicts: Sequence[Verdict]) -
     targets = list(dict.fromkeys(each.target for each in ours))
     parts = [_INTRODUCTION]
     parts.append(f"## Spills\n\n{_spills(ours, spilling, targets)}\n")
-    parts.append(f"## Compiled for {MAIN_TARGET}\n\n{_table(_DETAILS, detail_lines(ours))}\n")
+    parts.append(f"## Compiled for {MAIN_TARGET}\n\n{table(_DETAILS, detail_lines(ours))}\n")
     parts.append(
         "## Compiled for every target\n\nThread instructions of the main loops per element on NVIDIA's, then "
-        f"registers.\n\n{_table(_COUNTS, count_lines(ours))}\n"
+        f"registers.\n\n{table(_COUNTS, count_lines(ours))}\n"
     )
     heads = head_lines(ours)
     if heads:
         parts.append(
             "## The recomputed head\n\nIts logits are in no memory: registers of a thread, KiB of shared memory and "
-            f"matrix instructions, bf16, d = 1024.\n\n{_table(_HEADS, heads)}\n"
+            f"matrix instructions, bf16, d = 1024.\n\n{table(_HEADS, heads)}\n"
         )
     theirs = [each for each in measurements if isinstance(each.configuration, Peer)]
     if theirs:
         parts.append(
             f"## Other packages, compiled for {MAIN_TARGET}\n\nLaunched by their own launchers, counted in the same "
-            f"way.\n\n{_table(_PEERS, peer_lines(theirs))}\n"
+            f"way.\n\n{table(_PEERS, peer_lines(theirs))}\n"
         )
-    parts.append(f"## Budgets\n\n{_budgets(verdicts)}\n")
+    parts.append(f"## Budgets\n\n{summary(verdicts, 'benchmarks/codegen/budgets.py')}\n")
     return "\n".join(parts)
 
 
@@ -86,7 +87,7 @@ def detail_lines(measurements: Sequence[Measurement]) -> list[str]:
             cells += [None] * 3
         else:
             cells += [_number(shifted.main), _number(shifted.whole), shifted.registers]
-        lines.append(_line(cells))
+        lines.append(line(cells))
     return lines
 
 
@@ -99,7 +100,7 @@ def count_lines(measurements: Sequence[Measurement]) -> list[str]:
             continue
         counts = [_number(known[one, target].main) if (one, target) in known else None for target in _COUNTED]
         registers = [known[one, target].registers if (one, target) in known else None for target in TARGETS]
-        lines.append(_line((*_names(one), *counts, *registers)))
+        lines.append(line((*_names(one), *counts, *registers)))
     return lines
 
 
@@ -114,7 +115,7 @@ def head_lines(measurements: Sequence[Measurement]) -> list[str]:
             else None
             for target in TARGETS
         ]
-        lines.append(_line((*_names(one), *cells)))
+        lines.append(line((*_names(one), *cells)))
     return lines
 
 
@@ -126,7 +127,7 @@ def _is_head(measurement: Measurement) -> bool:
 def peer_lines(measurements: Sequence[Measurement]) -> list[str]:
     """A line for each kernel of another package."""
     return [
-        _line((
+        line((
             each.configuration, each.threads, each.registers, each.spills, each.shared, ", ".join(each.matrix),
             _number(each.main), _number(each.whole),
         ))
@@ -144,23 +145,6 @@ def _spills(ours: Sequence[Measurement], spilling: Sequence[Measurement], target
     if not spilling:
         return f"None in {len(ours)} compiled kernels, for {', '.join(targets)}."
     return "\n".join(f"- {each.configuration} for {each.target}: {each.spills} bytes a thread" for each in spilling)
-
-
-def _budgets(verdicts: Sequence[Verdict]) -> str:
-    broken = [each for each in verdicts if not each.kept]
-    if not broken:
-        return f"All {len(verdicts)} are kept (`benchmarks/codegen/budgets.py`)."
-    lines = [f"- {str(each).removeprefix('BROKEN ')}" for each in broken]
-    return "\n".join([f"{len(broken)} of {len(verdicts)} are broken (`benchmarks/codegen/budgets.py`):\n", *lines])
-
-
-def _table(heads: Iterable[object], lines: Iterable[str]) -> str:
-    heads = list(heads)
-    return "\n".join([_line(heads), _line(["---"] * len(heads)), *lines])
-
-
-def _line(cells: Iterable[object]) -> str:
-    return f"| {' | '.join('' if each is None else str(each) for each in cells)} |"
 
 
 def _number(value: float | None) -> str | None:

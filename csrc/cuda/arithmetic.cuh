@@ -221,11 +221,7 @@ class UniformPieces<cuda::Pack<float, W>, true> {
     }
     return piece;
   }
-  static constexpr int64_t entries(int64_t count) {
-    int64_t power = 1;
-    while (power < count) power *= 2;
-    return power + 1;
-  }
+  static constexpr int64_t entries(int64_t count) { return padded_entries(count); }
 
  private:
   float scale_, step_, last_;

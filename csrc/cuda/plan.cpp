@@ -24,12 +24,22 @@ constexpr int64_t kWarpTablesBytes = 64 << 20, kWarpTablesBytesDeterministic = 2
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-// Entries of a table for look-ups: of PLIF a power of two and one (UniformPieces of a device).
+// Entries of a table for look-ups in shared memory.
+template <template <class> class F>
+int64_t entries_of(int64_t size) {
+  return size;
+}
+template <template <class, bool> class F>
+int64_t entries_of(int64_t size) {
+  return F<float, true>::kUniformPieces ? padded_entries(size) : size;
+}
+
 int64_t entries_of(std::string_view transform, int64_t size) {
-  if (transform != "plif") return size;
-  int64_t power = 1;
-  while (power < size) power *= 2;
-  return power + 1;
+#define ROW(NAME, CLASS, ROWS, SMALLEST, LARGEST) \
+  if (transform == NAME) return entries_of<CLASS>(size);
+  MONOSOFTMAX_TRANSFORMS(ROW)
+#undef ROW
+  return size;
 }
 
 class Planner {

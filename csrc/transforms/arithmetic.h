@@ -123,6 +123,13 @@ MONOSOFTMAX_HD T clamp_index(T x, T hi) {
   return A::select(A::less(hi, from_zero), hi, from_zero);
 }
 
+// Entries of a table for look-ups that are clamped to a power of two: those beyond `count` repeat the last one.
+constexpr int64_t padded_entries(int64_t count) {
+  int64_t power = 1;
+  while (power < count) power *= 2;
+  return power + 1;
+}
+
 // The piece of width 1 / inverse_width, of `count` that begin at 0, in which an offset lies; the first or last one
 // where it lies beyond them.
 template <class T, bool kSmall>
@@ -136,7 +143,7 @@ class UniformPieces {
   MONOSOFTMAX_HD typename A::Piece operator()(T offset) const {
     return A::piece(clamp_index(A::floor(offset * inverse_width_), last_));
   }
-  // Entries that a table for look-ups by them has: those beyond `count` repeat the last one.
+  // Of a table for look-ups by them.
   static constexpr int64_t entries(int64_t count) { return count; }
 
  private:

@@ -14,6 +14,7 @@ class Plif {
  public:
   using S = typename Arithmetic<T>::Scalar;
   static constexpr int kTableRows = 2;
+  static constexpr bool kUniformPieces = true;
   // The line of piece k, from its slope and value.
   static MONOSOFTMAX_HD void derive(S* piece, int64_t k, const double* constants) {
     const S knot = static_cast<S>(constants[0]) + static_cast<S>(k) * static_cast<S>(constants[1]);

@@ -14,6 +14,7 @@ class Spline {
  public:
   using S = typename Arithmetic<T>::Scalar;
   static constexpr int kTableRows = 6, kDerived = 2;
+  static constexpr bool kUniformPieces = false;
   // s and 1 / width
   static MONOSOFTMAX_HD void derive(S* piece, int64_t, const double*) {
     piece[6] = piece[3] / piece[1];

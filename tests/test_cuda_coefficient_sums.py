@@ -81,7 +81,7 @@ def test_explain_says_how() -> None:
 
 
 def test_lanes_meet_in_pieces() -> None:
-    """Of logits as a language model has them, a normal bulk and a few large ones, most lanes of a warp meet others.
+    """Of a normal bulk of logits and a few large ones, most lanes of a warp meet others.
 
     That is why each thread has a table of its own: with one for a warp, the additions of a warp to one address would
     wait for each other. Counted where lanes are matched, in the kernel for tables of warps.

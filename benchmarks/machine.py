@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
+
+import torch
+
+import monosoftmax as ms
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -34,6 +40,21 @@ def commit() -> str | None:
     except FileNotFoundError:
         return None
     return found.stdout.strip() if found.returncode == 0 else None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, sources and machine, without its name, of a program that computes on the CPU."""
+    return {
+        "monosoftmax": ms.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def compiler() -> str | None:

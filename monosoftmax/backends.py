@@ -24,6 +24,9 @@ from .transforms import Identity, MonotonicTransform
 BackendName = Literal["auto", "reference", "cpu", "triton", "cuda"]
 Operation = Literal["cross_entropy", "linear_cross_entropy", "linear_token_statistics", "log_softmax"]
 
+#: What a target is: class indices, class probabilities, or class probabilities whose gradient is asked for.
+TargetKind = Literal["indices", "probabilities", "differentiated probabilities"]
+
 
 def _load_extension() -> tuple[ModuleType | None, str]:
     """The compiled extension, or the reason why it cannot be used."""
@@ -62,6 +65,8 @@ class Call:
     #: Of the head: what is asked for, and whether the size of a chunk is.
     method: str = "auto"
     has_chunk_rows: bool = False
+    #: Of cross_entropy.
+    target_kind: TargetKind = "indices"
     #: Logits of the shape in question, where someone asks how they are dealt with.
     like: Tensor | None = None
 
@@ -103,6 +108,13 @@ class _Backend:
     how: Callable[[Call], str]
 
 
+def target_kind(target: Tensor) -> TargetKind:
+    """What ``target`` is to a call."""
+    if not target.is_floating_point():
+        return "indices"
+    return "differentiated probabilities" if target.requires_grad and torch.is_grad_enabled() else "probabilities"
+
+
 def _reference_how(call: Call) -> str:
     return "plain PyTorch; holds the transformed logits [N, V] in float32 or float64"
 
@@ -125,6 +137,8 @@ def _cpu_refusal(call: Call) -> str | None:
         return f"it takes CPU tensors, input is on {call.device}"
     if call.method == "recompute":
         return 'it has no method="recompute": the triton backend has'
+    if call.target_kind != "indices":
+        return _NO_PROBABILITIES
     return _no_fused_kernel(call)
 
 
@@ -133,6 +147,8 @@ def _no_fused_kernel(call: Call) -> str | None:
         return f"{type(call.transform).__name__} has no fused kernel"
     return None
 
+
+_NO_PROBABILITIES = "its cross_entropy takes class indices, class probabilities are not implemented in it"
 
 _CHUNKED_HOW = "chunks of rows through one buffer of logits: matrix product, fused "
 
@@ -196,6 +212,8 @@ def _triton_refusal(call: Call) -> str | None:
         return f"it takes CUDA tensors, input is on {call.device}"
     if call.dtype == torch.float64:
         return "it computes in float32, input is float64"
+    if call.target_kind != "indices":
+        return _NO_PROBABILITIES
     return _no_fused_kernel(call)
 
 
@@ -293,6 +311,8 @@ def _cuda_refusal(call: Call) -> str | None:
         return "it computes in float32, input is float64"
     if call.method == "recompute":
         return 'it has no method="recompute": the triton backend has'
+    if call.target_kind != "indices":
+        return _NO_PROBABILITIES
     return _no_fused_kernel(call)
 
 
@@ -335,6 +355,7 @@ def explain(
     input: Tensor,
     transform: MonotonicTransform | None = None,
     *,
+    target: Tensor | None = None,
     backend: BackendName = "auto",
     method: Literal["auto", "chunked", "recompute"] = "auto",
 ) -> Explanation:
@@ -345,17 +366,23 @@ def explain(
         input: the logits, or the input of the head. Its device and dtype are looked at, and the shape of logits [N, V],
             not its values.
         transform: as given to the call.
+        target: as given to ``cross_entropy``, of which it matters whether it is class probabilities and whether they
+            require a gradient; class indices where there is none.
         backend: as given to the call.
         method: as given to ``linear_cross_entropy``.
 
     Raises:
-        ValueError: ``operation`` or ``backend`` is unknown, or the named backend cannot take the call.
+        ValueError: ``operation`` or ``backend`` is unknown, the named backend cannot take the call, or ``target`` is
+            class probabilities and ``operation`` not ``"cross_entropy"``.
     """
     if operation not in get_args(Operation):
         raise ValueError(f"operation must be one of {', '.join(get_args(Operation))}, got {operation!r}")
     transform = Identity() if transform is None else transform
     like = input if operation == "cross_entropy" and input.dim() == 2 else None
-    call = Call(operation, input.device.type, input.dtype, transform, method, like=like)
+    kind = "indices" if target is None else target_kind(target)
+    if kind != "indices" and operation != "cross_entropy":
+        raise ValueError(f'target must be class indices for operation "{operation}", got class probabilities')
+    call = Call(operation, input.device.type, input.dtype, transform, method, target_kind=kind, like=like)
     chosen, refused = _choose(call, backend)
     return Explanation(chosen, _BACKENDS[chosen].how(call), refused)
 

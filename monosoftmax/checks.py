@@ -17,6 +17,9 @@ HeadMethod = Literal["auto", "chunked", "recompute"]
 FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IDENTITY = Identity()
 
+#: The default of ``ignore_index``.
+IGNORE_INDEX = -100
+
 
 def check_transform(transform: MonotonicTransform | None) -> MonotonicTransform:
     if transform is None:
@@ -47,12 +50,30 @@ def check_target(target: Tensor, device: torch.device) -> None:
     check_tensor("target", target)
     if target.is_floating_point():
         raise NotImplementedError(
-            f"target must be int64 class indices, got {target.dtype}: class probabilities are not supported"
+            f"target must be int64 class indices, got {target.dtype}: class probabilities are not supported here, "
+            "where nothing of the size of the logits is held; monosoftmax.cross_entropy takes them"
         )
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64 class indices, got {target.dtype}")
     if target.device != device:
         raise ValueError(f"target must be on {device} like input, got {target.device}")
+
+
+def check_class_probabilities(target: Tensor, input: Tensor, ignore_index: int) -> None:
+    check_floating("target", target)
+    if target.shape != input.shape:
+        raise ValueError(
+            f"target must have the shape of input, {tuple(input.shape)}, where it is {target.dtype} class "
+            f"probabilities, got {tuple(target.shape)}"
+        )
+    if target.device != input.device:
+        raise ValueError(f"target must be on {input.device} like input, got {target.device}")
+    check_ignore_index(ignore_index)
+    if ignore_index != IGNORE_INDEX:
+        raise ValueError(
+            f"ignore_index must be left at its default, {IGNORE_INDEX}, where target is class probabilities, of which "
+            f"none are ignored: got {ignore_index}"
+        )
 
 
 def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor) -> None:

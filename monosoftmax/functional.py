@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import autograd, reference
-from .backends import BackendName, Call, choose, head_method
+from .backends import BackendName, Call, choose, head_method, target_kind
 from .checks import (
     FLOATING_DTYPES,
     HeadMethod,
     Reduction,
+    check_class_probabilities,
     check_device,
     check_floating,
     check_head,
@@ -21,6 +22,7 @@ from .checks import (
     check_ignore_index,
     check_loss_options,
     check_target,
+    check_tensor,
     check_transform,
 )
 from .transforms import MonotonicTransform
@@ -28,7 +30,7 @@ from .transforms.base import arithmetic_dtype
 
 
 class Losses(NamedTuple):
-    """The losses of the rows and lse, both of target's shape, and their mean or sum; None for reduction "none"."""
+    """The losses of the rows and lse, both of the shape of class indices, and their mean or sum, None for "none"."""
 
     rows: Tensor
     lse: Tensor
@@ -98,29 +100,37 @@ def cross_entropy(
     with q the target distribution after ``weight`` and ``label_smoothing``, exactly as in PyTorch. Arithmetic is in
     float32 (float64 for float64), and so is the result, whatever the dtype of ``input``.
 
+    For class probabilities t, :math:`q_{ij} = ((1 - \epsilon) t_{ij} + \epsilon / V) w_j` with label smoothing
+    :math:`\epsilon` and weights w; t need not add up to 1. A class with q = 0 adds nothing to the loss, also where its
+    probability is 0 because its logit is -inf: PyTorch gives NaN there.
+
     A fused backend computes the gradient of a mean or sum together with the loss, while the logits are at hand, and
     scales it in the backward pass; where nothing needs a gradient, or under ``torch.no_grad()``, it computes the loss
     only. Other gradients (``reduction="none"``, lse) take a second pass over the logits.
 
     Args:
         input: logits z, (V,), (N, V) or (N, V, d1, ...); float32, bfloat16, float16 or float64.
-        target: class indices, int64, of the shape of ``input`` without V.
+        target: class indices, int64, of the shape of ``input`` without V; or class probabilities, of any floating dtype
+            listed for ``input`` and of the shape of ``input``. The reference backend differentiates with respect to
+            probabilities, and ``"auto"`` chooses it where they require a gradient.
         transform: f; ``None`` is Linear-Softmax.
         weight: weight of each class, (V,).
-        ignore_index: targets of this value get loss 0 and gradient 0.
+        ignore_index: targets of this value get loss 0 and gradient 0. Not for class probabilities.
         label_smoothing: share of the target probability that is spread over all classes, in [0, 1].
         z_loss: weight of lse^2, added to the loss of every row that is not ignored; not multiplied by ``weight``.
         reduction: ``"mean"`` divides the sum by the number of rows that are not ignored (by the sum of the weights of
-            their targets, where ``weight`` is given), and is NaN when there are none, as in PyTorch.
-        return_lse: also return lse, of the shape of ``target``; it is differentiable.
+            their targets, where ``weight`` is given), and is NaN when there are none, as in PyTorch. For class
+            probabilities it divides by the number of rows.
+        return_lse: also return lse, of the shape of ``input`` without V; it is differentiable.
         backend: ``"auto"``, or a name from :func:`monosoftmax.backends.available`.
 
     Returns:
-        The loss, a scalar or, for ``reduction="none"``, of the shape of ``target``; with ``return_lse``, a pair.
+        The loss, a scalar or, for ``reduction="none"``, of the shape of ``input`` without V; with ``return_lse``, a
+        pair.
 
     Raises:
         TypeError, ValueError, NotImplementedError: an argument has the wrong type, shape, dtype, device or range, or
-            is of a kind (DTensor, sparse, class probabilities) that is not supported.
+            is of a kind (DTensor, sparse) that is not supported.
         IndexError: a target is out of range, on the CPU. On other devices, and in compiled code of the reference
             backend, the loss of that row is NaN.
 
@@ -128,22 +138,34 @@ def cross_entropy(
     """
     transform = check_transform(transform)
     check_floating("input", input)
-    check_target(target, input.device)
+    check_tensor("target", target)
     if input.dim() == 0:
         raise ValueError("input must have at least 1 dimension, (V,) or (N, V, ...), got a scalar")
     class_dim = 0 if input.dim() == 1 else 1
     classes = input.shape[class_dim]
-    expected = input.shape[:class_dim] + input.shape[class_dim + 1 :]
-    if target.shape != expected:
-        raise ValueError(
-            f"target must have the shape of input without its class dimension, {tuple(expected)} for input "
-            f"{tuple(input.shape)}, got {tuple(target.shape)}"
-        )
+    without_classes = input.shape[:class_dim] + input.shape[class_dim + 1 :]
+    probabilities = target.is_floating_point()
+    if probabilities:
+        check_class_probabilities(target, input, ignore_index)
+    else:
+        check_target(target, input.device)
+        if target.shape != without_classes:
+            raise ValueError(
+                f"target must have the shape of input without its class dimension, {tuple(without_classes)} for input "
+                f"{tuple(input.shape)}, got {tuple(target.shape)}"
+            )
     check_loss_options(classes, input.device, weight, ignore_index, label_smoothing, z_loss, reduction)
     check_device("transform", transform, input.device)
 
-    chosen = choose(Call("cross_entropy", input.device.type, input.dtype, transform), backend)
+    call = Call("cross_entropy", input.device.type, input.dtype, transform, target_kind=target_kind(target))
+    chosen = choose(call, backend)
     rows = input.movedim(class_dim, -1).reshape(-1, classes)
+    if probabilities:
+        target = target.movedim(class_dim, -1).reshape(-1, classes)
+        loss, lse, total = _losses_of_probabilities(
+            rows, target, transform, weight, label_smoothing, z_loss, reduction, return_lse, chosen
+        )
+        return Losses(loss.reshape(without_classes), lse.reshape(without_classes), total).result(return_lse)
     losses = _losses_of_rows(
         rows, target, transform, weight, ignore_index, label_smoothing, z_loss, reduction, return_lse, chosen
     )
@@ -420,6 +442,27 @@ def _losses_of_rows(
             backend, rows, row_target, transform, weight, ignore_index, label_smoothing, z_loss, return_lse, scale
         )
     return Losses(loss.reshape(target.shape), lse.reshape(target.shape), None if normalizer is None else total)
+
+
+def _losses_of_probabilities(
+    rows: Tensor,
+    target: Tensor,
+    transform: MonotonicTransform,
+    weight: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: Reduction,
+    return_lse: bool,
+    backend: str,
+) -> Losses:
+    """The losses of logits ``rows`` [N, V] for class probabilities ``target`` [N, V]."""
+    weight = _class_weight(weight, rows)
+    loss, lse = reference.cross_entropy_of_probabilities(
+        rows, target, transform, weight, label_smoothing, z_loss, return_lse
+    )
+    if reduction == "none":
+        return Losses(loss, lse, None)
+    return Losses(loss, lse, loss.sum() if reduction == "sum" else loss.mean())
 
 
 def _normalizer(

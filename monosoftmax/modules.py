@@ -25,7 +25,8 @@ class MonotonicCrossEntropyLoss(nn.Module):
         transform: f; ``None`` is Linear-Softmax.
         weight, ignore_index, label_smoothing, z_loss, reduction, backend: as in :func:`monosoftmax.cross_entropy`.
 
-    Shapes: input (V,), (N, V) or (N, V, d1, ...), target without V; returns a scalar, or target's shape for "none".
+    Shapes: input (V,), (N, V) or (N, V, d1, ...); target of that shape without V, or of that shape where it is class
+    probabilities; returns a scalar, or the shape without V for "none".
     """
 
     weight: Tensor | None

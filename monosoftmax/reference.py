@@ -4,7 +4,9 @@ Rows are [N, V] logits z. With y = f(z), lse = logsumexp(y), q the smoothed and 
 
     loss_i = sum_j q_ij (lse_i - y_ij) + z_loss * lse_i^2        q_ij = (1 - eps) w_t [j = t] + eps / V * w_j
 
-exactly as ``torch.nn.functional.cross_entropy`` combines ``weight`` and ``label_smoothing``.
+exactly as ``torch.nn.functional.cross_entropy`` combines ``weight`` and ``label_smoothing``. For class probabilities t:
+
+    q_ij = ((1 - eps) t_ij + eps / V) w_j
 """
 
 from __future__ import annotations
@@ -56,6 +58,37 @@ def cross_entropy(
         lse = torch.zeros_like(loss)
     loss = torch.where(valid, loss, torch.zeros_like(loss))
     loss = torch.where(outside, torch.full_like(loss, torch.nan), loss)
+    return loss, lse
+
+
+def cross_entropy_of_probabilities(
+    input: Tensor,
+    target: Tensor,
+    transform: MonotonicTransform,
+    weight: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loss [N] and lse [N] of rows ``input`` [N, V] for class probabilities ``target`` [N, V]; lse 0 where not asked.
+
+    Differentiable with respect to ``target`` too. A class with q = 0 adds nothing, also where its log p is -inf: there
+    the gradient of ``target`` is 0.
+    """
+    y = transformed(input, transform)
+    log_p = F.log_softmax(y, dim=1)
+    q = target.to(log_p.dtype)
+    if label_smoothing > 0:
+        q = (1 - label_smoothing) * q + label_smoothing / input.shape[1]
+    if weight is not None:
+        q = q * weight
+    # 0 * inf is NaN, and so would its derivative be.
+    loss = -(q * log_p.masked_fill((q == 0) & torch.isneginf(log_p), 0.0)).sum(1)
+    if not (return_lse or z_loss > 0):
+        return loss, torch.zeros_like(loss)
+    lse = torch.logsumexp(y, 1)
+    if z_loss > 0:
+        loss = loss + z_loss * lse.square()
     return loss, lse
 
 

@@ -34,7 +34,7 @@ LOGITS, TARGET = torch.randn(4, 9), torch.tensor([0, 8, -100, 3])
         ({"target": torch.tensor([0, 1])}, ValueError, r"target must have the shape.*\(4,\).*got \(2,\)"),
         ({"target": torch.zeros(4, 1, dtype=torch.int64)}, ValueError, r"target must have the shape.*got \(4, 1\)"),
         ({"target": torch.zeros(4, dtype=torch.int32)}, TypeError, "target must be int64.*got torch.int32"),
-        ({"target": torch.rand(4, 9)}, NotImplementedError, "class probabilities are not supported"),
+        ({"target": torch.rand(4, 8)}, ValueError, r"target must have the shape of input, \(4, 9\),.*got \(4, 8\)"),
         ({"target": TARGET.to("meta")}, ValueError, "target must be on cpu like input, got meta"),
         ({"transform": F.softplus}, TypeError, "transform must be a monosoftmax transform or None, got builtin"),
         ({"transform": ms.transforms.PLIF(device="meta")}, ValueError, "transform must be on cpu like input, got meta"),

@@ -129,6 +129,140 @@ def test_bad_matrices():
         analysis.effective_rank(torch.tensor([1.0, -2.0]))
 
 
+# --- large matrices, and the numerical rank -------------------------------------------------------------------------
+
+
+def with_spectrum(values, rows=90, columns=120) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    u, v = (
+        torch.linalg.qr(torch.randn(n, len(values), generator=generator, dtype=torch.float64)).Q
+        for n in (rows, columns)
+    )
+    return u * torch.as_tensor(values, dtype=torch.float64) @ v.t()
+
+
+def test_leading_spectrum_of_known_values():
+    known = torch.tensor([100.0, 30.0, 10.0, 3.0, 1.0], dtype=torch.float64)
+    values = analysis.leading_spectrum(with_spectrum(known), 5)
+    assert (values.shape, values.dtype) == ((5,), torch.float64)
+    torch.testing.assert_close(values, known)
+    torch.testing.assert_close(analysis.leading_spectrum(with_spectrum(known).reshape(9, 10, 120), 3), known[:3])
+    # float32 is computed in float64 too: what is left is the rounding of the matrix.
+    single = analysis.leading_spectrum(with_spectrum(known).float().requires_grad_(), 5)
+    torch.testing.assert_close(single, known, rtol=0, atol=1e-5)
+    assert not single.requires_grad
+
+
+def test_leading_spectrum_is_a_lower_bound_within_the_error_of_its_source():
+    known = torch.arange(1, 91, dtype=torch.float64).reciprocal()
+    matrix, k = with_spectrum(known), 20
+    errors = []
+    for iterations in (0, 1, 4):
+        error = known[:k] - analysis.leading_spectrum(matrix, k, iterations=iterations, seed=3)
+        factor = 1 + math.sqrt(k / 9) + math.e * math.sqrt(k + 10) / 10 * math.sqrt(90 - k)
+        assert error.min() > -1e-14
+        assert error.max() <= factor ** (1 / (2 * iterations + 1)) * known[k]
+        errors.append(error.max().item())
+    # Power iterations are what makes a slow decay affordable.
+    assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
+
+
+def test_leading_spectrum_is_exact_where_it_spans_the_whole_matrix(logits):
+    log_p = ms.log_softmax(logits, SigSoftmax(), backend="reference")
+    torch.testing.assert_close(analysis.leading_spectrum(log_p, 90), analysis.spectrum(log_p))
+    assert analysis.effective_rank(log_p, 1e-5, max_rank=90) == analysis.effective_rank(log_p, 1e-5)
+
+
+def test_leading_spectrum_depends_on_its_seed_alone(logits):
+    log_p = ms.log_softmax(logits, SigSoftmax(), backend="reference")
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = analysis.leading_spectrum(log_p, 20)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert torch.equal(analysis.leading_spectrum(log_p, 20, seed=0), first)
+    assert not torch.equal(analysis.leading_spectrum(log_p, 20, seed=1), first)
+
+
+def test_effective_rank_from_leading_values_is_the_exact_one(logits):
+    log_p = ms.log_softmax(logits, SigSoftmax(), backend="reference").float()
+    norm = log_p.double().square().sum().item()
+    values = analysis.spectrum(log_p)
+    for tolerance in (1e-2, 1e-3, 1e-4):
+        exact = analysis.effective_rank(log_p, tolerance)
+        assert analysis.effective_rank(log_p, tolerance, max_rank=60) == exact
+        assert analysis.effective_rank(values[:exact].flip(0), tolerance, squared_norm=norm) == exact
+        with pytest.raises(
+            ValueError, match=f"the leading {exact - 1} singular values leave out .* than the tolerance"
+        ):
+            analysis.effective_rank(values[: exact - 1], tolerance, squared_norm=norm)
+        with pytest.raises(ValueError, match=r"the leading 1 singular values .*: give a larger max_rank"):
+            analysis.effective_rank(log_p, tolerance, max_rank=1)
+    assert analysis.effective_rank(torch.zeros(4, 5), max_rank=2) == 0
+    assert analysis.effective_rank(torch.zeros(2), squared_norm=0) == 0
+    with pytest.raises(ValueError, match="the leading 2 singular values leave out 1 of the squared norm"):
+        analysis.effective_rank(torch.zeros(2), squared_norm=1.0)
+
+
+def test_bad_arguments_for_large_matrices(logits):
+    with pytest.raises(TypeError, match="log_probs must be a Tensor, got list"):
+        analysis.leading_spectrum([1.0], 1)
+    with pytest.raises(ValueError, match=r"log_probs must have shape \(..., V\) and not be empty"):
+        analysis.leading_spectrum(torch.ones(3), 1)
+    for k in (0, 91):
+        with pytest.raises(ValueError, match=rf"k must be from 1 to min\(N, V\) = 90, got {k}"):
+            analysis.leading_spectrum(logits, k)
+        with pytest.raises(ValueError, match=rf"max_rank must be from 1 to min\(N, V\) = 90, got {k}"):
+            analysis.effective_rank(logits, max_rank=k)
+    with pytest.raises(TypeError, match="k must be an integer, got float"):
+        analysis.leading_spectrum(logits, 2.0)
+    with pytest.raises(TypeError, match="max_rank must be an integer, got bool"):
+        analysis.effective_rank(logits, max_rank=True)
+    for name in ("iterations", "seed"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
+            analysis.leading_spectrum(logits, 2, **{name: -1})
+    values = torch.ones(3)
+    with pytest.raises(ValueError, match="max_rank goes with a matrix, got 2 with singular values"):
+        analysis.effective_rank(values, max_rank=2)
+    with pytest.raises(ValueError, match="squared_norm goes with singular values, got 3 with a matrix"):
+        analysis.effective_rank(logits, squared_norm=3)
+    with pytest.raises(
+        ValueError, match="squared_norm must be at least the sum of the squared singular values, 3, got 2"
+    ):
+        analysis.effective_rank(values, squared_norm=2)
+    with pytest.raises(ValueError, match="squared_norm must be finite, got nan"):
+        analysis.effective_rank(values, squared_norm=math.nan)
+    with pytest.raises(TypeError, match="squared_norm must be a number, got str"):
+        analysis.effective_rank(values, squared_norm="3")
+    for leading in ({"squared_norm": 3.0}, {"max_rank": 2}):
+        with pytest.raises(ValueError, match="tolerance must be at least 1e-12 with leading values only, got 1e-13"):
+            analysis.effective_rank(logits if "max_rank" in leading else values, 1e-13, **leading)
+
+
+def test_press_rank_is_its_threshold():
+    eps = torch.finfo(torch.float64).eps
+    threshold = 2 * eps / 2 * math.sqrt(30 + 40 + 1)
+    matrix = torch.zeros(30, 40, dtype=torch.float64)
+    matrix[0, 0], matrix[1, 1], matrix[2, 2] = 2.0, 1.01 * threshold, 0.99 * threshold
+    assert analysis.press_rank(matrix) == 2
+    assert analysis.press_rank(matrix.reshape(5, 6, 40)) == 2
+    assert analysis.press_rank(matrix.float()) == 1
+    assert analysis.press_rank(torch.zeros(3, 4)) == 0
+    with pytest.raises(TypeError, match="matrix must be a floating-point tensor, got"):
+        analysis.press_rank(torch.ones(2, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="matrix must be finite, got 1 elements that are not"):
+        analysis.press_rank(torch.tensor([[1.0, math.nan]]))
+
+
+def test_press_rank_counts_noise_that_the_effective_rank_does_not_see():
+    matrix = with_spectrum([1.0] * 10, 120, 120)
+    noise = torch.randn(120, 120, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for scale, rank in ((1e-18, 10), (1e-13, 120)):
+        noisy = matrix + scale * noise
+        assert analysis.press_rank(noisy) == pytest.approx(rank, abs=3)
+        assert [analysis.effective_rank(noisy, tolerance) for tolerance in (1e-3, 1e-5, 1e-12)] == [10, 10, 10]
+
+
 # --- plots ------------------------------------------------------------------------------------------------------------
 
 

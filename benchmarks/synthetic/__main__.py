@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from . import records
+from ..files import write_json
+from . import records, report, timing, verify
 from .run import Runner, estimated_seconds, prepare
 from .settings import Command, parse
 
@@ -28,6 +29,11 @@ def _run(command: Command) -> int:
     total = sum(estimated_seconds(command.units, command.folder).values())
     print(f"{len(command.units)} units, about {total / 60:.1f} minutes of one process are missing; {command.folder}")
     complete = Runner(command).execute()
+    for cell in dict.fromkeys(unit.cell for unit in command.units) if command.preset == "small" else ():
+        methods = [unit.method for unit in command.units if unit.cell == cell]
+        print(f"{cell.name}\n{report.summary(cell, methods, command.folder)}")
+    if command.preset == "small":
+        print("The whole study: python -m benchmarks.synthetic --list")
     if not complete:
         print("Not everything is there yet. The same command goes on.")
     return 0
@@ -42,7 +48,32 @@ def _list(command: Command) -> int:
     return 0
 
 
-_ACTIONS = {"run": _run, "list": _list}
+def _timing(command: Command) -> int:
+    write_json(command.folder / "timing.json", timing.measure())
+    print(command.folder / "timing.json")
+    return 0
+
+
+def _report(command: Command) -> int:
+    if command.preset != "full":
+        print("error: the report is that of the full preset", file=sys.stderr)
+        return 1
+    print(report.write(command.folder))
+    return 0
+
+
+def _verify(command: Command) -> int:
+    units = verify.chosen(command)
+    if not units:
+        print(f"error: nothing to compare with in {command.folder}", file=sys.stderr)
+        return 1
+    comparisons = [verify.compare(unit, command.folder) for unit in units]
+    for comparison in comparisons:
+        print(comparison.describe())
+    return 0 if all(comparison.agree for comparison in comparisons) else 1
+
+
+_ACTIONS = {"run": _run, "list": _list, "timing": _timing, "report": _report, "verify": _verify}
 
 
 if __name__ == "__main__":

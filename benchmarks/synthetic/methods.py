@@ -152,6 +152,14 @@ class FreeContexts(nn.Module):
         """log Q, (N, M)."""
         return self.output.log_prob(self.context)
 
+    def backend(self, probabilities: Tensor) -> str:
+        """The backend that takes the loss."""
+        with torch.no_grad():
+            if isinstance(self.output, ms.MixtureOfSoftmaxes):
+                return ms.backends.explain("log_softmax", self.output.decoder.logits(self.context)).backend
+            call = ms.backends.explain("cross_entropy", self.logits(), self.transform, target=probabilities)
+            return call.backend
+
     def trained_parameters(self) -> int:
         """How many numbers are trained, context vectors included."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,9 +133,3 @@ def missing_seeds(record: dict[str, Any], unit: Unit) -> list[int]:
 def missing_runs(record: dict[str, Any], unit: Unit) -> int:
     """How many trainings are still to be done."""
     return len(missing_searches(record)) + len(missing_seeds(record, unit))
-
-
-def kl_values(record: dict[str, Any]) -> list[float]:
-    """KL of each seed that did not diverge, in the order of the seeds."""
-    runs = sorted(record["runs"], key=lambda run: run["seed"])
-    return [run["figures"]["kl"] if run["figures"] is not None else math.nan for run in runs]

@@ -87,6 +87,7 @@ def train(cell: Cell, method: str, seed: int, lr: float, keep_shape: bool) -> di
         "seed": seed,
         "lr": lr,
         "transform_lr": METHODS[method].transform_rate(lr),
+        "backend": trainer.model.backend(trainer.targets),
         "entropy": least,
         "figures": None,
     }

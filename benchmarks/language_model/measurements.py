@@ -99,8 +99,10 @@ def parameters(trainer: Trainer) -> dict[str, int]:
     """Trained numbers in the whole model, and in the output layer without the weight of the embedding."""
     shared = trainer.model.body.embedding.weight
     return {
-        "model": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        "output_layer_own": sum(p.numel() for p in trainer.model.output.parameters() if p is not shared),
+        "model": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "output_layer_own": sum(
+            p.numel() for p in trainer.model.output.parameters() if p.requires_grad and p is not shared
+        ),
     }
 
 

@@ -18,6 +18,9 @@ _TRANSFORMS: dict[str, Callable[[], ms.transforms.MonotonicTransform]] = {
     "linear": ms.transforms.Identity,
     "temperature": ms.transforms.Temperature,
     "plif": ms.transforms.PLIF,
+    "plif-frozen": lambda: _frozen(ms.transforms.PLIF(init="random")),
+    "plif-published": lambda: _published_plif(),
+    "plif-frozen-published": lambda: _frozen(_published_plif()),
     "sigsoftmax": ms.transforms.SigSoftmax,
     "gss": ms.transforms.GSS,
     "softcap": ms.transforms.SoftCap,
@@ -32,9 +35,25 @@ OUTPUTS = (*_TRANSFORMS, *_MIXTURES)
 MODELS = ("lstm", "transformer")
 
 
+def _published_plif() -> ms.transforms.PLIF:
+    """PLIF with the pieces, bound and random slopes of Ganea et al., ICML 2019."""
+    return ms.transforms.PLIF(100_000, 20.0, min_slope=1e-6, init="random")
+
+
+def _frozen(transform: ms.transforms.MonotonicTransform) -> ms.transforms.MonotonicTransform:
+    """``transform`` with parameters that are never trained: the control of Parthiban et al., AAAI 2021."""
+    return transform.requires_grad_(False)
+
+
+def transform_of(name: str) -> ms.transforms.MonotonicTransform | None:
+    """A new f of the output layer ``name`` (one of ``OUTPUTS``); None for a mixture, which has none."""
+    return None if name in _MIXTURES else _TRANSFORMS[name]()
+
+
 def output_layer(name: str, dim: int, classes: int, experts: int, dropout: float) -> nn.Module:
     """The output layer ``name`` (one of ``OUTPUTS``), with its bias at 0.
 
+    Random slopes are drawn from torch's generator, so that they follow from its seed.
     ``experts`` and ``dropout`` (of the expert vectors, as in Yang et al., ICLR 2018) are for the mixtures only.
     """
     if name in _MIXTURES:

@@ -18,10 +18,13 @@ from .measurements import TOLERANCES, logits, transform
 from .training import Trainer
 
 #: Colour and dashes of each output layer, the same in every picture. Dashes let lines that coincide show through.
-_STYLES: dict[str, tuple[str, str]] = {
+STYLES: dict[str, tuple[str, str]] = {
     "linear": ("#000000", "-"),
     "temperature": ("#8c8c8c", "--"),
     "plif": ("#d62728", "-"),
+    "plif-frozen": ("#f29a9b", "--"),
+    "plif-published": ("#8b1a1b", "-."),
+    "plif-frozen-published": ("#f29a9b", ":"),
     "sigsoftmax": ("#1f77b4", "-"),
     "gss": ("#17becf", "--"),
     "softcap": ("#ff9d0a", "--"),
@@ -62,7 +65,7 @@ def perplexity(layers: Sequence[dict[str, Any]]) -> Figure:
             values = [point["valid_perplexity"] for point in run["history"]]
             lowest, highest = min(lowest, *values), max(highest, *values)
             label = f"{layer['output']}: {values[-1]:.1f}" if index == 0 else None
-            colour, dashes = _STYLES[layer["output"]]
+            colour, dashes = STYLES[layer["output"]]
             style: dict[str, Any] = {
                 "color": colour,
                 "linestyle": dashes,
@@ -92,7 +95,7 @@ def spectrum(layers: Sequence[dict[str, Any]]) -> Figure:
     """Singular values of the log-probability matrix of each layer, with its effective ranks in the legend."""
     figure = Figure(figsize=(9.5, 4.8), layout="constrained")
     axes = figure.subplots()
-    colours, dashes = zip(*(_STYLES[layer["output"]] for layer in layers), strict=True)
+    colours, dashes = zip(*(STYLES[layer["output"]] for layer in layers), strict=True)
     axes.set_prop_cycle(color=colours, linestyle=dashes)
     named = {}
     for layer in layers:
@@ -128,7 +131,7 @@ def transforms(trainers: Sequence[Trainer]) -> Figure | None:
         function = transform(trainer)
         assert function is not None
         learned = any(parameter.requires_grad for parameter in function.parameters())
-        axes.set_prop_cycle(color=[_STYLES[trainer.output][0]])
+        axes.set_prop_cycle(color=[STYLES[trainer.output][0]])
         ms.analysis.plot_transform(function, logits(trainer), axes, label="learned f" if learned else "f, fixed")
         axes.set_title(trainer.output)
     return figure

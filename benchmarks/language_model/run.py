@@ -48,7 +48,7 @@ class Interrupted(Exception):
     """The user stopped the run, and everything is saved."""
 
 
-class _StopSignal:
+class StopSignal:
     """Ctrl-C as a question that is asked between two training steps, instead of an exception in the middle of one."""
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Session:
     def __init__(self, run: Run) -> None:
         self.run, self.settings, self.folder = run, run.settings, run.folder
         self.started = time.monotonic()
-        self.stop = _StopSignal()
+        self.stop = StopSignal()
         self.record = self._claim()
         torch.set_num_threads(self.settings.threads)
         self.corpus: Corpus = load(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,7 @@ def parse(arguments: Sequence[str] | None = None) -> Run:
     if not settings.threads:
         settings = replace(settings, threads=torch.get_num_threads())
     _check(parser, settings)
+    _check_device(parser, settings)
     if folder is None:
         name = run_name or f"{preset}-{settings.corpus}-{settings.model}"
         folder = Path("results") / "language_model" / name
@@ -184,6 +185,9 @@ def _check(parser: argparse.ArgumentParser, settings: Settings) -> None:
             f"argument --evaluation-tokens: must be 0 or at least 2 for each of the {settings.batch_size} streams of a "
             f"batch, got {settings.evaluation_tokens}"
         )
+
+
+def _check_device(parser: argparse.ArgumentParser, settings: Settings) -> None:
     device = torch.device(settings.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: torch sees no CUDA device here")
@@ -197,16 +201,55 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> str:
     return ", ".join(f"{name}: {one.get(name)} -> {other.get(name)}" for name in names)
 
 
+class SettingsError(ValueError):
+    """Settings that are given as values, not on the command line, are not as they must be."""
+
+
+def from_values(base: Settings, values: Mapping[str, Any]) -> Settings:
+    """``base`` with ``values``, which hold fields of :class:`Settings` as JSON has them and meet the same conditions as
+    the options of the command line. The device need not exist here: :func:`require_device` asks for it.
+
+    Raises:
+        SettingsError: a name or a value is wrong.
+    """
+    parser = _parser(_RaisingParser)
+    known = {field.name for field in fields(Settings)}
+    given = []
+    for name, value in values.items():
+        if name not in known:
+            raise SettingsError(f"{name} is no setting; they are {', '.join(sorted(known))}")
+        text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else "0" if value is None else str(value)
+        given += [f"--{name.replace('_', '-')}={text}"]
+    changes = {name: value for name, value in vars(parser.parse_args(given)).items() if name in values}
+    for name in ("vocabulary_size", "evaluation_tokens"):
+        if name in changes:
+            changes[name] = changes[name] or None
+    settings = replace(base, **changes)
+    _check(parser, settings)
+    return settings
+
+
+def require_device(settings: Settings) -> None:
+    """Raise SettingsError where torch does not see the device."""
+    _check_device(_RaisingParser(), settings)
+
+
+class _RaisingParser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise SettingsError(message)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         """Exit with code 2 and one line: argparse's usage of this many options would hide it."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.ArgumentParser:
+    parser = kind(
         prog="python -m benchmarks.language_model",
         description="Train word-level language models that differ in nothing but their output layer, and compare them.",
+        epilog="Many runs with statistics: --study FILE, see --study FILE --help.",
         allow_abbrev=False,
     )
     parser.add_argument("--preset", choices=PRESETS, default="demo", help="where the other settings come from")

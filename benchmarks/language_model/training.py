@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,15 +173,45 @@ class Trainer:
         The words are read as as many streams as a training batch has, in one pass with the hidden state carried along;
         a Transformer sees the words since the start of a stretch only.
         """
-        self.model.eval()
         text = streams(self.corpus.splits[split].tokens[:tokens], self.settings.batch_size).to(self.device)
-        total, state = torch.zeros((), dtype=torch.float64, device=self.device), None
-        count = text.shape[1] - 1
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for log_p in self._stretches(text):
+            total += log_p.sum(dtype=torch.float64)
+        return math.exp(-total.item() / ((text.shape[1] - 1) * len(text)))
+
+    @torch.no_grad()
+    def document_losses(self, split: str, tokens: int | None = None) -> tuple[list[float], list[int]]:
+        """Sums of -log p, and numbers of words predicted, of each document of a split, as :meth:`perplexity` reads it.
+
+        The first word of a stream is not predicted, and words at the end that fill no stream are not read; documents
+        that lose all of their words are left out.
+
+        Args:
+            split: one of ``SPLITS``.
+            tokens: as in :meth:`perplexity`.
+
+        Returns:
+            Two lists with a number for each document that is left, in the order of the split.
+        """
+        part = self.corpus.splits[split]
+        text = streams(part.tokens[:tokens], self.settings.batch_size)
+        losses = -torch.cat(list(self._stretches(text.to(self.device))), 1).double().cpu()
+        places = torch.arange(text.numel()).reshape(text.shape)[:, 1:].flatten()
+        document = torch.searchsorted(part.starts, places, right=True) - 1
+        count = torch.bincount(document)
+        total = torch.zeros(len(count), dtype=torch.float64).index_add_(0, document, losses.flatten())
+        read = count > 0
+        return total[read].tolist(), count[read].tolist()
+
+    @torch.no_grad()
+    def _stretches(self, text: Tensor) -> Iterator[Tensor]:
+        """log p of the words (B, T) of each stretch of ``text`` (B, N), from its second word on, with dropout off."""
+        self.model.eval()
+        state, count = None, text.shape[1] - 1
         for first in range(0, count, self.settings.length):
             last = min(first + self.settings.length, count)
-            output, _, state = self.model(text[:, first:last], text[:, first + 1 : last + 1], state)
-            total += output.sum(dtype=torch.float64)
-        return math.exp(-total.item() / (count * len(text)))
+            log_p, _, state = self.model(text[:, first:last], text[:, first + 1 : last + 1], state)
+            yield log_p
 
     def validate(self) -> None:
         """Add a point to ``history``."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -205,8 +205,6 @@ def choose(cell: Cell, row: Row, folder: Path) -> dict[str, Any] | None:
     if len(done) < cell.search.tries:
         return None
     best = min(done, key=lambda one: one.perplexity)
-    if math.isinf(best.perplexity):
-        raise StudyError(f"{cell.name}, {row.label}: training diverged at every learning rate of the search")
     rates = [one.lr for one in done]
     return {
         "lr": best.lr,
@@ -403,10 +401,3 @@ def _require_distinct(what: str, names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise StudyError(f"{what} must differ, {name} is there twice")
-
-
-def rows_of(study: Study) -> Iterator[tuple[Cell, Row]]:
-    """Every row of every cell."""
-    for cell in study.cells:
-        for row in cell.rows:
-            yield cell, row

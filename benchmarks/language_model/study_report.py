@@ -120,7 +120,7 @@ def _overview(
 
 def _cell_section(cell: CellResults, linear: Mapping[str, Comparison]) -> list[str]:
     parts = [f"### {cell.cell.name}", _describe(cell.cell)]
-    if not any(each.runs for each in cell.rows):
+    if not any(each.runs or each.diverged for each in cell.rows):
         return [*parts, "Not run."]
     parts.append(_quality(cell))
     control = cell.against(CONTROL)

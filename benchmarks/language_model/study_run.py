@@ -288,9 +288,11 @@ def list_runs(study: Study, folder: Path) -> str:
             missing += 1
             left += seconds or 0.0
             unknown += seconds is None
-    tail = f"{missing} of {len(lines)} runs are left: about {left / 60:.0f} minutes of one process"
+    tail = f"{missing} of {len(lines)} runs are left"
+    if missing > unknown:
+        tail += f": about {left / 60:.0f} minutes of one process"
     if unknown:
-        tail += f", without {unknown} runs in cells where nothing has run yet"
+        tail += f"; how long {unknown} of them take is not known before a run of their cell is done"
     return "\n".join([*lines, tail + "."])
 
 

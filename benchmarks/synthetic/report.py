@@ -108,9 +108,9 @@ def _paired(record: dict[str, Any], other: dict[str, Any]) -> Difference | None:
 def _introduction(main: Records) -> str:
     return (
         f"N = {MAIN.contexts} contexts, M = {MAIN.words} words, targets P from a symmetric Dirichlet(alpha), free "
-        "context vectors (standard normal at first) and word vectors (standard deviation 1/sqrt(d)), biases 0. Exact cross "
-        "entropy over all contexts at once, through the package's own loss with probability targets; Adam (0.9, 0.99), "
-        "20 steps of warm-up, then a cosine to 0; float32, one thread. The figures are computed in float64. "
+        "context vectors (standard normal at first) and word vectors (standard deviation 1/sqrt(d)), biases 0. Exact "
+        "cross entropy over all contexts at once, through the package's own loss with probability targets; Adam "
+        "(0.9, 0.99), 20 steps of warm-up, then a cosine to 0; float32, one thread. Figures are computed in float64. "
         f"Every method has the same search: {len(LEARNING_RATES)} learning rates "
         f"({', '.join(f'{lr:g}' for lr in LEARNING_RATES)}), the rate of f's parameters a tenth of that (0.02 in the "
         "published setting), the lowest KL on a problem of its own (seed 100). The seed makes both the targets and the "
@@ -166,7 +166,7 @@ def _main_table(main: Records) -> str:
     missing = [method for method, record in main.items() if records.missing_runs(record, Unit(MAIN, method))]
     text = _quality(main)
     text += "\n\nStep: median time of a training step, while other trainings ran beside it; the table under Time has "
-    text += "them in turn. " + " ".join(f"{name}: {METHODS[name].description}." for name in main)
+    text += "them in turn.\n\n" + "\n".join(f"- `{name}`: {METHODS[name].description}" for name in main)
     if missing:
         text += f"\n\nNot complete: {_command(MAIN, ','.join(missing))}."
     return text
@@ -380,11 +380,12 @@ def _timing(folder: Path) -> str:
         )
     headers = ["method", "loss ms", "/ linear", "step ms", "/ linear"]
     table = tabulate(rows, headers, "github", disable_numparse=True, colalign=["left"] + ["right"] * 4)
+    backends = ", ".join(sorted(set(timing["backends"].values())))
     return (
         f"N = {cell['contexts']}, M = {cell['words']}, d = {cell['dim']}; all methods in turn, {timing['rounds']} "
-        f"rounds, medians [quartiles]. Loss: forward and backward with all gradients, logits and targets given. Step: with "
-        f"the products, and the optimiser. {timing['environment']['processor']}, "
-        f"{timing['environment']['threads']} thread; backends: {', '.join(sorted(set(timing['backends'].values())))}.\n\n{table}"
+        f"rounds, medians [quartiles]. Loss: forward and backward with all gradients, logits and targets given. "
+        f"Step: with the products, and the optimiser. {timing['environment']['processor']}, "
+        f"{timing['environment']['threads']} thread; backends: {backends}.\n\n{table}"
     )
 
 

@@ -58,13 +58,13 @@ _SEEDS = (0, 1, 2, 3, 4)
 MAIN = Cell(400, 300, 10, 0.1, 1000, _SEEDS)
 DIMS, ALPHAS = (5, 10, 20, 50, 100), (0.01, 0.1, 1.0)
 GRID = tuple(
-    Cell(MAIN.contexts, MAIN.words, dim, alpha, 600, _SEEDS)
+    Cell(MAIN.contexts, MAIN.words, dim, alpha, 500, _SEEDS)
     for alpha in (0.1, 0.01, 1.0)
     for dim in DIMS
     if (dim, alpha) != (MAIN.dim, MAIN.alpha)
 )
 #: More words, and as many seeds and steps as there was time for.
-LARGER = (Cell(2000, 1000, 20, 0.1, 500, (0, 1, 2)), Cell(1000, 10_000, 50, 0.1, 300, (0,)))
+LARGER = (Cell(1000, 1000, 20, 0.1, 500, (0, 1, 2)), Cell(1000, 10_000, 50, 0.1, 200, (0,)))
 SMALL = Cell(100, 60, 4, 0.1, 300, (0, 1))
 
 CORE = ("linear", "temperature", "plif", "sigmoidcap-learned", "mlp")
@@ -83,9 +83,10 @@ def study(preset: str) -> list[Unit]:
         return [Unit(SMALL, method) for method in CORE]
     first, second, third = ([Unit(cell, method) for method in methods for cell in GRID] for methods in _GRID_ROUNDS)
     larger = [Unit(cell, method) for cell in LARGER for method in LARGER_METHODS]
-    quick = [unit for unit in larger if unit.method in CORE]
+    quick = {cell: [unit for unit in larger if unit.cell == cell and unit.method in CORE] for cell in LARGER}
     slow = [unit for unit in larger if unit.method not in CORE]
-    return [*(Unit(MAIN, method) for method in METHODS), *first, *quick, *second, *third, *slow]
+    main = [Unit(MAIN, method) for method in METHODS]
+    return [*main, *first, *quick[LARGER[0]], *second, *quick[LARGER[1]], *third, *slow]
 
 
 PRESETS = ("full", "small")

@@ -63,9 +63,9 @@ def measure(cell: Cell = TIMED, methods: tuple[str, ...] = (EAGER, *METHODS)) ->
             for what, action in (("loss", contestant.loss), ("step", contestant.trainer.train_step)):
                 if action is None:
                     continue
-                started = time.perf_counter()
+                started = time.process_time()
                 action()
-                passed = time.perf_counter() - started
+                passed = time.process_time() - started
                 if turn >= _WARM_UP_ROUNDS:
                     seconds[method][what].append(passed)
     return {

@@ -100,7 +100,7 @@ def _valid(valid: Any, weight: Tensor, transform: MonotonicTransform) -> float:
 
 
 def measure(states: States, fitted: Fitted, settings: EvaluationSettings, spectrum: bool) -> dict[str, Any]:
-    """What a result holds of a run: its path, its f, and the test figures of its best point; the spectrum if asked for."""
+    """What a result holds of a run: path, f, and the test figures of the best point; the spectrum where asked for."""
     test, head = states.splits["test"], fitted.weight
     only = {"f": fitted.transform}
     figures = evaluate(test, head, only, settings)["f"]

@@ -113,8 +113,8 @@ class Contestant:
 
 
 #: The change of slope of a GSS starts between the mean logit, 3, and the mean of the largest ones, 22. A cap starts so
-#: high and wide that its slope is near 1 where most of the logits are: one of 30 would cut the largest logits off before
-#: anything is learned.
+#: high and wide that its slope is near 1 where most of the logits are: one of 30 would cut the largest logits off
+#: before anything is learned.
 TRANSFORMS: dict[str, Contestant] = {
     "identity": Contestant("Identity (as trained)", ms.transforms.Identity),
     "temperature": Contestant("Temperature", ms.transforms.Temperature),

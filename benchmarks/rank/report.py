@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -285,7 +285,7 @@ def _synthetic(folder: Path) -> list[str]:
     headers += ["Press after, float64", "float32"]
     parts = [title, _table(rows, headers)]
     if len(measured) > 2:
-        parts.append(_correlation(measured, "KL"))
+        parts.append(correlation(measured, "KL"))
     if spectra_after:
         groups = {"before f": spectra_before, "after f": spectra_after}
         parts.append(
@@ -294,16 +294,23 @@ def _synthetic(folder: Path) -> list[str]:
     return parts
 
 
-def _correlation(measured: dict[str, tuple[float, float]], what: str) -> str:
+def spearman(measured: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
+    """Spearman's correlation of ranks with losses, both by layer, and its p."""
     ranks, values = zip(*measured.values(), strict=True)
     found = stats.spearmanr(ranks, values)
+    return float(found.statistic), float(found.pvalue)
+
+
+def correlation(measured: Mapping[str, tuple[float, float]], what: str) -> str:
+    """In words: :func:`spearman`, and which layers have the lowest loss and the extreme ranks."""
+    statistic, p = spearman(measured)
     lowest_rank = min(measured, key=lambda name: measured[name][0])
     best = min(measured, key=lambda name: measured[name][1])
     largest_rank = max(measured, key=lambda name: measured[name][0])
-    verdict = "significant" if found.pvalue < SIGNIFICANCE else "not significant"
+    verdict = "significant" if p < SIGNIFICANCE else "not significant"
     return (
         f"Rank and {what} over these {len(measured)} layers: Spearman's correlation of the effective rank at "
-        f"{_KEYS[1]} with {what} is {found.statistic:+.2f} ({p_value(found.pvalue)}, {verdict}; negative: higher rank "
+        f"{_KEYS[1]} with {what} is {statistic:+.2f} ({p_value(p)}, {verdict}; negative: higher rank "
         f"goes with lower {what}). Lowest {what}: {best} (rank {measured[best][0]:.0f}); highest rank: {largest_rank} "
         f"({measured[largest_rank][0]:.0f}); lowest rank: {lowest_rank} ({measured[lowest_rank][0]:.0f})."
     )
@@ -348,7 +355,7 @@ def _language_model(folder: Path) -> list[str]:
     headers += ["Press after, float64", "float32"]
     parts = [title, _table(rows, headers)]
     if len(measured) > 2:
-        parts.append(_correlation(measured, "perplexity").replace("effective rank", "centred effective rank"))
+        parts.append(correlation(measured, "perplexity").replace("effective rank", "centred effective rank"))
     if spectra_after:
         groups = {"before f": spectra_before, "after f": spectra_after}
         name = "language_model.png"

@@ -15,6 +15,7 @@ import torch
 from scipy.special import digamma
 from torch import nn
 
+from benchmarks.files import write_json
 from benchmarks.synthetic import __main__ as command_line
 from benchmarks.synthetic import pictures, problem, records, report, run, settings, timing, training, verify
 from benchmarks.synthetic.methods import METHODS, build, equal_dim
@@ -358,11 +359,14 @@ def test_heat_maps_show_each_gain() -> None:
     assert sorted(text.get_text() for text in figure.axes[0].texts) == ["+0.25", "-0.50", "not run", "not run"]
 
 
-def test_timing_has_each_method_and_the_eager_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "_WARM_UP_ROUNDS", 1)
-    found = timing.measure(replace(_CELL, steps=6), (timing.EAGER, "linear", "plif", "mos4"))
+def test_timing_has_each_method_and_the_eager_loss(tmp_path: Path) -> None:
+    found = timing.measure(_CELL, (timing.EAGER, "linear", "plif", "mos4"), rounds=5, warm_up=1)
     assert found["rounds"] == 5 and set(found["seconds"]) == {"eager", "linear", "plif", "mos4"}
     for method, of in found["seconds"].items():
         assert set(of) == ({"step"} if method == "mos4" else {"loss", "step"})
         assert all(0 < low <= middle <= high for low, middle, high in of.values())
     assert found["backends"]["eager"] == "torch"
+    write_json(tmp_path / "synthetic" / "timing.json", [found])
+    table = report.section(tmp_path / "synthetic").partition("### Time")[2]
+    assert re.search(r"\| linear +\| [\d.]+ \[[\d., ]+\] +\| +1.00 \|", table)
+    assert re.search(r"\| mos4 +\| +- \| +- \|", table)

@@ -49,7 +49,7 @@ def _list(command: Command) -> int:
 
 
 def _timing(command: Command) -> int:
-    write_json(command.folder / "timing.json", timing.measure())
+    write_json(command.folder / "timing.json", timing.measure_all())
     print(command.folder / "timing.json")
     return 0
 

@@ -116,8 +116,8 @@ def _introduction(main: Records) -> str:
         "published setting), the lowest KL on a problem of its own (seed 100). The seed makes both the targets and the "
         "initial values. KL: mean KL(P || Q) in nats, ± standard deviation over seeds. Modes: contexts whose most "
         "probable word is matched. Rank: effective rank of log Q, the least k whose k largest singular values hold all "
-        "but that share of the sum of squares. Parameters: all that are trained, context vectors included. An edge* "
-        "marks a rate at the end of the range, beyond which a lower KL might be found."
+        "but that share of the sum of squares. Parameters: all that are trained, context vectors included. A star "
+        "after a rate: it is at the end of the range, beyond which a lower KL might be found."
         + ("" if any(record["runs"] for record in main.values()) else " Nothing of the main cell has been run yet.")
     )
 
@@ -165,8 +165,8 @@ def _quality(of: Records, style: str = "github") -> str:
 def _main_table(main: Records) -> str:
     missing = [method for method, record in main.items() if records.missing_runs(record, Unit(MAIN, method))]
     text = _quality(main)
-    text += "\n\nStep: median time of a training step, while other trainings ran beside it; the table under Time has "
-    text += "them in turn.\n\n" + "\n".join(f"- `{name}`: {METHODS[name].description}" for name in main)
+    text += "\n\nStep: median processor time of a training step, while other work may have run beside it; the table "
+    text += "under Time has them in turn.\n\n" + "\n".join(f"- `{name}`: {METHODS[name].description}" for name in main)
     if missing:
         text += f"\n\nNot complete: {_command(MAIN, ','.join(missing))}."
     return text
@@ -339,8 +339,8 @@ def _shapes(main: Records, folder: Path) -> list[str]:
         return ["Not run yet."]
     _save(pictures.shapes(learned), folder / "shapes.png")
     return [
-        f"f of the first seed at d = {MAIN.dim}, alpha = {MAIN.alpha:g}, over the middle 99.8 % of its logits; the "
-        "thin line has slope 1.",
+        f"f of the first seed at d = {MAIN.dim}, alpha = {MAIN.alpha:g}, from the 5 % to the 99.9 % quantile of its logits; "
+        "the thin line has slope 1.",
         f"![The transforms over the logits]({folder.name}/shapes.png)",
     ]
 
@@ -363,7 +363,10 @@ def _timing(folder: Path) -> str:
     path = folder / "timing.json"
     if not path.is_file():
         return "Not run yet: `python -m benchmarks.synthetic --timing`."
-    timing = json.loads(path.read_text())
+    return "\n\n".join(_timing_table(timing) for timing in json.loads(path.read_text()))
+
+
+def _timing_table(timing: dict[str, Any]) -> str:
     cell, seconds = timing["cell"], timing["seconds"]
     linear = seconds[BASELINE]
     rows = []
@@ -382,10 +385,11 @@ def _timing(folder: Path) -> str:
     table = tabulate(rows, headers, "github", disable_numparse=True, colalign=["left"] + ["right"] * 4)
     backends = ", ".join(sorted(set(timing["backends"].values())))
     return (
-        f"N = {cell['contexts']}, M = {cell['words']}, d = {cell['dim']}; all methods in turn, {timing['rounds']} "
-        f"rounds, medians [quartiles]. Loss: forward and backward with all gradients, logits and targets given. "
-        f"Step: with the products, and the optimiser. {timing['environment']['processor']}, "
-        f"{timing['environment']['threads']} thread; backends: {backends}.\n\n{table}"
+        f"N = {cell['contexts']:,}, M = {cell['words']:,}, d = {cell['dim']}; all methods in turn, {timing['rounds']} "
+        "rounds, medians [quartiles] of processor time. Loss: forward and backward with all gradients, logits and "
+        "targets given. Step: with the products, and the optimiser. "
+        f"{timing['environment']['processor']}, {timing['environment']['threads']} thread; backends: {backends}."
+        f"\n\n{table}"
     )
 
 

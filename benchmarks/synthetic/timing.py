@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch.nn import functional as F
@@ -15,14 +16,11 @@ import monosoftmax as ms
 from ..machine import environment
 from .methods import METHODS
 from .problem import dirichlet, training_targets
-from .settings import LEARNING_RATES, MAIN, Cell
+from .settings import CORE, LARGER, LEARNING_RATES, MAIN, Cell
 from .training import Trainer
 
-#: Rounds, each of which runs every contestant once, for a cell of the main size.
-_ROUNDS, _WARM_UP_ROUNDS = 201, 10
 #: Linear-Softmax with PyTorch's own loss.
 EAGER = "eager"
-TIMED = Cell(MAIN.contexts, MAIN.words, MAIN.dim, MAIN.alpha, _ROUNDS + _WARM_UP_ROUNDS, (0,))
 
 
 class _Contestant:
@@ -50,12 +48,27 @@ class _Contestant:
         self.loss = loss
 
 
-def measure(cell: Cell = TIMED, methods: tuple[str, ...] = (EAGER, *METHODS)) -> dict[str, Any]:
-    """Seconds of the loss, forward and backward with all gradients, and of the training step, for each method.
+def measure_all() -> list[dict[str, Any]]:
+    """All methods in the main cell, whose logits fit in the cache, and the core of them where they do not."""
+    return [
+        measure(MAIN, (EAGER, *METHODS), rounds=201, warm_up=10),
+        measure(LARGER[-1], (EAGER, *CORE), rounds=9, warm_up=2),
+    ]
+
+
+def measure(cell: Cell, methods: Sequence[str], rounds: int, warm_up: int) -> dict[str, Any]:
+    """Processor seconds of the loss, forward and backward with all gradients, and of the training step.
+
+    Args:
+        cell: the size of the problem.
+        methods: contestants; each runs once in every round.
+        rounds: how often.
+        warm_up: rounds before that, which do not count.
 
     Returns:
         For JSON; quartiles over the rounds. Mixtures have no ``loss``: theirs is not one function of logits.
     """
+    cell = replace(cell, steps=rounds + warm_up)
     contestants = {method: _Contestant(cell, method) for method in methods}
     seconds: dict[str, dict[str, list[float]]] = {method: {"loss": [], "step": []} for method in methods}
     for turn in tqdm(range(cell.steps), unit="round", leave=False):
@@ -66,11 +79,11 @@ def measure(cell: Cell = TIMED, methods: tuple[str, ...] = (EAGER, *METHODS)) ->
                 started = time.process_time()
                 action()
                 passed = time.process_time() - started
-                if turn >= _WARM_UP_ROUNDS:
+                if turn >= warm_up:
                     seconds[method][what].append(passed)
     return {
         "cell": cell.to_json(),
-        "rounds": cell.steps - _WARM_UP_ROUNDS,
+        "rounds": rounds,
         "environment": environment(),
         "backends": {
             method: "torch" if method == EAGER else contestant.trainer.model.backend(contestant.trainer.targets)

@@ -31,7 +31,7 @@ Records = Mapping[str, Mapping[str, Any]]
 
 
 def draw_transforms(records: Records, logits: Mapping[str, Any], path: Path) -> None:
-    """f, shifted to meet the identity at the mean of the largest logits, and f', above histograms of the logits."""
+    """f less the identity, 0 at the mean of the largest logits, and f', above histograms of the logits."""
     figure = Figure(figsize=(7.5, 8.5), layout="constrained")
     values, slopes, counts = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 1.3))
     low, high = logits["range"]
@@ -40,15 +40,16 @@ def draw_transforms(records: Records, logits: Mapping[str, Any], path: Path) -> 
     for name, record in records.items():
         transform = with_parameters(TRANSFORMS[name].make(), record["parameters"])
         with torch.no_grad():
-            y, slope = transform(z) - transform(meeting) + meeting, transform.derivative(z)
+            y, slope = transform(z) - transform(meeting) - z + meeting, transform.derivative(z)
         style = {"color": _COLOURS[name], "linewidth": 1.0 if name == "identity" else 1.5}
         values.plot(z, y, label=name, **style)
         slopes.plot(z, slope, **style)
-    values.set_ylabel(f"f(z) - f({meeting.item():.1f}) + {meeting.item():.1f}")
-    values.set_ylim(1.4 * low, 1.2 * high)
+    values.set_ylabel(f"f(z) - z, shifted to 0 at z = {meeting.item():.1f}")
+    # SigSoftmax leaves both panels downwards and upwards: its slope is 2 far to the left.
+    values.set_ylim(-6, 4)
     values.legend(frameon=False, fontsize=8, ncols=2)
     slopes.set_ylabel("f'(z)")
-    slopes.set_ylim(0, 2.5)
+    slopes.set_ylim(0.5, 1.6)
     edges = torch.linspace(low, high, len(logits["counts"]["all"]) + 1)
     for kind, label in (("all", "all logits"), ("largest", "largest of a context"), ("target", "of the next token")):
         share = torch.tensor(logits["counts"][kind])

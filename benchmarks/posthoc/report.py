@@ -13,7 +13,7 @@ from typing import Any
 from tabulate import tabulate
 
 from ..files import write_text
-from ..statistics import SIGNIFICANCE, Difference, holm, mean_and_spread, over_documents, over_seeds, p_value
+from ..statistics import SIGNIFICANCE, Difference, holm, mean_and_spread, over_documents, over_seeds
 from . import pictures, records
 from .calibration import calibration_error
 from .settings import BASELINE, CONTROL, RESULTS, TOLERANCES, TRANSFORMS, HeadSettings, Settings
@@ -44,6 +44,7 @@ def section(folder: Path = RESULTS, settings: Settings = _SETTINGS) -> str:
         if record["states"]["digest"] != data["states"]["digest"]:
             raise records.RecordError(f"{folder} has results of different hidden states; run them anew")
     parts = [title, _introduction(data), "### f alone", _alone_text(settings), _alone_table(stored, data)]
+    parts += [_alone_search(stored, settings)]
     parts += _missing_alone(stored)
     if BASELINE in stored and CONTROL in stored:
         parts += ["#### Differences of the loss, f alone", *_alone_differences(stored, data)]
@@ -91,7 +92,8 @@ def _alone_text(settings: Settings) -> str:
         "loss chooses. All f are increasing, so that the likeliest token, and the share of hits with it, is the same. "
         "ECE is the expected calibration error of the likeliest token, sum_b n_b / N |hits_b - confidence_b| over "
         f"{evaluation.bins} bins of equal width. Ranks are those that leave a share of the squared spectrum "
-        f"of log P (contexts x classes, {evaluation.rank_contexts:,} test contexts, not centred) out."
+        f"of log P (contexts x classes, {evaluation.rank_contexts:,} test contexts, not centred) out. "
+        "GSS has slope 1 above c and k below it: it cannot lower the slope for the likely tokens, as Temperature does."
     )
 
 
@@ -119,6 +121,16 @@ def _alone_table(stored: Mapping[str, Record], data: Record) -> str:
             ]
         )
     return _table(rows, headers)
+
+
+def _alone_search(stored: Mapping[str, Record], settings: Settings) -> str:
+    rates = settings.transforms.rates
+    rows = []
+    for record in stored.values():
+        losses = {one["rate"]: f"{one['valid_nll']:.5f}" for one in record["search"]}
+        if record["learned"]:
+            rows.append([record["transform"], *(losses[rate] for rate in rates)])
+    return _table(rows, ["validation loss", *(f"rate {rate:g}" for rate in rates)])
 
 
 def _by_corpus(document_nll: Sequence[float], data: Record) -> list[float]:
@@ -325,8 +337,8 @@ def _settings(data: Record, cells: Sequence[Record]) -> str:
     for environment in _unique([record["environment"] for record in (data, *cells)]):
         lines.append("- " + ", ".join(f"{name} {value}" for name, value in environment.items()))
     lines.append(
-        f"- `{COMMAND} --verify` fits and tests one cell again: bit for bit the same on the same machine. Tests are at "
-        f"{p_value(SIGNIFICANCE)}."
+        f"- `{COMMAND} --verify` fits and tests one cell again: bit for bit the same on the same machine. "
+        f"Significant means p < {SIGNIFICANCE:.2g}."
     )
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from dataclasses import dataclass
+from inspect import signature
 
 import monosoftmax as ms
 
@@ -195,7 +196,7 @@ def defaults(evidence: Evidence) -> list[Default]:
         Default("PLIF(init)", plif.init, finding(lambda: _initial(evidence))),
         Default(
             "learning rate of f (`ms.parameter_groups(transform_lr=)`)",
-            _transform_rate(),
+            f"{signature(ms.parameter_groups).parameters['transform_lr'].default:g}",
             finding(lambda: _rates(evidence)),
         ),
         Default(
@@ -205,12 +206,6 @@ def defaults(evidence: Evidence) -> list[Default]:
             "slope 0; the inverse needs a floor.",
         ),
     ]
-
-
-def _transform_rate() -> str:
-    layer = ms.MonotonicSoftmax(2, 3, ms.transforms.PLIF())
-    group = next(group for group in ms.parameter_groups(layer, lr=1.0) if group["name"] == "transform")
-    return f"{group['lr']:g} where that of the rest is 1"
 
 
 def _pieces(evidence: Evidence) -> str:

@@ -267,6 +267,10 @@ def test_verification_notices_a_changed_figure(tmp_path: Path) -> None:
     records.write(record, unit, command.folder)
     comparison = verify.compare(unit, command.folder)
     assert comparison.same_machine and not comparison.agree and "DIFFER" in comparison.describe()
+    assert "sources differ" not in comparison.describe()
+    record["environments"][0]["commit"] = "another"
+    records.write(record, unit, command.folder)
+    assert "sources differ" in verify.compare(unit, command.folder).describe()
 
     record["environments"][0]["processor"] = "another one"
     records.write(record, unit, command.folder)

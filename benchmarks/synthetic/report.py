@@ -339,8 +339,8 @@ def _shapes(main: Records, folder: Path) -> list[str]:
         return ["Not run yet."]
     _save(pictures.shapes(learned), folder / "shapes.png")
     return [
-        f"f of the first seed at d = {MAIN.dim}, alpha = {MAIN.alpha:g}, from the 5 % to the 99.9 % quantile of its logits; "
-        "the thin line has slope 1.",
+        f"f of the first seed at d = {MAIN.dim}, alpha = {MAIN.alpha:g}, from the 5 % to the 99.9 % quantile of its "
+        "logits; the thin line has slope 1.",
         f"![The transforms over the logits]({folder.name}/shapes.png)",
     ]
 

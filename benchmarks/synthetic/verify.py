@@ -24,6 +24,7 @@ class Comparison:
 
     name: str
     same_machine: bool
+    commits: tuple[str | None, str | None]
     stored: dict[str, Any]
     new: dict[str, Any]
 
@@ -41,7 +42,10 @@ class Comparison:
             else f"another machine, KL may differ by {KL_TOLERANCE:g} and modes by {MODES_TOLERANCE:g}"
         )
         verdict = "agree" if self.agree else "DIFFER"
-        return f"{self.name}: {verdict} ({wanted})\n  stored {self.stored}\n  new    {self.new}"
+        text = f"{self.name}: {verdict} ({wanted})\n  stored {self.stored}\n  new    {self.new}"
+        if not self.agree and self.commits[0] != self.commits[1]:
+            text += f"\n  The sources differ, which may be why: stored {self.commits[0]}, now {self.commits[1]}"
+        return text
 
 
 def chosen(command: Command) -> list[Unit]:
@@ -66,6 +70,7 @@ def compare(unit: Unit, folder: Path) -> Comparison:
     return Comparison(
         f"{unit.name}, seed {run['seed']}",
         all(there.get(name) == here[name] for name in _MACHINE),
+        (there.get("commit"), here["commit"]),
         run["figures"],
         again["figures"],
     )

@@ -67,7 +67,7 @@ GRID = tuple(
 LARGER = (Cell(1000, 1000, 20, 0.1, 500, (0, 1, 2)), Cell(1000, 10_000, 50, 0.1, 200, (0,)))
 SMALL = Cell(100, 60, 4, 0.1, 300, (0, 1))
 
-CORE = ("linear", "temperature", "plif", "sigmoidcap-learned", "mlp")
+CORE = ("linear", "temperature", "plif", "sigmoidcap-learned", "mlp", "mlp-1")
 LARGER_METHODS = (*CORE, "mos4")
 _GRID_ROUNDS = (
     CORE,

@@ -350,6 +350,27 @@ def test_one_missing_run_is_run_the_same(toy: States, finished: Path, tmp_path: 
     assert {**found, "seconds": 0, "environment": 0} == {**wanted, "seconds": 0, "environment": 0}
 
 
+def test_more_rates_and_seeds_leave_what_is_there(
+    toy: States, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in finished.rglob("*.json"):
+        copy = tmp_path / "posthoc" / path.relative_to(finished)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    ran: list[tuple[float, int]] = []
+
+    def counted(states: States, transform, rate: float, seed: int, settings):  # type: ignore[no-untyped-def]
+        ran.append((rate, seed))
+        return fit_head.fit(states, transform, rate, seed, settings)
+
+    monkeypatch.setattr(run, "fit", counted)
+    # Too low a rate to be chosen, so that the seeds that are there are still those of the chosen one.
+    more = replace(SMALL, head=replace(SMALL.head, rates=(1e-6, *SMALL.head.rates), seeds=(0, 1, 2)))
+    assert study(toy, tmp_path, more).run()
+    assert sorted(seed for rate, seed in ran if rate == 1e-6) == [0] * 4
+    assert [seed for rate, seed in ran if rate != 1e-6] == [2] * 4
+
+
 def test_stage_two_waits_for_stage_one(toy: States, tmp_path: Path) -> None:
     assert not study(toy, tmp_path).run(("states", "head"))
     assert not (tmp_path / "posthoc" / "head").exists()

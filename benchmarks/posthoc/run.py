@@ -60,12 +60,19 @@ class Study:
     def _late(self) -> bool:
         return time.monotonic() > self.deadline
 
+    def _unit_settings(self, *parts: str) -> dict[str, Any]:
+        found = self.settings.to_json(*parts)
+        if "head" in found:
+            # Which other rates and seeds there are makes no difference to a run.
+            found["head"] = {name: value for name, value in found["head"].items() if name not in ("rates", "seeds")}
+        return found
+
     def _stored(self, unit: str, *parts: str) -> dict[str, Any] | None:
-        settings = self.settings.to_json(*parts)
+        settings = self._unit_settings(*parts)
         return records.read_matching(self.folder, unit, settings, self.states.digest)
 
     def _write(self, unit: str, *parts: str, **content: Any) -> None:
-        start = {"settings": self.settings.to_json(*parts), "states": self.states.facts()}
+        start = {"settings": self._unit_settings(*parts), "states": self.states.facts()}
         records.write(self.folder, unit, {**start, **content, "environment": environment()})
 
     def _describe(self) -> bool:

@@ -8,7 +8,7 @@ cannot be applied inside a dispatcher kernel, so its single-level base class is:
 are tested on every supported version of torch by ``tests/test_operators.py``. Such a function switches gradients off
 while its forward runs, where the levels of nested ``torch.func`` transforms below want them as the caller had them.
 
-The two losses compute the gradients of ``total``, their scaled sum, while the logits are at hand in the forward pass:
+The losses compute the gradients of ``total``, their scaled sum, while the logits are at hand in the forward pass:
 the backward pass scales them by total's upstream gradient and hands them out. It computes them from the logits again
 where something else has a gradient too (the losses of the rows, lse), where they were handed out before, and where they
 may be differentiated in turn.
@@ -52,6 +52,24 @@ def cross_entropy(
     """
     loss, lse, _, total, *_ = operator("cross_entropy", backend)(
         input, target, weight, *_kernel_arguments(input, transform), ignore_index, label_smoothing, z_loss, return_lse,
+        scale, False, False,
+    )  # fmt: skip
+    return loss, lse, total
+
+
+def cross_entropy_of_probabilities(
+    input: Tensor,
+    target: Tensor,
+    transform: MonotonicTransform,
+    weight: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    return_lse: bool,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`cross_entropy` of the cpu backend for class probabilities ``target`` [N, V], which get no gradient."""
+    loss, lse, _, total, *_ = operator("cross_entropy_of_probabilities", "cpu")(
+        input, target, weight, *_kernel_arguments(input, transform), label_smoothing, z_loss, return_lse,
         scale, False, False,
     )  # fmt: skip
     return loss, lse, total
@@ -167,6 +185,8 @@ def _loss_function(
                 arguments[:count],
                 arguments[count : -len(differentiable)],
             )
+            if grad_enabled and ctx.needs_input_grad[1 + target_at]:
+                raise ValueError(f"target must not require a gradient: {forward_operator} has none for it")
             asked = arguments[-len(differentiable) :]
             needs = [grad_enabled and ctx.needs_input_grad[1 + place] for place in differentiable]
             input, shift = tensors[0], None
@@ -221,7 +241,7 @@ def _loss_function(
             if gradients is None:
                 *tensors, row_stats, scale = ctx.saved_tensors
                 if grad_total is not None:
-                    of_rows = (grad_total * scale).expand(tensors[target_at].shape)
+                    of_rows = (grad_total * scale).expand(row_stats.shape[1:])
                     grad_loss = of_rows if grad_loss is None else grad_loss + of_rows
                 transform, constants, options = ctx.arguments
                 computed = backward_operator(
@@ -324,17 +344,20 @@ def _register(backend: str) -> None:
 
         _implement(overload, Once)
 
-    for name, tensors in (
-        ("cross_entropy", ("input", "target", "weight", "coefficients")),
-        ("linear_cross_entropy", ("input", "linear_weight", "linear_bias", "target", "weight", "coefficients")),
-    ):
+    losses: dict[str, tuple[str, ...]] = {
+        "cross_entropy": ("input", "target", "weight", "coefficients"),
+        "linear_cross_entropy": ("input", "linear_weight", "linear_bias", "target", "weight", "coefficients"),
+    }
+    if backend == "cpu":
+        losses["cross_entropy_of_probabilities"] = losses["cross_entropy"]
+    for name, tensors in losses.items():
         overload = operator(name, backend)
         scale = None if backend == "cpu" else operator("scale_", backend)
         rescale = operator("cross_entropy_rescale_", backend) if scale and name == "cross_entropy" else None
         function = _loss_function(overload, operator(f"{name}_backward", backend), rescale, scale, tensors)
         _implement(overload, function)
     _implement(forward_log, LogSoftmax)
-    for name in ("cross_entropy_backward", "linear_cross_entropy_backward", "log_softmax_backward"):
+    for name in (*(f"{each}_backward" for each in losses), "log_softmax_backward"):
         without_derivative(name, f'the {backend} backend does not support double backward; use backend="reference"')
     for name in ("token_statistics", "linear_token_statistics"):
         without_derivative(name, "the log-probability of a target has one as -linear_cross_entropy")

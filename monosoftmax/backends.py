@@ -137,8 +137,8 @@ def _cpu_refusal(call: Call) -> str | None:
         return f"it takes CPU tensors, input is on {call.device}"
     if call.method == "recompute":
         return 'it has no method="recompute": the triton backend has'
-    if call.target_kind != "indices":
-        return _NO_PROBABILITIES
+    if call.target_kind == "differentiated probabilities":
+        return "it does not differentiate with respect to class probabilities, target requires a gradient"
     return _no_fused_kernel(call)
 
 

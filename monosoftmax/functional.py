@@ -457,12 +457,19 @@ def _losses_of_probabilities(
 ) -> Losses:
     """The losses of logits ``rows`` [N, V] for class probabilities ``target`` [N, V]."""
     weight = _class_weight(weight, rows)
-    loss, lse = reference.cross_entropy_of_probabilities(
-        rows, target, transform, weight, label_smoothing, z_loss, return_lse
-    )
-    if reduction == "none":
-        return Losses(loss, lse, None)
-    return Losses(loss, lse, loss.sum() if reduction == "sum" else loss.mean())
+    if backend == "reference":
+        loss, lse = reference.cross_entropy_of_probabilities(
+            rows, target, transform, weight, label_smoothing, z_loss, return_lse
+        )
+        total = loss.sum() if reduction == "sum" else loss.mean()
+    else:
+        normalizer = rows.new_full((), rows.shape[0] if reduction == "mean" else 1, dtype=arithmetic_dtype(rows.dtype))
+        scale = None if reduction == "none" else normalizer.reciprocal()
+        loss, lse, total = autograd.cross_entropy_of_probabilities(
+            _rows_for_kernel(rows), _rows_for_kernel(target), transform, weight, label_smoothing, z_loss, return_lse,
+            scale,
+        )  # fmt: skip
+    return Losses(loss, lse, None if reduction == "none" else total)
 
 
 def _normalizer(

@@ -6,11 +6,12 @@ backends (``csrc/cpu/cross_entropy.cpp`` for ``cpu``, ``triton_kernels/operators
 ``csrc/cuda/operators.cpp`` for ``cuda``; the ``linear_`` ones, which are made of the others, by
 :mod:`monosoftmax.chunked_head`), the derivatives by :mod:`monosoftmax.autograd`.
 
-Common arguments: ``input`` [N, V], rows with any stride and columns with stride 1; ``target`` [N] int64; ``weight``
-[V] in the arithmetic type (float64 for float64 input, else float32); ``transform``, ``coefficients`` (in the
-arithmetic type) and ``constants`` as :class:`monosoftmax.transforms.MonotonicTransform` gives them; ``row_stats``
-[2, N]: the largest y of a row, and sum exp(y - largest). With them, and not with lse, the probabilities that the
-backward pass forms add up to 1, and one next to 1 keeps its 1 - p. For the ``linear_`` operators ``input`` is [N, d],
+Common arguments: ``input`` [N, V], rows with any stride and columns with stride 1; ``target`` [N] int64, or, for the
+operators ``_of_probabilities``, class probabilities [N, V] of any floating type that ``input`` may have; ``weight`` [V]
+in the arithmetic type (float64 for float64 input, else float32); ``transform``, ``coefficients`` (in the arithmetic
+type) and ``constants`` as :class:`monosoftmax.transforms.MonotonicTransform` gives them; ``row_stats`` [2, N]: the
+largest y of a row, and sum exp(y - largest). With them, and not with lse, the probabilities that the backward pass
+forms add up to 1, and one next to 1 keeps its 1 - p. For the ``linear_`` operators ``input`` is [N, d],
 ``linear_weight`` [V, d] and ``linear_bias`` [V], all of one type.
 """
 
@@ -37,6 +38,7 @@ _OPTIONS = "int ignore_index, float label_smoothing, float z_loss"
 #: method is "chunked" or "recompute"; chunk_rows 0 leaves the size of a chunk to the backend.
 _LINEAR_OPTIONS = f"{_OPTIONS}, str method, int chunk_rows, float filter_eps"
 
+#: Of every fused backend.
 SCHEMAS = {
     # -> loss [N], lse [N] (unless return_lse: 0 in ignored rows, and not differentiable), row_stats; and, where a scale
     # is given, total = scale * sum of losses with those of its gradients that are needed. Empty is what is not.
@@ -87,6 +89,13 @@ SCHEMAS = {
     ),
 }
 
+#: Of the cpu backend: the loss and its backward above, of class probabilities, of which no rows are ignored: return_lse
+#: is whether lse is differentiated. row_stats is [3, N], with the sum of the target distribution q in its last row.
+OF_PROBABILITIES = {
+    "cross_entropy_of_probabilities": SCHEMAS["cross_entropy"].replace("int ignore_index, ", ""),
+    "cross_entropy_of_probabilities_backward": SCHEMAS["cross_entropy_backward"].replace("int ignore_index, ", ""),
+}
+
 #: Of backends whose device does not tell a number without being waited for. Unless factor is 1, grad_input, computed
 #: ahead for a scale, is computed again for factor * scale, and a contiguous input multiplied by factor.
 ON_DEVICE = {
@@ -135,6 +144,22 @@ def _fake_cross_entropy(  # type: ignore[no-untyped-def]
 def _fake_cross_entropy_backward(  # type: ignore[no-untyped-def]
     grad_loss, grad_lse, input, target, weight, coefficients, transform, constants, row_stats,
     ignore_index, label_smoothing, z_loss, need_input, need_coefficients,
+):  # fmt: skip
+    return _gradients(input, coefficients, need_input, need_coefficients)
+
+
+def _fake_cross_entropy_of_probabilities(  # type: ignore[no-untyped-def]
+    input, target, weight, coefficients, transform, constants, label_smoothing, z_loss, return_lse,
+    scale, need_input, need_coefficients,
+):  # fmt: skip
+    loss, lse, row_stats = _row_results(input)
+    row_stats = row_stats.new_empty((3, input.shape[0]))
+    return loss, lse, row_stats, _total(scale, input), *_gradients(input, coefficients, need_input, need_coefficients)
+
+
+def _fake_cross_entropy_of_probabilities_backward(  # type: ignore[no-untyped-def]
+    grad_loss, grad_lse, input, target, weight, coefficients, transform, constants, row_stats,
+    label_smoothing, z_loss, need_input, need_coefficients,
 ):  # fmt: skip
     return _gradients(input, coefficients, need_input, need_coefficients)
 
@@ -210,6 +235,8 @@ def _fake_log_softmax_backward(  # type: ignore[no-untyped-def]
 _FAKES: dict[str, Callable[..., Any]] = {
     "cross_entropy": _fake_cross_entropy,
     "cross_entropy_backward": _fake_cross_entropy_backward,
+    "cross_entropy_of_probabilities": _fake_cross_entropy_of_probabilities,
+    "cross_entropy_of_probabilities_backward": _fake_cross_entropy_of_probabilities_backward,
     "cross_entropy_": _fake_cross_entropy_,
     "cross_entropy_backward_": _fake_cross_entropy_backward_,
     "cross_entropy_rescale_": _fake_in_place,
@@ -223,7 +250,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 for _backend in FUSED_BACKENDS:
-    for _name, _schema in (SCHEMAS if _backend == "cpu" else SCHEMAS | ON_DEVICE).items():
+    for _name, _schema in (SCHEMAS | (OF_PROBABILITIES if _backend == "cpu" else ON_DEVICE)).items():
         library.define(  # type: ignore[no-untyped-call]
             f"{_name}.{_backend}{_schema}", tags=(torch.Tag.pt2_compliant_tag,)
         )

@@ -50,6 +50,20 @@ def test_columns_are_shared_where_rows_are_few(name: str, options: dict[str, Any
         assert torch.equal(results[2][key], results[3][key]), key
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("of_output", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_log_softmax_of_another_dtype(dtype: torch.dtype, of_output: torch.dtype) -> None:
+    """An upstream gradient of any type is read as what it is."""
+    torch.manual_seed(0)
+    input, upstream = torch.randn(3, 1050).to(dtype), torch.randn(3, 1050).to(of_output)
+    gradients = []
+    for backend in ("reference", "cpu"):
+        leaf = input.clone().requires_grad_()
+        ms.log_softmax(leaf, dtype=of_output, backend=backend).backward(upstream)
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 @pytest.mark.parametrize("name", ["plif", "spline"])
 @pytest.mark.parametrize("pieces", [1, 2, 15, 16, 17, 63, 64, 65, 255, 256, 257, 3000])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])

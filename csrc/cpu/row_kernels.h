@@ -4,7 +4,7 @@
 //
 // Memory traffic per logit, beyond what stays in the caches: cross_entropy reads it once, and writes the gradient where
 // one is asked for; its backward reads it once and writes the gradient; log_softmax reads it once and writes once; its
-// backward reads input and the upstream gradient and writes once.
+// backward reads input and the upstream gradient and writes once. Class probabilities are read once where logits are.
 // Arithmetic is in S: float for float, bfloat16 and half logits, double for double. Each result is rounded once.
 #pragma once
 
@@ -13,6 +13,7 @@
 
 #include "../row/loss.h"
 #include "../row/online_softmax.h"
+#include "../row/probability_loss.h"
 
 namespace monosoftmax::cpu {
 
@@ -39,6 +40,7 @@ template <class S>
 struct RowStats {
   S* largest;
   S* sum;
+  S* mass;  // sum of the q of class probabilities; null for class indices
 };
 
 // What is known of the columns [first, last) of a row.
@@ -47,15 +49,44 @@ struct RowPart {
   OnlineSoftmax<S> softmax;
   S target_y = 0;       // if the target is among them
   double weighted = 0;  // sum of w_j y_j, where labels are smoothed
+
+  void merge(const RowPart& part) {
+    softmax.merge(part.softmax);
+    target_y += part.target_y;
+    weighted += part.weighted;
+  }
 };
 
+// What a target is, with the options of its loss: class indices,
 template <class S>
-struct CrossEntropyCall {
-  Rows<const void*> input;
-  const int64_t* target;
-  Transform<S> transform;
+struct IndexTarget {
+  using Part = RowPart<S>;
+
+  const int64_t* index;
   LossOptions<S> options;
   bool lse_of_ignored;
+
+  bool ignores(int64_t row) const { return index[row] == options.ignore_index; }
+  // Whether anything is computed of a row.
+  bool counts(int64_t row) const { return lse_of_ignored || !ignores(row); }
+};
+
+// or class probabilities, of the shape of the logits.
+template <class S>
+struct ProbabilityTarget {
+  using Part = ProbabilityPart<S>;
+
+  Rows<const void*> rows;
+  ProbabilityOptions<S> options;
+
+  bool counts(int64_t) const { return true; }
+};
+
+template <class S, class Target>
+struct CrossEntropyCall {
+  Rows<const void*> input;
+  Target target;
+  Transform<S> transform;
   S* loss;
   S* lse;
   RowStats<S> stats;
@@ -76,18 +107,31 @@ struct TokenStatisticsCall {
   int64_t* rank;
 };
 
-template <class S>
+template <class S, class Target>
 struct CrossEntropyBackwardCall {
   Rows<const void*> input;
-  const int64_t* target;
+  Target target;
   Transform<S> transform;
-  LossOptions<S> options;
   S grad_of_every_loss;  // where grad_loss is null
   const S* grad_loss;
   const S* grad_lse;  // null: zero
   RowStats<const S> stats;
   Rows<void*> grad_input;  // data null: not needed; may be the input
 };
+
+// The backward pass of what `forward` has computed the losses of.
+template <class S, class Target>
+CrossEntropyBackwardCall<S, Target> backward_of(const CrossEntropyCall<S, Target>& forward) {
+  const RowStats<S>& stats = forward.stats;
+  return {forward.input,
+          forward.target,
+          forward.transform,
+          forward.grad_loss,
+          nullptr,
+          nullptr,
+          {stats.largest, stats.sum, stats.mass},
+          forward.grad_input};
+}
 
 template <class S>
 struct LogSoftmaxCall {
@@ -110,13 +154,22 @@ struct LogSoftmaxBackwardCall {
 };
 
 // `coefficients` is where the gradients of the coefficients are added, of the layout of the coefficients, or null.
+template <class S, class Target>
+struct LossKernels {
+  using Call = CrossEntropyCall<S, Target>;
+  using Part = typename Target::Part;
+
+  void (*cross_entropy)(const Call&, double* coefficients, int64_t begin, int64_t end);
+  Part (*scan)(const Call&, int64_t row, int64_t first, int64_t last);
+  void (*finish)(const Call&, int64_t row, const Part& whole);
+  void (*backward)(const CrossEntropyBackwardCall<S, Target>&, double* coefficients, int64_t begin, int64_t end,
+                   int64_t first, int64_t last);
+};
+
 template <class S>
 struct RowKernels {
-  void (*cross_entropy)(const CrossEntropyCall<S>&, double* coefficients, int64_t begin, int64_t end);
-  RowPart<S> (*cross_entropy_scan)(const CrossEntropyCall<S>&, int64_t row, int64_t first, int64_t last);
-  void (*cross_entropy_finish)(const CrossEntropyCall<S>&, int64_t row, const RowPart<S>& whole);
-  void (*cross_entropy_backward)(const CrossEntropyBackwardCall<S>&, double* coefficients, int64_t begin, int64_t end,
-                                 int64_t first, int64_t last);
+  LossKernels<S, IndexTarget<S>> of_indices;
+  LossKernels<S, ProbabilityTarget<S>> of_probabilities;
   void (*token_statistics)(const TokenStatisticsCall<S>&, int64_t begin, int64_t end);
   void (*log_softmax)(const LogSoftmaxCall<S>&, int64_t begin, int64_t end);
   OnlineSoftmax<S> (*log_softmax_scan)(const LogSoftmaxCall<S>&, int64_t row, int64_t first, int64_t last);
@@ -125,6 +178,9 @@ struct RowKernels {
   double (*sum_of_row)(const Rows<const void*>&, int64_t row, int64_t first, int64_t last);
   void (*log_softmax_backward)(const LogSoftmaxBackwardCall<S>&, double* coefficients, int64_t begin, int64_t end,
                                int64_t first, int64_t last);
+
+  const LossKernels<S, IndexTarget<S>>& of(const IndexTarget<S>&) const { return of_indices; }
+  const LossKernels<S, ProbabilityTarget<S>>& of(const ProbabilityTarget<S>&) const { return of_probabilities; }
 };
 
 struct InstructionSet {

@@ -2,111 +2,24 @@
 // what it includes in one with the name of the instruction set: the linker must not merge the code of one with
 // another's.
 //
-// A row is worked through in tiles that stay in the L1 cache. f is increasing, so the largest y of a tile is f of its
-// largest logit. Hazards: a padded lane of the last vector of a row must reach neither the sum (f(-inf) may be finite)
-// nor a coefficient gradient, so that its exponential and its dL/dy are set to 0.
+// Here are those of class indices and of log_softmax; row_passes.h has how they go through a row, probability_kernels.h
+// those of class probabilities.
 #pragma once
 
-#include <limits>
 #include <vector>
 
-#include "../transforms/registry.h"
-#include "coefficient_sums.h"
-#include "row_kernels.h"
-#include "tiles.h"
+#include "probability_kernels.h"
+#include "row_passes.h"
 
 namespace monosoftmax::cpu {
 namespace {
 
-// Logits below this are taken for it where gradients are formed: their probability is 0 as that of -inf is, and the
-// products of a gradient of 0 with what the coefficients' gradients need of z stay 0.
-constexpr double kLowest = -1e30;
-
-// Calls visitor(f) with the transform of a call.
-template <class T, class S, class Visitor>
-void with_transform_of(const Transform<S>& transform, Visitor&& visitor) {
-  with_transform<T>(transform.name, {transform.coefficients, transform.size, transform.constants}, visitor);
-}
-
-// The log-sum-exp of columns [first, last) of f(row); on_tile(begin, n, z) is called with the logits of each tile.
-template <class T, class F, class OnTile, class S = typename Arithmetic<T>::Scalar>
-OnlineSoftmax<S> scan_row(const F& f, const Rows<const void*>& input, int64_t row, int64_t first, int64_t last,
-                          OnTile&& on_tile) {
-  alignas(kLine) S buffer[kTile];
-  OnlineSoftmax<S> state;
-  for (int64_t begin = first; begin < last; begin += kTile) {
-    const int64_t n = std::min(kTile, last - begin);
-    const S* z = load_tile(input, row, begin, n, buffer);
-    const T shift(state.shift(first_lane(f.value(T(largest_of<T>(z, n))))));
-    T sum(0);
-    int64_t i = 0;
-    for (; i + T::size() <= n; i += T::size()) {
-      sum = sum + Arithmetic<T>::exp(f.value(T::loadu(z + i)) - shift);
-    }
-    if (i < n) sum = sum + T::set(T(0), Arithmetic<T>::exp(f.value(T::loadu(z + i, n - i)) - shift), n - i);
-    state.add(sum_of_lanes(sum));
-    on_tile(begin, n, z);
-  }
-  return state;
-}
-
-// What is subtracted from dL/dy in one column only.
-template <class S>
-struct TargetGradient {
-  int64_t column;  // -1: none
-  S gradient;
-};
-
-// Columns [first, last) of one row of a backward pass. gradient_of(i, n, p, t) is dL/dy of the lanes at column i, of
-// which n exist, with probabilities p and the part t that belongs to the target.
-template <class T, class F, class Sums, class S, class GradientOf>
-void backward_row(const F& f, const Rows<const void*>& input, int64_t row, int64_t first, int64_t last, S largest,
-                  S sum, TargetGradient<S> target, const Rows<void*>& grad_input, Sums& sums,
-                  GradientOf&& gradient_of) {
-  alignas(kLine) S buffer[kTile];
-  // A row of -inf only has no p: NaN, as its loss.
-  const T inverse_sum(sum == 0 ? std::numeric_limits<S>::quiet_NaN() : 1 / sum);
-  const T shift(largest), lowest(static_cast<S>(kLowest));
-  S target_lanes[T::size()] = {};
-  int64_t target_vector = -1;
-  if (first <= target.column && target.column < last) {
-    target_lanes[(target.column - first) % T::size()] = target.gradient;
-    target_vector = target.column - (target.column - first) % T::size();
-  }
-  for (int64_t begin = first; begin < last; begin += kTile) {
-    const int64_t n = std::min(kTile, last - begin);
-    const S* logits = load_tile(input, row, begin, n, buffer);
-    TileWriter<S> writer(grad_input, row, begin, n);
-    S* out = grad_input.data == nullptr ? nullptr : writer.place();
-    for (int64_t strip = 0; strip < n; strip += kStrip) {
-      const int64_t end = std::min(strip + kStrip, n);
-      for (int64_t i = strip; i < end; i += T::size()) {
-        const T z = at::vec::maximum(load<T>(logits + i, n - i), lowest);
-        const typename F::Point point = f.at(z);
-        const T p = Arithmetic<T>::exp(point.value - shift) * inverse_sum;
-        const bool has_target = begin + i == target_vector;
-        T gradient = gradient_of(begin + i, n - i, p, has_target ? T::loadu(target_lanes) : T(0));
-        if (n - i < T::size()) gradient = T::set(T(0), gradient, n - i);
-        if (out != nullptr) store(gradient * point.derivative, out + i, n - i);
-        if (has_target) {
-          sums.add_alone(point, z, gradient);
-          gradient = T(0);
-        }
-        sums.add(point, z, gradient, i - strip);
-      }
-      sums.end_strip(end - strip);
-    }
-    sums.end_tile();
-    if (out != nullptr) writer.finish();
-  }
-}
-
 template <class T, class F, class Sums, class S = typename Arithmetic<T>::Scalar>
-void backward_rows(const F& f, const CrossEntropyBackwardCall<S>& call, Sums& sums, int64_t begin, int64_t end,
-                   int64_t first, int64_t last) {
+void backward_rows(const F& f, const CrossEntropyBackwardCall<S, IndexTarget<S>>& call, Sums& sums, int64_t begin,
+                   int64_t end, int64_t first, int64_t last) {
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t target = call.target[row];
-    const bool ignored = target == call.options.ignore_index;
+    const int64_t target = call.target.index[row];
+    const bool ignored = call.target.ignores(row);
     const S grad_lse = call.grad_lse == nullptr ? S(0) : call.grad_lse[row];
     const S grad_loss = ignored ? S(0) : call.grad_loss == nullptr ? call.grad_of_every_loss : call.grad_loss[row];
     if (ignored && grad_lse == 0) {
@@ -114,11 +27,12 @@ void backward_rows(const F& f, const CrossEntropyBackwardCall<S>& call, Sums& su
       continue;
     }
     const S largest = call.stats.largest[row], sum = call.stats.sum[row];
-    const auto gradient = RowLoss<S>(call.options, ignored ? 0 : target).gradient(grad_loss, grad_lse, largest, sum);
+    const RowLoss<S> loss(call.target.options, ignored ? 0 : target);
+    const auto gradient = loss.gradient(grad_loss, grad_lse, largest, sum);
     const T of_p(gradient.of_p), extra_of_p(gradient.extra_of_p), of_weight(gradient.of_weight);
     const bool smooths = gradient.of_weight != 0, has_extra = gradient.extra_of_p != 0;
-    const S* weight = call.options.weight;
-    const TargetGradient<S> of_target{ignored ? -1 : target, gradient.of_target};
+    const S* weight = call.target.options.weight;
+    OneColumn<T> of_target(ignored ? -1 : target, gradient.of_target, first, last);
     backward_row<T>(f, call.input, row, first, last, largest, sum, of_target, call.grad_input, sums,
                     [&](int64_t i, int64_t n, T p, T t) {
                       if (smooths) t = t + (weight == nullptr ? of_weight : of_weight * load<T>(weight + i, n));
@@ -128,9 +42,9 @@ void backward_rows(const F& f, const CrossEntropyBackwardCall<S>& call, Sums& su
   }
 }
 
-template <class S>
-void cross_entropy_backward(const CrossEntropyBackwardCall<S>& call, double* coefficients, int64_t begin, int64_t end,
-                            int64_t first, int64_t last) {
+template <class S, class Target>
+void cross_entropy_backward(const CrossEntropyBackwardCall<S, Target>& call, double* coefficients, int64_t begin,
+                            int64_t end, int64_t first, int64_t last) {
   using T = at::vec::Vectorized<S>;
   with_transform_of<T>(call.transform, [&](const auto& f) {
     with_sums<T>(f, coefficients, call.transform.size, [&](auto&& sums) {
@@ -141,29 +55,31 @@ void cross_entropy_backward(const CrossEntropyBackwardCall<S>& call, double* coe
 }
 
 template <class T, class F, class S>
-RowPart<S> scan_part(const F& f, const CrossEntropyCall<S>& call, int64_t row, int64_t first, int64_t last) {
-  const int64_t target = call.target[row];
+RowPart<S> scan_part(const F& f, const CrossEntropyCall<S, IndexTarget<S>>& call, int64_t row, int64_t first,
+                     int64_t last) {
+  const int64_t target = call.target.index[row];
+  const LossOptions<S>& options = call.target.options;
   RowPart<S> part;
   part.softmax = scan_row<T>(f, call.input, row, first, last, [&](int64_t at, int64_t n, const S* z) {
     if (at <= target && target < at + n) part.target_y = first_lane(f.value(T(z[target - at])));
-    if (call.options.smooths()) {
+    if (options.smooths()) {
       alignas(kLine) S y[kTile];
       for (int64_t i = 0; i < n; i += T::size()) store(f.value(load<T>(z + i, n - i)), y + i, n - i);
-      part.weighted += weighted_sum(y, call.options.weight == nullptr ? nullptr : call.options.weight + at, n);
+      part.weighted += weighted_sum(y, options.weight == nullptr ? nullptr : options.weight + at, n);
     }
   });
   return part;
 }
 
 template <class S>
-void cross_entropy_finish(const CrossEntropyCall<S>& call, int64_t row, const RowPart<S>& whole) {
+void cross_entropy_finish(const CrossEntropyCall<S, IndexTarget<S>>& call, int64_t row, const RowPart<S>& whole) {
   const S largest = whole.softmax.largest();
   call.lse[row] = whole.softmax.lse();
   call.stats.largest[row] = largest;
   call.stats.sum[row] = whole.softmax.sum();
-  if (call.target[row] == call.options.ignore_index) return;
-  const RowLoss<S> loss(call.options, call.target[row]);
-  const double gaps = whole.weighted - call.options.weight_sum * static_cast<double>(largest);
+  if (call.target.ignores(row)) return;
+  const RowLoss<S> loss(call.target.options, call.target.index[row]);
+  const double gaps = whole.weighted - call.target.options.weight_sum * static_cast<double>(largest);
   call.loss[row] = loss.loss(whole.target_y - largest, gaps, whole.softmax.log_sum(), call.lse[row]);
 }
 
@@ -171,10 +87,10 @@ void cross_entropy_finish(const CrossEntropyCall<S>& call, int64_t row, const Ro
 // with the shift that its tile knows, the second, over what is still in the L2 cache, multiplies by what was missing.
 // No label smoothing: its part of the gradient is not a multiple of p.
 template <class T, class F, class Sums, class S = typename Arithmetic<T>::Scalar>
-void row_with_gradient(const F& f, const CrossEntropyCall<S>& call, int64_t row, std::vector<Tile<S>>& unscaled_row,
-                       std::vector<S>& shifts, Sums& sums) {
+void row_with_gradient(const F& f, const CrossEntropyCall<S, IndexTarget<S>>& call, int64_t row,
+                       std::vector<Tile<S>>& unscaled_row, std::vector<S>& shifts, Sums& sums) {
   using A = Arithmetic<T>;
-  const int64_t classes = call.options.classes, target = call.target[row];
+  const int64_t classes = call.target.options.classes, target = call.target.index[row];
   const bool in_place = call.grad_input.element == element_of<S>();
   S* unscaled = nullptr;
   if (call.grad_input.data != nullptr) {
@@ -223,7 +139,7 @@ void row_with_gradient(const F& f, const CrossEntropyCall<S>& call, int64_t row,
   whole.target_y = first_lane(f.value(target_z));
   cross_entropy_finish(call, row, whole);
   const S largest = call.stats.largest[row], sum = call.stats.sum[row];
-  const auto gradient = RowLoss<S>(call.options, target).gradient(call.grad_loss, 0, largest, sum);
+  const auto gradient = RowLoss<S>(call.target.options, target).gradient(call.grad_loss, 0, largest, sum);
   const double of_p = static_cast<double>(gradient.of_p) + gradient.extra_of_p;
   const S inverse_sum = sum == 0 ? std::numeric_limits<S>::quiet_NaN() : 1 / sum;
   sums.finish(of_p * inverse_sum);
@@ -246,43 +162,38 @@ void row_with_gradient(const F& f, const CrossEntropyCall<S>& call, int64_t row,
 }
 
 template <class S>
-void cross_entropy(const CrossEntropyCall<S>& call, double* coefficients, int64_t begin, int64_t end) {
+void cross_entropy(const CrossEntropyCall<S, IndexTarget<S>>& call, double* coefficients, int64_t begin, int64_t end) {
   using T = at::vec::Vectorized<S>;
-  const int64_t classes = call.options.classes;
+  const int64_t classes = call.target.options.classes;
   const bool has_gradient = call.grad_input.data != nullptr || coefficients != nullptr;
   with_transform_of<T>(call.transform, [&](const auto& f) {
     with_sums<T>(f, coefficients, call.transform.size, [&](auto&& sums) {
       std::vector<Tile<S>> unscaled_row;
       std::vector<S> shifts;
       for (int64_t row = begin; row < end; ++row) {
-        const bool ignored = call.target[row] == call.options.ignore_index;
+        const bool ignored = call.target.ignores(row);
         call.loss[row] = call.lse[row] = call.stats.largest[row] = call.stats.sum[row] = 0;
         if constexpr (std::decay_t<decltype(sums)>::kRescales) {
-          if (has_gradient && !ignored && !call.options.smooths()) {
+          if (has_gradient && !ignored && !call.target.options.smooths()) {
             row_with_gradient<T>(f, call, row, unscaled_row, shifts, sums);
             continue;
           }
         }
-        if (!ignored || call.lse_of_ignored) {
+        if (call.target.counts(row)) {
           cross_entropy_finish(call, row, scan_part<T>(f, call, row, 0, classes));
         }
-        if (has_gradient) {
-          const CrossEntropyBackwardCall<S> backward{
-              call.input,     call.target, call.transform, call.options,
-              call.grad_loss, nullptr,     nullptr,        {call.stats.largest, call.stats.sum},
-              call.grad_input};
-          backward_rows<T>(f, backward, sums, row, row + 1, 0, classes);
-        }
+        if (has_gradient) backward_rows<T>(f, backward_of(call), sums, row, row + 1, 0, classes);
       }
       sums.finish(1);
     });
   });
 }
 
-template <class S>
-RowPart<S> cross_entropy_scan(const CrossEntropyCall<S>& call, int64_t row, int64_t first, int64_t last) {
+template <class S, class Target>
+typename Target::Part cross_entropy_scan(const CrossEntropyCall<S, Target>& call, int64_t row, int64_t first,
+                                         int64_t last) {
   using T = at::vec::Vectorized<S>;
-  RowPart<S> part;
+  typename Target::Part part;
   with_transform_of<T>(call.transform, [&](const auto& f) { part = scan_part<T>(f, call, row, first, last); });
   return part;
 }
@@ -399,8 +310,9 @@ void log_softmax_backward(const LogSoftmaxBackwardCall<S>& call, double* coeffic
       for (int64_t row = begin; row < end; ++row) {
         const T sum_of_grad(static_cast<S>(call.grad_sum[row]));
         const S* grad = nullptr;
-        backward_row<T>(f, call.input, row, first, last, call.stats.largest[row], call.stats.sum[row],
-                        TargetGradient<S>{-1, 0}, call.grad_input, sums, [&](int64_t i, int64_t n, T p, T) {
+        OneColumn<T> no_target(-1, 0, first, last);
+        backward_row<T>(f, call.input, row, first, last, call.stats.largest[row], call.stats.sum[row], no_target,
+                        call.grad_input, sums, [&](int64_t i, int64_t n, T p, T) {
                           const int64_t in_tile = (i - first) % kTile;
                           if (in_tile == 0) {
                             grad = load_tile(call.grad_output, row, i, std::min(kTile, last - i), buffer);
@@ -413,11 +325,21 @@ void log_softmax_backward(const LogSoftmaxBackwardCall<S>& call, double* coeffic
   });
 }
 
+template <class S, class Target>
+constexpr LossKernels<S, Target> loss_kernels() {
+  return {&cross_entropy, &cross_entropy_scan<S, Target>, &cross_entropy_finish, &cross_entropy_backward<S, Target>};
+}
+
 template <class S>
 constexpr RowKernels<S> row_kernels() {
-  return {&cross_entropy<S>,    &cross_entropy_scan<S>,  &cross_entropy_finish<S>, &cross_entropy_backward<S>,
-          &token_statistics<S>, &log_softmax<S>,         &log_softmax_scan<S>,     &log_softmax_finish<S>,
-          &sum_of_row<S>,       &log_softmax_backward<S>};
+  return {loss_kernels<S, IndexTarget<S>>(),
+          loss_kernels<S, ProbabilityTarget<S>>(),
+          &token_statistics<S>,
+          &log_softmax<S>,
+          &log_softmax_scan<S>,
+          &log_softmax_finish<S>,
+          &sum_of_row<S>,
+          &log_softmax_backward<S>};
 }
 
 }  // namespace

@@ -72,8 +72,19 @@ const S* load_tile(const Rows<const void*>& rows, int64_t row, int64_t begin, in
       widen(reinterpret_cast<const c10::Half*>(at), buffer, n);
       return buffer;
     }
-  } else if (rows.element == Element::kFloat) {
-    std::copy_n(reinterpret_cast<const float*>(at), n, buffer);
+    if (rows.element == Element::kDouble) {
+      const double* from = reinterpret_cast<const double*>(at);
+      std::transform(from, from + n, buffer, [](double x) { return static_cast<float>(x); });
+      return buffer;
+    }
+  } else if (rows.element != Element::kDouble) {
+    if (rows.element == Element::kFloat) {
+      std::copy_n(reinterpret_cast<const float*>(at), n, buffer);
+    } else if (rows.element == Element::kBFloat16) {
+      std::copy_n(reinterpret_cast<const c10::BFloat16*>(at), n, buffer);
+    } else {
+      std::copy_n(reinterpret_cast<const c10::Half*>(at), n, buffer);
+    }
     return buffer;
   }
   return reinterpret_cast<const S*>(at);

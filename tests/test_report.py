@@ -172,6 +172,8 @@ def test_verdicts_follow_from_the_figures(filled: Evidence):
     assert "103%" in found["close_to_mixtures"]
     assert found["frozen_is_as_good"].startswith("**not supported**")
     assert found["published_optimiser"].startswith("**supported**: SGD on the published slopes changes nothing")
+    assert found["rank_is_not_the_reason"].startswith("**supported")
+    assert "a higher rank without a significant gain" in found["rank_is_not_the_reason"]
     assert found["helps_after_the_fact"].startswith("**supported**")
 
 
@@ -187,6 +189,7 @@ def test_verdicts_turn_with_the_figures(filled: Evidence, monkeypatch: pytest.Mo
     assert found["costs_little"].startswith("**not supported**")
     assert found["frozen_is_as_good"].startswith("**supported**")
     assert found["published_optimiser"].startswith("**not supported**")
+    assert "no higher rank without a significant gain" in found["rank_is_not_the_reason"]
     assert found["helps_after_the_fact"].startswith("**supported in part**")
     assert "over temperature: no" in found["helps_after_the_fact"]
 

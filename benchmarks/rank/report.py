@@ -311,14 +311,13 @@ def correlation(measured: Mapping[str, tuple[float, float]], what: str) -> str:
     return (
         f"Rank and {what} over these {len(measured)} layers: Spearman's correlation of the effective rank at "
         f"{_KEYS[1]} with {what} is {statistic:+.2f} ({p_value(p)}, {verdict}; negative: higher rank "
-        f"goes with lower {what}). Lowest {what}: {best} (rank {measured[best][0]:.0f}); highest rank: {largest_rank} "
+        f"goes with lower {what}; p takes the layers for independent). Lowest {what}: {best} (rank {measured[best][0]:.0f}); highest rank: {largest_rank} "
         f"({measured[largest_rank][0]:.0f}); lowest rank: {lowest_rank} ({measured[lowest_rank][0]:.0f})."
     )
 
 
 def _language_model(folder: Path) -> list[str]:
     rows, spectra_before, spectra_after = [], {}, {}
-    measured: dict[str, tuple[float, float]] = {}
     tokens = 0
     for name in LANGUAGE_MODEL_OUTPUTS:
         runs = runs_of("language_model", name, folder)
@@ -339,7 +338,6 @@ def _language_model(folder: Path) -> list[str]:
                 after["press"]["float32"],
             ]
         )
-        measured[name] = (after["centred"][_KEYS[1]], run["valid_perplexity"])
         spectra_after[name] = after["singular_values"]
         if before is not None:
             spectra_before[name] = before["singular_values"]
@@ -354,8 +352,6 @@ def _language_model(folder: Path) -> list[str]:
     headers = ["output", "valid ppl", f"before f, {_HEADER}", "before, centred", "after f", "after, centred"]
     headers += ["Press after, float64", "float32"]
     parts = [title, _table(rows, headers)]
-    if len(measured) > 2:
-        parts.append(correlation(measured, "perplexity").replace("effective rank", "centred effective rank"))
     if spectra_after:
         groups = {"before f": spectra_before, "after f": spectra_after}
         name = "language_model.png"

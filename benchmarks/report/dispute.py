@@ -107,10 +107,13 @@ def rank_is_not_the_reason(evidence: Evidence) -> Claim:
     def verdict() -> str:
         statistic, p = rank_report.spearman(measured())
         together = p < SIGNIFICANCE and statistic < 0
-        word = "not supported" if together else "supported"
+        frozen = evidence.synthetic_difference("plif-frozen", BASELINE)
+        without_gain = evidence.rank_of("plif-frozen") > evidence.rank_of(BASELINE) and not better(frozen)
+        text = of_all((not together) + without_gain, 2, "agrees")
         return (
-            f"**{word}** for the synthetic experiment: higher effective rank "
-            f"{'goes' if together else 'does not significantly go'} with lower KL (Spearman {statistic:+.2f})"
+            f"{text} observations of the synthetic experiment: over all layers higher effective rank "
+            f"{'goes' if together else 'does not significantly go'} with lower KL (Spearman {statistic:+.2f}); a frozen "
+            f"random PLIF has {'a higher rank without' if without_gain else 'no higher rank without'} a significant gain"
         )
 
     return judge(

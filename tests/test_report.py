@@ -190,8 +190,10 @@ def test_verdicts_turn_with_the_figures(filled: Evidence, monkeypatch: pytest.Mo
     assert found["frozen_is_as_good"].startswith("**supported**")
     assert found["published_optimiser"].startswith("**not supported**")
     assert "no higher rank without a significant gain" in found["rank_is_not_the_reason"]
-    assert found["helps_after_the_fact"].startswith("**supported in part**")
-    assert "over temperature: no" in found["helps_after_the_fact"]
+    assert found["helps_after_the_fact"].startswith(
+        "**not supported**: f alone gains significantly over a temperature: no"
+    )
+    assert found["helps_after_the_fact"].endswith("over the model as it is: yes")
 
 
 def test_findings_have_the_stored_figures(filled: Evidence):

@@ -310,9 +310,10 @@ def correlation(measured: Mapping[str, tuple[float, float]], what: str) -> str:
     verdict = "significant" if p < SIGNIFICANCE else "not significant"
     return (
         f"Rank and {what} over these {len(measured)} layers: Spearman's correlation of the effective rank at "
-        f"{_KEYS[1]} with {what} is {statistic:+.2f} ({p_value(p)}, {verdict}; negative: higher rank "
-        f"goes with lower {what}; p takes the layers for independent). Lowest {what}: {best} (rank {measured[best][0]:.0f}); highest rank: {largest_rank} "
-        f"({measured[largest_rank][0]:.0f}); lowest rank: {lowest_rank} ({measured[lowest_rank][0]:.0f})."
+        f"{_KEYS[1]} with {what} is {statistic:+.2f} ({p_value(p)}, {verdict}; negative: higher rank goes with lower "
+        f"{what}; p takes the layers for independent). Lowest {what}: {best} (rank {measured[best][0]:.0f}); highest "
+        f"rank: {largest_rank} ({measured[largest_rank][0]:.0f}); lowest rank: {lowest_rank} "
+        f"({measured[lowest_rank][0]:.0f})."
     )
 
 

@@ -112,8 +112,8 @@ def rank_is_not_the_reason(evidence: Evidence) -> Claim:
         text = of_all((not together) + without_gain, 2, "agrees")
         return (
             f"{text} observations of the synthetic experiment: over all layers higher effective rank "
-            f"{'goes' if together else 'does not significantly go'} with lower KL (Spearman {statistic:+.2f}); a frozen "
-            f"random PLIF has {'a higher rank without' if without_gain else 'no higher rank without'} a significant gain"
+            f"{'goes' if together else 'does not significantly go'} with lower KL (Spearman {statistic:+.2f}); a "
+            f"frozen random PLIF has {'a' if without_gain else 'no'} higher rank without a significant gain"
         )
 
     return judge(
@@ -147,16 +147,17 @@ def helps_after_the_fact(evidence: Evidence) -> Claim:
         parts = []
         for role in ("temperature", "best PLIF", "best other"):
             difference, seeds = evidence.head_difference(roles[role], roles["linear"])
-            parts.append(f"{roles[role]} {gain(difference)} ({seeds} seeds)")
+            parts.append(f"{roles[role]} {gain(difference)} ({seeds} seed{'s' if seeds > 1 else ''})")
         return f"f and the head trained together, gain over the head alone, over documents: {'; '.join(parts)}."
 
     def verdict() -> str:
         best = best_posthoc(evidence)
-        over = {name: better(evidence.posthoc_difference(best, name)) for name in ("identity", "temperature")}
+        over_model, over_control = (
+            better(evidence.posthoc_difference(best, name)) for name in ("identity", "temperature")
+        )
         return (
-            of_all(sum(over.values()), 2, "f alone gains significantly")
-            + " (over the model as it is: "
-            + (f"{'yes' if over['identity'] else 'no'}, over temperature: {'yes' if over['temperature'] else 'no'})")
+            f"**{'supported' if over_control else 'not supported'}**: f alone gains significantly over a temperature: "
+            f"{'yes' if over_control else 'no'}; over the model as it is: {'yes' if over_model else 'no'}"
         )
 
     return judge(

@@ -111,8 +111,9 @@ def cross_entropy(
     Args:
         input: logits z, (V,), (N, V) or (N, V, d1, ...); float32, bfloat16, float16 or float64.
         target: class indices, int64, of the shape of ``input`` without V; or class probabilities, of any floating dtype
-            listed for ``input`` and of the shape of ``input``. The reference backend differentiates with respect to
-            probabilities, and ``"auto"`` chooses it where they require a gradient.
+            listed for ``input`` and of the shape of ``input``. The reference and cpu backends take probabilities. The
+            reference backend differentiates with respect to them, and ``"auto"`` chooses it where they require a
+            gradient.
         transform: f; ``None`` is Linear-Softmax.
         weight: weight of each class, (V,).
         ignore_index: targets of this value get loss 0 and gradient 0. Not for class probabilities.

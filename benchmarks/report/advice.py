@@ -57,17 +57,28 @@ def _seeds(evidence: Evidence, cell: CellResults, label: str, other: str) -> Dif
 def _language_models(evidence: Evidence) -> str:
     ran = cells_that_ran(evidence)
     best = {cell.cell.name: evidence.best_of(cell).row.label for cell in ran}
-    differences = {cell.cell.name: _seeds(evidence, cell, best[cell.cell.name], CONTROL) for cell in ran}
-    significant = [name for name, difference in differences.items() if better(difference)]
-    gains = [-difference.mean for difference in differences.values()]
+    over = {
+        other: {cell.cell.name: _seeds(evidence, cell, best[cell.cell.name], other) for cell in ran}
+        for other in (BASELINE, CONTROL)
+    }
+    both = [name for name in best if all(better(differences[name]) for differences in over.values())]
+    parts = []
+    for other, differences in over.items():
+        gains = [-difference.mean for difference in differences.values()]
+        count = sum(better(difference) for difference in differences.values())
+        span = f"{min(gains):+.4f} to {max(gains):+.4f}"
+        parts.append(f"{span} over {other} (significant in {count} of {len(ran)} cells)")
     figures = (
-        f"the best transform of a cell gains {min(gains):+.4f} to {max(gains):+.4f} nats a word over a temperature, "
-        f"significant in {len(significant)} of {len(ran)} cells ({', '.join(significant) or 'none'})"
+        f"the best transform of a cell gains {' and '.join(parts)}, in nats a word; over both significantly in "
+        f"{len(both)} of {len(ran)} cells ({', '.join(both) or 'none'})"
     )
-    if 2 * len(significant) > len(ran):
-        label, count = Counter(best[name] for name in significant).most_common(1)[0]
-        return f"Try {label}: {figures}; it is the best in {count} of these."
-    return f"Do not expect more of a learned function than of a temperature: {figures}."
+    label, count = Counter(best.values()).most_common(1)[0]
+    if 2 * len(both) > len(ran):
+        return f"Try {label}: {figures}; it is the best transform in {count} cells."
+    return (
+        f"A learned function may help, which these trainings do not settle: {figures}; {label} is the best transform "
+        f"in {count} cells."
+    )
 
 
 def _control(evidence: Evidence) -> str:
@@ -75,7 +86,7 @@ def _control(evidence: Evidence) -> str:
     differences = {cell.cell.name: _seeds(evidence, cell, CONTROL, BASELINE) for cell in ran}
     significant = [name for name, difference in differences.items() if better(difference)]
     gains = [-difference.mean for difference in differences.values()]
-    start = "Add" if 2 * len(significant) > len(ran) else "Measure"
+    start = "Add" if 2 * len(significant) > len(ran) else "Measure, but do not count on,"
     return (
         f"{start} `Temperature` before anything else: one parameter gains {min(gains):+.4f} to {max(gains):+.4f} nats "
         f"a word over Linear-Softmax in these short trainings, significant in {len(significant)} of {len(ran)} cells. "

@@ -169,13 +169,14 @@ def language_models_improve(evidence: Evidence) -> Claim:
     def verdict() -> str:
         ran = cells_that_ran(evidence)
         over = {
-            other: sum(better(evidence.gain(cell, evidence.best_of(cell).row.label, other).seeds) for cell in ran)
+            other: [better(evidence.gain(cell, evidence.best_of(cell).row.label, other).seeds) for cell in ran]
             for other in (BASELINE, CONTROL)
         }
-        text = of_all(over[CONTROL], len(ran), "the best transform gains significantly over temperature")
+        both = sum(map(all, zip(*over.values(), strict=True)))
+        text = of_all(both, len(ran), "the best transform gains significantly over Linear-Softmax and over temperature")
         return (
-            f"{text} cells ({over[BASELINE]} of {len(ran)} over Linear-Softmax), at these sizes and short trainings; "
-            f"{len(evidence.cells) - len(ran)} cells were not run"
+            f"{text} cells (over Linear-Softmax in {sum(over[BASELINE])}, over temperature in {sum(over[CONTROL])}), "
+            f"at these sizes and short trainings; {len(evidence.cells) - len(ran)} cells were not run"
         )
 
     return judge(

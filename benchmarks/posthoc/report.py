@@ -298,7 +298,7 @@ def _together_differences(together: Mapping[tuple[str, str], Runs], data: Record
     rows, sentences = [], []
     pairs = [(role, base) for base in ("linear", "temperature") for role in by_role if role != base]
     pairs = [(role, base) for role, base in pairs if (role, base) != ("linear", "temperature")]
-    found: list[tuple[str, int, Difference, Difference | None]] = []
+    found = []
     for role, base in pairs:
         (name, one), (base_name, other) = by_role[role], by_role[base]
         seeds = sorted(set(one) & set(other))
@@ -306,23 +306,21 @@ def _together_differences(together: Mapping[tuple[str, str], Runs], data: Record
         if not seeds:
             rows.append([label, "not run", "not run"])
             continue
-        documents = over_documents(
+        difference = over_documents(
             _mean_documents([one[s] for s in seeds]), _mean_documents([other[s] for s in seeds]), data["test_tokens"]
         )
-        runs = None
+        over = "one seed"
         if len(seeds) > 1:
-            runs = over_seeds([one[s]["test"]["nll"] for s in seeds], [other[s]["test"]["nll"] for s in seeds])
-        found.append((label, len(seeds), documents, runs))
-    documents_adjusted = _adjusted([documents for *_, documents, _ in found])
-    runs_adjusted = iter(_adjusted([runs for *_, runs in found if runs is not None]))
-    for (label, count, _, runs), documents in zip(found, documents_adjusted, strict=True):
-        over = "one seed" if runs is None else f"{next(runs_adjusted).describe(digits=4)} ({count} seeds)"
-        rows.append([label, documents.describe(digits=4), over])
+            over = over_seeds(
+                [one[s]["test"]["nll"] for s in seeds], [other[s]["test"]["nll"] for s in seeds]
+            ).describe(digits=4)
+        found.append((label, difference, over, len(seeds)))
+    adjusted = _adjusted([difference for _, difference, _, _ in found]) if found else []
+    for (label, _, over, count), difference in zip(found, adjusted, strict=True):
+        rows.append([label, difference.describe(digits=4), f"{over} ({count} seeds)" if count > 1 else over])
     sentences.append(
-        "Over documents, which says whether a difference would hold on other text: bootstrap and random signs, the "
-        "losses of a document being means over the seeds that both methods have. Over seeds, which says whether it is "
-        "due to the tokens that were fitted to, on this text: Student's interval and the paired t test. Both with "
-        f"Holm's adjustment for the {len(found)} comparisons of a column."
+        f"Over documents: the losses of a document are means over the seeds that both methods have; Holm's adjustment "
+        f"for the {len(found)} comparisons. Over seeds: Student's interval and the paired t test, not adjusted."
     )
     sentences.append(_table(rows, ["difference", "over documents", "over seeds"]))
     return sentences
@@ -336,22 +334,13 @@ def _settings(data: Record, cells: Sequence[Record]) -> str:
     settings = {name: value for record in (data, *cells) for name, value in record["settings"].items()}
     lines = [f"- {name}: {json.dumps(value)}" for name, value in settings.items()]
     lines.append(f"- hidden states: digest {data['states']['digest'][:16]}")
-    environments = [record["environment"] for record in (data, *cells)]
-    for machine in _unique([{**environment, "commit": None} for environment in environments]):
-        commits = _unique([one["commit"] for one in environments if {**one, "commit": None} == machine])
-        facts = [f"{name} {value}" for name, value in machine.items() if name != "commit"]
-        lines.append(f"- {', '.join(facts)}; commits {', '.join(map(_short, commits))}")
+    for environment in _unique([record["environment"] for record in (data, *cells)]):
+        lines.append("- " + ", ".join(f"{name} {value}" for name, value in environment.items()))
     lines.append(
         f"- `{COMMAND} --verify` fits and tests one cell again: bit for bit the same on the same machine. "
         f"Significant means p < {SIGNIFICANCE:.2g}."
     )
     return "\n".join(lines)
-
-
-def _short(commit: str | None) -> str:
-    if commit is None:
-        return "unknown"
-    return commit[:10] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
 def _unique(values: Sequence[Any]) -> list[Any]:

@@ -57,6 +57,15 @@ def environment() -> dict[str, Any]:
     }
 
 
+def machine_changes(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What differs, as ``name: there -> here``, of what must be the same for figures that are so bit for bit.
+
+    The sources may differ: whether they give the same figures is what a comparison is for.
+    """
+    names = ("processor", "instructions", "system", "torch", "threads")
+    return [f"{name}: {there.get(name)} -> {here.get(name)}" for name in names if there.get(name) != here.get(name)]
+
+
 def compiler() -> str | None:
     """Name and version of the C++ compiler on PATH, which torch.compile uses on a CPU; None where there is none."""
     path = shutil.which("c++")

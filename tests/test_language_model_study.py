@@ -17,6 +17,7 @@ pytest.importorskip("tabulate", reason="the benchmarks need requirements/benchma
 pytest.importorskip("matplotlib", reason="the benchmarks need requirements/benchmarks.txt")
 pytest.importorskip("tqdm", reason="the benchmarks need requirements/benchmarks.txt")
 
+from benchmarks.claims import claimed
 from benchmarks.language_model import __main__ as command
 from benchmarks.language_model import corpora, measurements, models, settings, study_report, study_run, training
 from benchmarks.language_model.budget import Budget
@@ -356,7 +357,7 @@ def test_a_run_that_another_process_has_is_left_alone(
     study = _write(tmp_path, _changed(cells=[{"name": "a", "seeds": [0], "outputs": ["linear", "temperature"]}]))
     folder, scratch = tmp_path / "results", tmp_path / "scratch"
     verify, linear, temperature = study.units(folder)
-    with study_run.claimed(scratch / linear.path.with_suffix(".lock")) as mine:
+    with claimed(scratch / linear.path.with_suffix(".lock")) as mine:
         assert mine
         assert study_run.run_study(study, folder, scratch)
     assert "Other processes are at the last 1 runs" in capsys.readouterr().out

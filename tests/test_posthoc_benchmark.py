@@ -19,7 +19,7 @@ pytest.importorskip("tabulate", reason="the benchmarks need requirements/benchma
 pytest.importorskip("matplotlib", reason="the benchmarks need requirements/benchmarks.txt")
 
 import monosoftmax as ms
-from benchmarks import statistics
+from benchmarks import claims, statistics
 from benchmarks.posthoc import __main__ as command
 from benchmarks.posthoc import calibration, fit_head, fit_transforms, records, report, run, states
 from benchmarks.posthoc.fit_transforms import Fit
@@ -342,7 +342,7 @@ def test_one_missing_run_is_run_the_same(toy: States, finished: Path, tmp_path: 
         copy.write_bytes(path.read_bytes())
     (tmp_path / "posthoc" / f"{unit}.json").unlink()
     assert not study(toy, tmp_path, deadline=time.monotonic()).run()
-    with records.claimed(unit, tmp_path / "posthoc"):
+    with claims.claimed(claims.lock_of(tmp_path / "posthoc", unit)):
         assert not study(toy, tmp_path).run()
     assert study(toy, tmp_path).run()
     found = records.read(tmp_path / "posthoc", unit)

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
+from benchmarks import claims
 from benchmarks.language_model.budget import Budget
 from benchmarks.rank import __main__ as command
 from benchmarks.rank import heads, matrices, report, run, settings
@@ -24,7 +25,7 @@ def small(monkeypatch, tmp_path):
     """Sizes that take no time, and a folder of results and of locks."""
     monkeypatch.setattr(matrices, "RANDOM_ROWS", 40)
     monkeypatch.setattr(run, "SEEDS", (0, 1))
-    monkeypatch.setattr(run, "LOCKS", tmp_path / "locks")
+    monkeypatch.setattr(claims, "LOCKS", tmp_path / "locks")
     monkeypatch.setattr(heads, "SYNTHETIC_CELL", settings_of_a_small_cell())
     return tmp_path / "rank"
 
@@ -150,7 +151,7 @@ def test_runs_are_kept_and_not_done_again(small):
 
 
 def test_units_of_another_process_are_left_out(small):
-    with run._claimed(LINEAR, small) as mine:
+    with claims.claimed(claims.lock_of(small, str(LINEAR))) as mine:
         assert mine
         # A second open file is another owner of the lock, also within one process.
         assert run.execute([LINEAR, PLIF], small) == 1

@@ -15,6 +15,7 @@ import torch
 from scipy.special import digamma
 from torch import nn
 
+from benchmarks import claims
 from benchmarks.files import write_json
 from benchmarks.synthetic import __main__ as command_line
 from benchmarks.synthetic import pictures, problem, records, report, run, settings, timing, training, verify
@@ -30,7 +31,7 @@ _LIGHT = [name for name in METHODS if not name.startswith("published")]
 def _one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The settings of the command, and locks that no other process takes."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr(records, "LOCKS", tmp_path / "locks")
+    monkeypatch.setattr(claims, "LOCKS", tmp_path / "locks")
     run.prepare(1)
     yield
     torch.set_num_threads(threads)
@@ -232,9 +233,9 @@ def test_seeds_can_be_added(tmp_path: Path) -> None:
 def test_a_unit_that_another_process_has_is_left_alone(tmp_path: Path) -> None:
     taken, free = Unit(_CELL, "linear"), Unit(_CELL, "temperature")
     command = _command(tmp_path, taken, free)
-    with records.claimed(taken, command.folder) as mine:
+    with claims.claimed(claims.lock_of(command.folder, taken.name)) as mine:
         assert mine
-        with records.claimed(taken, command.folder) as again:
+        with claims.claimed(claims.lock_of(command.folder, taken.name)) as again:
             assert not again
         assert not run.Runner(command).execute()
         assert not records.path_of(taken, command.folder).exists()

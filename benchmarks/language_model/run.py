@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shlex
 import shutil
 import signal
@@ -21,10 +19,8 @@ import numpy
 import torch
 from tqdm import tqdm
 
-import monosoftmax as ms
-
+from .. import machine
 from ..files import write_json, write_text
-from ..machine import commit, processor
 from . import measurements, pictures, report
 from .budget import Budget
 from .corpora import Corpus, load
@@ -349,16 +345,9 @@ def environment(settings: Settings) -> dict[str, Any]:
     """Versions and machine, without its name."""
     device = torch.device(settings.device)
     return {
-        "monosoftmax": ms.__version__,
-        "commit": commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **machine.environment(),
         "numpy": numpy.__version__,
         "matplotlib": matplotlib.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
 

@@ -6,7 +6,6 @@ it ends. Results are written whole or not at all, so that whatever is there is a
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -21,8 +20,9 @@ from typing import Any
 
 import torch
 
+from ..claims import claimed
 from ..files import write_json
-from ..machine import environment
+from ..machine import environment, machine_changes
 from . import measurements
 from .budget import Budget
 from .corpora import Corpus, load
@@ -98,19 +98,6 @@ def _do_one(left: list[Unit], folder: Path, scratch: Path, stop: StopSignal) -> 
             print(f"{time.strftime('%H:%M:%S')}   {describe_result(result)}", flush=True)
             return True
     return False
-
-
-@contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Whether the lock on ``path`` was to be had; it is kept until the block ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def describe_result(result: dict[str, Any]) -> str:
@@ -310,9 +297,8 @@ def verify(study: Study, folder: Path, scratch: Path) -> bool:
         raise StudyError(f"{folder / study.verify.path} is not there: run the study first")
     checkpoint = scratch / f"verify-{os.getpid()}.pt"
     result = run_unit(study.verify, checkpoint, lambda: False)
-    same_machine = [key for key in _MACHINE if stored["environment"][key] != result["environment"][key]] == []
     figures, before = _figures(result), _figures(stored)
-    if same_machine:
+    if not machine_changes(stored["environment"], result["environment"]):
         right = figures == before
         print(f"Same machine: {len(figures)} figures {'are the same to the bit' if right else 'DIFFER'}.")
     else:
@@ -321,10 +307,6 @@ def verify(study: Study, folder: Path, scratch: Path) -> bool:
         words = f"agree within {TOLERANCE:g}" if right else f"DIFFER by more than {TOLERANCE:g}"
         print(f"Another machine, torch or number of threads: {len(figures)} figures {words} of their values.")
     return right
-
-
-#: What must agree for figures to be the same to the bit.
-_MACHINE = ("torch", "processor", "instructions", "threads", "system")
 
 
 def _figures(result: dict[str, Any]) -> list[float]:

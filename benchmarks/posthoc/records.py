@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..files import write_text
-from .settings import BASELINE, CONTROL, LOCKS, TRANSFORMS, HeadSettings
+from .settings import BASELINE, CONTROL, TRANSFORMS, HeadSettings
 
 PLIFS = ("plif", "plif_40")
 
 
 class RecordError(Exception):
     """A file of results does not go with these settings or hidden states, or is no such file."""
-
-
-@contextmanager
-def claimed(unit: str, folder: Path) -> Iterator[bool]:
-    """Whether this process has the unit for itself, within the block; False where another one has it."""
-    path = LOCKS / str(folder.resolve()).strip("/").replace("/", "-") / f"{unit.replace('/', '-')}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        # The lock goes with the file, also where the process is killed.
-        yield True
 
 
 def head_unit(name: str, rate: float, seed: int) -> str:

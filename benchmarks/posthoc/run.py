@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..machine import environment
+from ..claims import claimed, lock_of
+from ..machine import environment, machine_changes
 from . import records
 from .calibration import evaluate, histogram, nll, spectra
 from .fit_head import fit, measure
@@ -16,8 +17,6 @@ from .fit_transforms import Fit, parameters_of, with_parameters
 from .settings import STAGES, TRANSFORMS, Settings
 from .states import MODEL, States
 
-#: What must be the same for figures that are the same bit for bit.
-_MACHINE = ("processor", "instructions", "system", "torch", "threads")
 #: Losses of a token on another machine may differ by as much: its states, sums and steps are rounded in other ways.
 NLL_TOLERANCE = 2e-3
 VERIFIED = "temperature"
@@ -98,7 +97,7 @@ class Study:
         if not missing():
             return True
         # One unit: all contestants share the logits.
-        with records.claimed("transforms", self.folder) as mine:
+        with claimed(lock_of(self.folder, "transforms")) as mine:
             names = missing()
             if not mine or self._late():
                 self.say("f alone: " + ("no time is left" if mine else "another process is at it"))
@@ -175,7 +174,7 @@ class Study:
             return True
         if self._late():
             return False
-        with records.claimed(unit, self.folder) as mine:
+        with claimed(lock_of(self.folder, unit)) as mine:
             if not mine:
                 return False
             if self._stored(unit, *parts) is None:
@@ -220,7 +219,7 @@ def verify(states: States, settings: Settings, folder: Path, say: Callable[[str]
     figures = evaluate(test, states.head, {VERIFIED: transform}, settings.evaluation)[VERIFIED]
     new = {"nll": nll(figures["document_nll"], test.counts()), **figures}
     here = environment()
-    same = all(stored["environment"][name] == here[name] for name in _MACHINE)
+    same = not machine_changes(stored["environment"], here)
     same &= stored["states"]["digest"] == states.digest
     old = {name: stored["test"][name] for name in new}
     if same:

@@ -15,8 +15,6 @@ from monosoftmax.transforms import MonotonicTransform
 from ..language_model.corpora import cache_folder
 
 RESULTS = Path(__file__).parents[1] / "results" / "posthoc"
-#: Outside of git: locks, and the checkpoint of an interrupted fit.
-LOCKS = Path(__file__).parents[2] / "build" / "locks" / "posthoc"
 STAGES = ("states", "transforms", "head")
 TOLERANCES = (1e-3, 1e-4, 1e-5)
 

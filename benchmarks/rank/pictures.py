@@ -10,29 +10,18 @@ from matplotlib.figure import Figure
 
 import monosoftmax as ms
 
+from ..language_model import pictures as language_model
 from .settings import TOLERANCES
 
-#: Colour and dashes of each f, the same in every picture.
+#: Colour and dashes of each f, those of the language models' pictures where these have it.
 STYLES: dict[str, tuple[str, str]] = {
-    "linear": ("#000000", "-"),
-    "temperature": ("#8c8c8c", "--"),
-    "plif": ("#d62728", "-"),
+    **language_model.STYLES,
     "plif-20": ("#d62728", "-"),
     "plif-50": ("#f29a9b", "-"),
     "plif-1000": ("#d62728", "--"),
     "plif-100000": ("#8b1a1b", "-."),
-    "plif-frozen": ("#f29a9b", "--"),
     "published-sgd": ("#8b1a1b", ":"),
     "published-adam": ("#8b1a1b", "-."),
-    "sigsoftmax": ("#1f77b4", "-"),
-    "gss": ("#17becf", "--"),
-    "softcap": ("#ff9d0a", "--"),
-    "softcap-learned": ("#c46a00", ":"),
-    "sigmoidcap": ("#e377c2", "-"),
-    "sigmoidcap-learned": ("#9e3f81", ":"),
-    "mlp": ("#8c564b", "-."),
-    "spline": ("#9467bd", "--"),
-    "mos": ("#2ca02c", "-"),
     "mos4": ("#2ca02c", "-"),
 }
 #: Below this share of the largest singular value there is nothing that any tolerance sees.

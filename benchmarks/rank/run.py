@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from ..claims import claimed, lock_of
 from ..files import write_text
-from ..machine import environment
+from ..machine import environment, machine_changes
 from . import heads, matrices
 from .settings import (
     LARGE_CONTEXTS,
@@ -28,9 +27,6 @@ from .settings import (
     TOLERANCES,
     Unit,
 )
-
-#: Locks are no results, and stay out of git.
-LOCKS = Path(__file__).parents[2] / "build" / "locks" / "rank"
 
 #: By how much figures may differ from those of another machine: relatively (singular values to the largest), and
 #: ranks by whole numbers where that is more.
@@ -108,7 +104,7 @@ def execute(units: Sequence[Unit], folder: Path, measured: Callable[[Unit], list
     with tqdm(units, unit="unit") as bar:
         for unit in bar:
             bar.set_description(str(unit))
-            with _claimed(unit, folder) as mine:
+            with claimed(lock_of(folder, str(unit))) as mine:
                 # Read only now: another process may have finished it since this one started.
                 if mine and read(unit, folder) is None:
                     write(unit, folder, measured(unit))
@@ -135,49 +131,29 @@ def verify(
         RecordError: a unit has no record.
     """
     lines = []
-    here = _relevant(environment())
+    here = environment()
     for unit in units:
         record = read(unit, folder)
         if record is None:
             raise RecordError(f"{path_of(unit, folder)} is missing: run python -m benchmarks.rank first")
         # Through JSON, where tuples are lists.
         again = json.loads(json.dumps(measured(unit)))
-        there = _relevant(record["environment"])
+        changed = machine_changes(record["environment"], here)
         if again == record["runs"]:
             lines.append((f"{unit}: the same to the last bit", True))
-        elif there == here:
+        elif not changed:
             lines.append(
                 (f"{unit}: NOT the same, on the same machine: {_first_difference(again, record['runs'])}", False)
             )
         else:
-            changed = ", ".join(f"{name}: {there[name]} -> {here[name]}" for name in here if there[name] != here[name])
             close = _close(again, record["runs"])
             how = "within the tolerance" if close else f"NOT close: {_first_difference(again, record['runs'])}"
-            lines.append((f"{unit}: another machine ({changed}), {how}", close))
+            lines.append((f"{unit}: another machine ({', '.join(changed)}), {how}", close))
     return lines
-
-
-@contextmanager
-def _claimed(unit: Unit, folder: Path) -> Iterator[bool]:
-    """Whether this process has the unit for itself, within the block; False where another one has it."""
-    path = LOCKS / str(folder.resolve()).strip("/").replace("/", "-") / f"{unit.group}-{unit.name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        # The lock goes with the file, also where the process is killed.
-        yield True
 
 
 def _dim(unit: Unit) -> int:
     return int(unit.group.removeprefix("random-d"))
-
-
-def _relevant(found: dict[str, Any]) -> dict[str, Any]:
-    return {name: found.get(name) for name in ("torch", "system", "processor", "instructions", "threads")}
 
 
 def _close(one: Any, other: Any) -> bool:

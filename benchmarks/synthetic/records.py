@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +11,9 @@ from ..machine import environment
 from .methods import METHODS, build
 from .settings import BETAS, LEARNING_RATES, SEARCH_SEED, WARM_UP_STEPS, Unit
 
-#: Locks are no results, and stay out of git.
-LOCKS = Path(__file__).parents[2] / "build" / "locks" / "synthetic"
-
 
 class RecordError(Exception):
     """A file of results does not go with these settings."""
-
-
-@contextmanager
-def claimed(unit: Unit, folder: Path) -> Iterator[bool]:
-    """Whether this process has the unit for itself, within the block; False where another one has it."""
-    path = LOCKS / str(folder.resolve()).strip("/").replace("/", "-") / f"{unit.cell.name}-{unit.method}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        # The lock goes with the file, also where the process is killed.
-        yield True
 
 
 def path_of(unit: Unit, folder: Path) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..claims import claimed, lock_of
 from . import records
 from .problem import dirichlet, training_targets
 from .settings import LEARNING_RATES, SEARCH_SEED, Command, Unit
@@ -70,7 +71,7 @@ class Runner:
                 bar.set_description(unit.name)
                 if self._out_of_time():
                     break
-                with records.claimed(unit, self.folder) as mine:
+                with claimed(lock_of(self.folder, unit.name)) as mine:
                     if mine:
                         self._run(unit)
         return not any(records.missing_runs(records.read(unit, self.folder), unit) for unit in units)

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..machine import environment
+from ..machine import environment, machine_changes
 from . import records
 from .settings import MAIN, Command, Unit
 from .training import train
 
-#: What must be the same for figures that are the same bit for bit. The sources may differ: that is what is looked at.
-_MACHINE = ("processor", "instructions", "system", "torch", "threads")
 #: Elsewhere arithmetic is rounded in another way, and a training that is not convex may end in another place.
 KL_TOLERANCE, MODES_TOLERANCE = 0.05, 0.05
 _QUICK = ("linear", "plif")
@@ -69,7 +67,7 @@ def compare(unit: Unit, folder: Path) -> Comparison:
     again = train(unit.cell, unit.method, run["seed"], run["lr"], keep_shape=False)
     return Comparison(
         f"{unit.name}, seed {run['seed']}",
-        all(there.get(name) == here[name] for name in _MACHINE),
+        not machine_changes(there, here),
         (there.get("commit"), here["commit"]),
         run["figures"],
         again["figures"],

@@ -310,3 +310,13 @@ def test_check_compares_with_the_results(
 def test_the_report_that_is_committed_is_what_the_results_give():
     assert command.main(["--check"]) == 0
     assert evidence_module.RESULTS == RESULTS
+
+
+def test_the_readme_quotes_the_report():
+    """The advice and the verdicts in the README are the ones of REPORT.md, word for word."""
+    root = Path(__file__).parents[1]
+    report = (root / "benchmarks" / "results" / "REPORT.md").read_text()
+    quoted = (root / "README.md").read_text()
+    for heading in ("## Which output layer should I use?", "## Claim by claim"):
+        section = report.split(f"{heading}\n", 1)[1].split("\n#", 1)[0].strip()
+        assert section in quoted

@@ -86,11 +86,13 @@ def _control(evidence: Evidence) -> str:
     differences = {cell.cell.name: _seeds(evidence, cell, CONTROL, BASELINE) for cell in ran}
     significant = [name for name, difference in differences.items() if better(difference)]
     gains = [-difference.mean for difference in differences.values()]
+    tries = sorted({cell.cell.search.tries for cell in ran if cell.cell.search is not None})
     start = "Add" if 2 * len(significant) > len(ran) else "Measure, but do not count on,"
     return (
         f"{start} `Temperature` before anything else: one parameter gains {min(gains):+.4f} to {max(gains):+.4f} nats "
         f"a word over Linear-Softmax in these short trainings, significant in {len(significant)} of {len(ran)} cells. "
-        "Hold every other gain against it."
+        f"Its rates are the best of {' or '.join(map(str, tries))} tries, as every row's: where it is worse than "
+        "Linear-Softmax, which it can equal, they were not good ones."
     )
 
 

@@ -3,6 +3,10 @@
 #include <torch/version.h>
 
 #include "cpu/instruction_set.h"
+#ifdef MONOSOFTMAX_CUDA
+#include "cuda/python_tuning.h"
+#include "cuda/torch_device.h"
+#endif
 
 namespace py = pybind11;
 
@@ -33,4 +37,10 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "cpu_capability", [] { return monosoftmax::cpu::instruction_set().name; },
       "The instruction set whose kernels run on this machine: default, avx2 or avx512.");
+#ifdef MONOSOFTMAX_CUDA
+  module.def(
+      "tune_plans", [](const py::kwargs& wishes) { monosoftmax::cuda::tune(monosoftmax::cuda::tuning_of(wishes)); },
+      "Plans of the CUDA kernels from now on, for benchmarks: csrc/cuda/plan.h, Tuning. What is not named is as it is\n"
+      "for users. No other thread may compute meanwhile.");
+#endif
 }

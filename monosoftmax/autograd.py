@@ -26,6 +26,7 @@ from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
 )
 from torch.autograd.function import _SingleLevelFunction
 
+from ._dispatch import has_values, tells_values, within_functorch
 from .float16 import float16_shift
 from .ops import FUSED_BACKENDS, library, operator
 from .transforms.base import MonotonicTransform, arithmetic_dtype
@@ -147,15 +148,15 @@ class _Ahead:
         None where that would round a result for the second time.
         """
         factor = grad_total if self._shift is None else grad_total / self._shift
-        if _traced() or _is_batched(factor):
+        if within_functorch() or not has_values(factor):
             if not self._scalable:
                 return None
             return [(each.to(factor.dtype) * factor).to(each.dtype) for each in self.gradients]
-        if _tells_values(factor) and factor.item() == 1:
+        if tells_values(factor) and factor.item() == 1:
             return self.gradients
         if not self._scalable:
             return None
-        if self._scale_operator is None or _tells_values(factor):
+        if self._scale_operator is None or tells_values(factor):
             return [each.mul_(factor) for each in self.gradients]
         for each in self.gradients:
             self._scale_operator(each, factor)
@@ -235,7 +236,7 @@ def _loss_function(
             if ahead is not None and grad_loss is None and grad_lse is None and not torch.is_grad_enabled():
                 assert grad_total is not None  # what else would there be a gradient of
                 gradients = ahead.times(grad_total)
-                if gradients is None and rescale_operator and not (_traced() or _is_batched(grad_total)):
+                if gradients is None and rescale_operator and not within_functorch() and has_values(grad_total):
                     gradients = _rescaled(ctx, ahead.gradients, grad_total, rescale_operator)
             del ahead
             if gradients is None:
@@ -272,28 +273,13 @@ def _rescaled(
 
 
 def _may_compute_ahead(input: Tensor, linear: bool, rescale_operator: torch._ops.OpOverload | None) -> bool:
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if within_functorch():
         return False  # func.grad asks for gradients that it can differentiate
     if linear or input.dtype not in _HALF:
         return True
     # A gradient in half precision is scaled by 1 or computed again, so as not to be rounded twice. The CPU says which
     # without waiting; elsewhere an operator decides on the device.
-    return not _traced() and (_tells_values(input) or rescale_operator is not None)
-
-
-def _tells_values(tensor: Tensor) -> bool:
-    """Whether a value can be looked at without waiting for a device."""
-    return tensor.device.type == "cpu"
-
-
-def _is_batched(tensor: Tensor) -> bool:
-    """Whether it stands for several: ``torch.autograd.grad(..., is_grads_batched=True)``."""
-    return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))
-
-
-def _traced() -> bool:
-    """Whether values are not there to be looked at."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    return tells_values(input) or (rescale_operator is not None and has_values(input))
 
 
 def _register(backend: str) -> None:

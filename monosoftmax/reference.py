@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._dispatch import tells_values
 from .transforms.base import MonotonicTransform, arithmetic_dtype
 
 
@@ -146,9 +147,7 @@ def transformed(input: Tensor, transform: MonotonicTransform) -> Tensor:
 
 def raise_if_any(outside: Tensor, target: Tensor, classes: int, ignore_index: int) -> None:
     """IndexError for the first target that is out of range; nothing where asking would stop a device or a trace."""
-    if outside.device.type != "cpu" or torch.compiler.is_compiling() or outside.numel() == 0:
-        return
-    if torch._C._functorch.is_batchedtensor(outside):
+    if not tells_values(outside) or outside.numel() == 0:
         return
     if bool(outside.any()):
         row = int(outside.int().argmax())

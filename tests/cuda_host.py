@@ -55,7 +55,7 @@ def module() -> ModuleType:
 def executing(capability: int = 90, multiprocessors: int = _MULTIPROCESSORS, **wishes: Any) -> Iterator[Any]:
     """While it lasts, the cuda backend takes CPU tensors, as a GPU of such a capability would.
 
-    ``keeps_rows=False``: rows are read again for the gradient. ``fewest_blocks``: of the cluster that keeps a row.
+    ``wishes``: what the plans are tuned to (``csrc/cuda/plan.h``, Tuning).
     """
     host = module()
     host.set_device(capability, multiprocessors, DEVICES[capability], **wishes)

@@ -64,7 +64,8 @@ def scan_row(
             w = tl.load(weight + (position - shift), mask=inside, other=0.0) if weighted else 1.0
             weighted_y += tl.sum(tl.where(inside, w * (y - reference), 0.0), 1)
     row_largest = tl.max(largest, 0)
-    return row_largest, tl.sum(total * exp(largest - row_largest), 0), tl.sum(weighted_y, 0)
+    # ``+ 0.0``: a product that went into the first addition would differ from lane to lane, and so would the total.
+    return row_largest, tl.sum(total * exp(largest - row_largest) + 0.0, 0), tl.sum(weighted_y, 0)
 
 
 @triton.jit

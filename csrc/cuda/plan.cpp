@@ -13,8 +13,7 @@ constexpr int kWarp = 32, kChunkBytes = 16;
 // What kernels have in static shared memory, at most (python -m benchmarks.codegen cuda lists it), and what the system
 // takes of a multiprocessor's for each block.
 constexpr int64_t kStaticBytes = 1024, kSystemBytes = 1024;
-// Fewer threads than these on a multiprocessor would wait for memory: a row is read again rather than kept.
-constexpr int kFewestThreads = 192, kFewestThreadsRereading = 64;
+constexpr int kFewestThreadsRereading = 64;
 constexpr int kMostBlocksOfCluster = 8;
 // A table for look-ups lies in shared memory up to this size.
 constexpr int64_t kMostTableBytes = 16 << 10;
@@ -44,7 +43,8 @@ int64_t entries_of(std::string_view transform, int64_t size) {
 
 class Planner {
  public:
-  Planner(const PlanRequest& request, const Device& device) : request_(request), device_(device) {
+  Planner(const PlanRequest& request, const Device& device)
+      : request_(request), device_(device), tuning_(device.tuning) {
     if (!find_transform(request.transform, &shape_)) {
       throw std::invalid_argument("unknown transform \"" + std::string(request.transform) + "\"");
     }
@@ -60,7 +60,7 @@ class Planner {
     if (request_.coefficients && request_.size > 0) {
       plan.sums = shape_.table_rows > 0 || shape_.smallest != shape_.largest ? SumsKind::kLanes : SumsKind::kVector;
     }
-    const bool keep = device_.keeps_rows && request_.losses && request_.gradient && !request_.weighted_smoothing;
+    const bool keep = tuning_.keeps_rows && request_.losses && request_.gradient && !request_.weighted_smoothing;
     plan.rows = !request_.gradient ? Rows::kOnce : keep ? Rows::kResident : Rows::kReread;
     if (!(plan.rows == Rows::kResident && plan.table_in_shared_memory && fit_resident(plan)) && !fit(plan)) {
       // No room for a table for each thread.
@@ -85,7 +85,7 @@ class Planner {
   }
   int most_threads(int cluster) const {
     const int64_t wanted = round_up(divide_up(chunks_, cluster), kWarp);
-    return static_cast<int>(std::clamp(wanted, int64_t{kWarp}, int64_t{kMostThreads}));
+    return static_cast<int>(std::clamp(wanted, int64_t{kWarp}, int64_t{tuning_.most_threads}));
   }
   int64_t row_bytes(int threads, int cluster) const {
     return divide_up(chunks_, static_cast<int64_t>(threads) * cluster) * threads * kChunkBytes;
@@ -103,11 +103,11 @@ class Planner {
   // With the row on chip: in one block, or in as few as it takes; or in more, where rows are few.
   bool fit_resident(Plan& plan) const {
     const int most_blocks = device_.capability >= 90 ? kMostBlocksOfCluster : 1;
-    for (int cluster = device_.fewest_blocks; cluster <= most_blocks; cluster *= 2) {
+    for (int cluster = tuning_.fewest_blocks; cluster <= most_blocks; cluster *= 2) {
       const bool idle = 2 * cluster * request_.rows <= device_.multiprocessors;
-      if (idle && 2 * cluster <= most_blocks && chunks_ >= 2 * cluster * kFewestThreads) continue;
+      if (idle && 2 * cluster <= most_blocks && chunks_ >= 2 * cluster * tuning_.fewest_threads) continue;
       const int most = most_threads(cluster);
-      for (int threads = most; threads >= std::min(most, kFewestThreads); threads -= kWarp) {
+      for (int threads = most; threads >= std::min(most, tuning_.fewest_threads); threads -= kWarp) {
         plan.cluster = cluster;
         if (take(plan, threads, row_bytes(threads, cluster))) return true;
       }
@@ -130,7 +130,7 @@ class Planner {
     const int64_t at_once =
         std::clamp(threads_of_multiprocessor / plan.threads, int64_t{1}, std::max<int64_t>(by_memory, 1));
     // With sums, as many as run at once: each adds up its own. Without, more, so that none ends long after the others.
-    const int64_t rounds = plan.sums == SumsKind::kNone ? 8 : 1;
+    const int64_t rounds = plan.sums == SumsKind::kNone ? tuning_.rounds_without_sums : 1;
     int64_t teams = std::max<int64_t>(1, at_once * rounds * device_.multiprocessors / plan.cluster);
     teams = std::min(teams, request_.rows);
     if (plan.sums == SumsKind::kWarps) {
@@ -149,11 +149,26 @@ class Planner {
 
   const PlanRequest& request_;
   const Device& device_;
+  const Tuning& tuning_;
   TransformShape shape_{};
   int64_t entries_, chunks_;
 };
 
 }  // namespace
+
+void check(const Tuning& tuning) {
+  const auto require = [](bool met, const char* what) {
+    if (!met) throw std::invalid_argument(what);
+  };
+  const int blocks = tuning.fewest_blocks;
+  require(blocks == 1 || blocks == 2 || blocks == 4 || blocks == kMostBlocksOfCluster,
+          "fewest_blocks must be 1, 2, 4 or 8");
+  for (const int threads : {tuning.most_threads, tuning.fewest_threads}) {
+    require(threads >= kWarp && threads <= kMostThreads && threads % kWarp == 0,
+            "most_threads and fewest_threads must be multiples of 32 from 32 to 256");
+  }
+  require(tuning.rounds_without_sums >= 1, "rounds_without_sums must be at least 1");
+}
 
 Plan make_plan(const PlanRequest& request, const Device& device) { return Planner(request, device).make(); }
 

@@ -8,15 +8,25 @@
 
 namespace monosoftmax::cuda {
 
+// What a plan is free to choose. Benchmarks and tests ask for other values; everyone else gets these.
+struct Tuning {
+  bool keeps_rows = true;       // on chip, for the gradient
+  int fewest_blocks = 1;        // of a cluster
+  int most_threads = 256;       // of a block, at most kMostThreads
+  int fewest_threads = 192;     // of a block that keeps its row. Fewer would wait for memory: the row is read again
+  int rounds_without_sums = 8;  // blocks for each that runs at once, so that none ends long after the others
+};
+
 struct Device {
   int capability;  // 90 for 9.0
   int multiprocessors;
   int64_t shared_memory;                 // of a block, at most
   int64_t shared_memory_multiprocessor;  // of all blocks on a multiprocessor
-  // Tests ask for what a row does not need.
-  bool keeps_rows = true;
-  int fewest_blocks = 1;  // of a cluster
+  Tuning tuning{};
 };
+
+// Throws std::invalid_argument for what no kernel can be launched with.
+void check(const Tuning&);
 
 enum class Rows {
   kOnce,      // read once; no gradient of logits or coefficients is formed from them

@@ -17,10 +17,12 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
+std::mutex mutex;
+std::map<int, Device> devices;
+Tuning tuning;
+
 // Asked once for each device.
 const Device& device_number(int index) {
-  static std::mutex mutex;
-  static std::map<int, Device> devices;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = devices.find(index);
   if (found != devices.end()) return found->second;
@@ -29,7 +31,7 @@ const Device& device_number(int index) {
   return devices
       .emplace(index, Device{capability, attribute(cudaDevAttrMultiProcessorCount, index),
                              attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
-                             attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index)})
+                             attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index), tuning})
       .first->second;
 }
 
@@ -47,6 +49,13 @@ OnDeviceOf::~OnDeviceOf() = default;
 const Device& OnDeviceOf::device() const { return device_number(state_->index); }
 
 Stream OnDeviceOf::stream() const { return c10::cuda::getCurrentCUDAStream(state_->index).stream(); }
+
+void tune(const Tuning& wanted) {
+  check(wanted);
+  const std::lock_guard<std::mutex> lock(mutex);
+  tuning = wanted;
+  for (auto& [index, device] : devices) device.tuning = wanted;
+}
 
 bool is_ours(const at::Tensor& tensor) { return tensor.is_cuda(); }
 

@@ -25,6 +25,9 @@ class OnDeviceOf {
   std::unique_ptr<State> state_;
 };
 
+// Plans of all devices from now on, for benchmarks. No other thread may be in an operator meanwhile.
+void tune(const Tuning&);
+
 // Whether the kernels can work on the memory of a tensor.
 bool is_ours(const at::Tensor& tensor);
 

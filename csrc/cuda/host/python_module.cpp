@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../python_tuning.h"
 #include "device_settings.h"
 #include "launch.h"
 
@@ -32,12 +33,13 @@ PYBIND11_MODULE(monosoftmax_cuda_host, module) {
   namespace host = monosoftmax::cuda::host;
   module.def(
       "set_device",
-      [](int capability, int multiprocessors, int64_t shared_memory, bool keeps_rows, int fewest_blocks) {
-        host::device() = {capability, multiprocessors, shared_memory, shared_memory + 1024, keeps_rows, fewest_blocks};
+      [](int capability, int multiprocessors, int64_t shared_memory, const py::kwargs& tuning) {
+        host::device() = {capability, multiprocessors, shared_memory, shared_memory + 1024,
+                          monosoftmax::cuda::tuning_of(tuning)};
         host::set_shared_limit(shared_memory);
       },
-      "The GPU to be taken for.", py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_memory"),
-      py::arg("keeps_rows") = true, py::arg("fewest_blocks") = 1);
+      "The GPU to be taken for, and what its plans are tuned to.", py::arg("capability"), py::arg("multiprocessors"),
+      py::arg("shared_memory"));
   module.def(
       "plan",
       [](const std::string& transform, int64_t size, int64_t rows, int64_t classes, int element_bytes, bool losses,

@@ -31,11 +31,10 @@ constexpr Options kOptions[] = {
 
 struct Way {
   const char* name;
-  bool keeps_rows;
-  int fewest_blocks;
+  Tuning tuning;
 };
 
-constexpr Way kWays[] = {{"block", true, 1}, {"cluster", true, 4}, {"reread", false, 1}};
+constexpr Way kWays[] = {{"block", {}}, {"cluster", {true, 4}}, {"reread", {false}}};
 
 constexpr int64_t kIgnored = -100;
 
@@ -126,7 +125,7 @@ void run(const Problem& problem, const Way& way, int offset, int output_offset, 
     rounded.z[i] = widen(input.get()[i]);
   }
   const Truth truth = rounded.truth();
-  const Device device{90, 2, 227 << 10, 228 << 10, way.keeps_rows, way.fewest_blocks};
+  const Device device{90, 2, 227 << 10, 228 << 10, way.tuning};
   const bool sums = !c.coefficients.empty();
   std::vector<float> loss(rows), lse(rows), stats(2 * rows);
   float weight_sum = 0;

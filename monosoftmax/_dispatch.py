@@ -1,0 +1,30 @@
+"""What torch has no public name for: who stands in for a tensor's values while a program is traced or transformed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has values, rather than standing in for those of some other tensor, or of many.
+
+    While ``torch.compile``, ``torch.export`` or ``make_fx`` trace, what stands in is of a type of its own, whoever
+    traces and whatever he says of it in a global variable: those are not the same in all versions of torch. Only Dynamo
+    shows a plain tensor to the code that it reads. A subclass of Tensor counts as a stand-in, too. The batches of
+    ``torch.vmap`` and of ``torch.autograd.grad(..., is_grads_batched=True)`` are plain tensors that have no one value.
+    """
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    functorch = torch._C._functorch
+    return not (functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
+
+
+def tells_values(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without waiting for a device."""
+    return tensor.device.type == "cpu" and has_values(tensor)
+
+
+def within_functorch() -> bool:
+    """Whether ``torch.func.grad`` or another transform of functions is running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

@@ -73,7 +73,7 @@ _BY_BODY = {
 SMOOTHS = "smooths"
 UNALIGNED = ("!aligned", "!in_chunks<E, kCount>(at)")
 IN_CLUSTER = "!blocks == 1"
-ATOMIC, NOT_ATOMIC = "atomic_", "!atomic_"
+ATOMIC, NOT_ATOMIC = "total_ != nullptr", "!total_ != nullptr"
 SCANNED = "scanned"
 FROM_STATISTICS = "!arguments.losses"
 _CONDITIONS = (SMOOTHS, *UNALIGNED, IN_CLUSTER, ATOMIC, NOT_ATOMIC, SCANNED, FROM_STATISTICS)

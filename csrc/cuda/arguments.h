@@ -19,10 +19,11 @@ struct TransformArguments {
   const float* table;  // for look-ups in global memory, [entries, stride]; else null
 };
 
-// Where the sums for the gradient of the coefficients go: a set for each block, or of WarpSums for each warp.
+// Where the sums for the gradient of the coefficients go: a set for each block, or of WarpSums for each warp; or one
+// set for all that atomics add to, in float64. Millions of float32 additions to one number would lose its last digits.
 struct SumsArguments {
   float* partials;
-  bool atomic;  // one set for all
+  double* total;  // null where there are partials
 };
 
 struct CrossEntropyArguments {

@@ -199,9 +199,10 @@ class WarpSums {
   static constexpr int kRows = F::kTableRows;
 
   __device__ WarpSums(const SumsArguments& arguments, const TransformArguments& transform, unsigned char*)
-      : size_(transform.size), atomic_(arguments.atomic) {
+      : table_(nullptr), total_(arguments.total), size_(transform.size) {
+    if (total_ != nullptr) return;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-    table_ = arguments.partials + (atomic_ ? 0 : warp * kRows * size_);
+    table_ = arguments.partials + warp * kRows * size_;
   }
   __device__ __forceinline__ void add(const F& f, const typename F::Point& point, T z, T gradient) {
     T factors[kRows];
@@ -211,11 +212,10 @@ class WarpSums {
       float sums[kRows];
       MONOSOFTMAX_UNROLL for (int r = 0; r < kRows; ++r) sums[r] = gradient.of[i] * factors[r].of[i];
       if (add_up_equal(piece, sums)) {
-        float* to = table_ + piece;
-        if (atomic_) {
-          MONOSOFTMAX_UNROLL for (int r = 0; r < kRows; ++r) atomicAdd(to + r * size_, sums[r]);
+        if (total_ != nullptr) {
+          MONOSOFTMAX_UNROLL for (int r = 0; r < kRows; ++r) atomicAdd(total_ + r * size_ + piece, sums[r]);
         } else {
-          MONOSOFTMAX_UNROLL for (int r = 0; r < kRows; ++r) to[r * size_] += sums[r];
+          MONOSOFTMAX_UNROLL for (int r = 0; r < kRows; ++r) table_[r * size_ + piece] += sums[r];
         }
       }
       // Another lane may be the lowest of the next ones in this piece.
@@ -247,8 +247,8 @@ class WarpSums {
   }
 
   float* table_;
+  double* total_;
   int64_t size_;
-  bool atomic_;
 };
 
 }  // namespace monosoftmax::cuda

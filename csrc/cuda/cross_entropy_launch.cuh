@@ -32,7 +32,6 @@ void launch_cross_entropy_of(const Plan& plan, std::string_view transform, Cross
                              Stream stream) {
   arguments.sums_offset = plan.sums_offset;
   arguments.row_offset = plan.row_offset;
-  arguments.sums.atomic = plan.atomic;
   with_kernel_types(plan, transform, [&](auto types) {
     launch_kernel(loss_kernel_of<decltype(types), E>(plan),
                   {plan.blocks, plan.threads, plan.shared_bytes, plan.cluster}, stream, arguments);

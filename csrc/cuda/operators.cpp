@@ -131,6 +131,11 @@ class Buffers {
     std::vector<int64_t> sizes = transform.coefficients.sizes().vec();
     sizes.insert(sizes.begin(), plan.sum_sets);
     // Each block writes all of its own; of tables in memory, each warp adds to it.
+    if (plan.atomic) {
+      partials_ = at::zeros(sizes, options.dtype(at::kDouble));
+      sums.total = partials_.mutable_data_ptr<double>();
+      return;
+    }
     partials_ = plan.sums == SumsKind::kWarps ? at::zeros(sizes, options) : at::empty(sizes, options);
     sums.partials = partials_.mutable_data_ptr<float>();
   }

@@ -15,6 +15,8 @@ constexpr int kWarp = 32, kChunkBytes = 16;
 constexpr int64_t kStaticBytes = 1024, kSystemBytes = 1024;
 constexpr int kFewestThreadsRereading = 64;
 constexpr int kMostBlocksOfCluster = 8;
+// Threads that a multiprocessor runs at once, as far as registers let it.
+constexpr int64_t kThreadsAtOnce = 1536;
 // A table for look-ups lies in shared memory up to this size.
 constexpr int64_t kMostTableBytes = 16 << 10;
 // Tables of all warps together: where it may be one for all instead, and where it may not.
@@ -118,17 +120,17 @@ class Planner {
   bool fit(Plan& plan) const {
     if (plan.rows == Rows::kResident) plan.rows = Rows::kReread;
     if (plan.sums == SumsKind::kLanes && !plan.table_in_shared_memory && shape_.table_rows > 0) return false;
-    const int most = most_threads(1);
+    int most = most_threads(1);
+    const bool full = request_.rows * tuning_.most_threads_losses >= device_.multiprocessors * kThreadsAtOnce;
+    if (plan.rows == Rows::kOnce && request_.losses && full) most = std::min(most, tuning_.most_threads_losses);
     for (int threads = most; threads >= std::min(most, kFewestThreadsRereading); threads -= kWarp) {
       if (take(plan, threads, 0)) return true;
     }
     return false;
   }
   void choose_blocks(Plan& plan) const {
-    const int64_t threads_of_multiprocessor = 1536;
     const int64_t by_memory = device_.shared_memory_multiprocessor / (plan.shared_bytes + kStaticBytes + kSystemBytes);
-    const int64_t at_once =
-        std::clamp(threads_of_multiprocessor / plan.threads, int64_t{1}, std::max<int64_t>(by_memory, 1));
+    const int64_t at_once = std::clamp(kThreadsAtOnce / plan.threads, int64_t{1}, std::max<int64_t>(by_memory, 1));
     // With sums, as many as run at once: each adds up its own. Without, more, so that none ends long after the others.
     const int64_t rounds = plan.sums == SumsKind::kNone ? tuning_.rounds_without_sums : 1;
     int64_t teams = std::max<int64_t>(1, at_once * rounds * device_.multiprocessors / plan.cluster);
@@ -163,9 +165,9 @@ void check(const Tuning& tuning) {
   const int blocks = tuning.fewest_blocks;
   require(blocks == 1 || blocks == 2 || blocks == 4 || blocks == kMostBlocksOfCluster,
           "fewest_blocks must be 1, 2, 4 or 8");
-  for (const int threads : {tuning.most_threads, tuning.fewest_threads}) {
+  for (const int threads : {tuning.most_threads, tuning.fewest_threads, tuning.most_threads_losses}) {
     require(threads >= kWarp && threads <= kMostThreads && threads % kWarp == 0,
-            "most_threads and fewest_threads must be multiples of 32 from 32 to 256");
+            "numbers of threads must be multiples of 32 from 32 to 256");
   }
   require(tuning.rounds_without_sums >= 1, "rounds_without_sums must be at least 1");
 }

@@ -10,11 +10,12 @@ namespace monosoftmax::cuda {
 
 // What a plan is free to choose. Benchmarks and tests ask for other values; everyone else gets these.
 struct Tuning {
-  bool keeps_rows = true;       // on chip, for the gradient
-  int fewest_blocks = 1;        // of a cluster
-  int most_threads = 256;       // of a block, at most kMostThreads
-  int fewest_threads = 192;     // of a block that keeps its row. Fewer would wait for memory: the row is read again
-  int rounds_without_sums = 8;  // blocks for each that runs at once, so that none ends long after the others
+  bool keeps_rows = true;         // on chip, for the gradient
+  int fewest_blocks = 1;          // of a cluster
+  int most_threads = 256;         // of a block, at most kMostThreads
+  int fewest_threads = 192;       // of a block that keeps its row. Fewer would wait for memory: the row is read again
+  int most_threads_losses = 128;  // of a block for losses alone, where there are rows enough to fill the device so
+  int rounds_without_sums = 8;    // blocks for each that runs at once, so that none ends long after the others
 };
 
 struct Device {

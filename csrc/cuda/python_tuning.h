@@ -23,6 +23,8 @@ inline Tuning tuning_of(const pybind11::dict& wishes) {
       tuning.most_threads = value.cast<int>();
     } else if (name == "fewest_threads") {
       tuning.fewest_threads = value.cast<int>();
+    } else if (name == "most_threads_losses") {
+      tuning.most_threads_losses = value.cast<int>();
     } else if (name == "rounds_without_sums") {
       tuning.rounds_without_sums = value.cast<int>();
     } else {

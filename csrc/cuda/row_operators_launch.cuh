@@ -25,7 +25,6 @@ template <class E>
 void launch_log_softmax_backward_of(const Plan& plan, std::string_view transform, LogSoftmaxBackwardArguments arguments,
                                     Stream stream) {
   arguments.sums_offset = plan.sums_offset;
-  arguments.sums.atomic = plan.atomic;
   with_kernel_types(plan, transform, [&](auto of) {
     using Types = decltype(of);
     using Transform = typename Types::Transform;

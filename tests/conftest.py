@@ -1,24 +1,33 @@
-"""What every test shares: GPU tests skip with a reason, threads are reset, hypothesis has no deadline."""
+"""What every test shares: the device of a backend, GPU tests that skip with a reason, threads, hypothesis' deadline."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
+import monosoftmax as ms
+
 settings.register_profile("monosoftmax", deadline=None)
 settings.load_profile("monosoftmax")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--emulate", action="store_true", help="run the tests of tests/gpu on the CPU: small shapes, under emulators"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="torch finds no GPU")
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        if "gpu" in item.keywords and not (config.getoption("--emulate") and "emulated" in item.keywords):
+            item.add_marker(pytest.mark.skip(reason="torch finds no GPU"))
 
 
 @pytest.fixture(autouse=True)
@@ -28,21 +37,30 @@ def _same_number_of_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def _gpu_kernels_on_the_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests with the parameter backend="triton" run its kernels in its interpreter, "cuda" in their host execution."""
-    callspec = getattr(request.node, "callspec", None)
-    backend = None if callspec is None else callspec.params.get("backend")
-    if backend == "triton":
-        pytest.importorskip("triton", reason="Triton is not installed")
-        from triton_interpreter import interpreting
-
-        with interpreting():
-            yield
-    elif backend == "cuda":
+def where_it_runs(backend: str) -> AbstractContextManager[Any]:
+    """While it lasts, ``backend`` takes new tensors: those of the GPU where there is one, else of the CPU, emulated."""
+    if torch.cuda.is_available():
+        status = ms.backends.available()[backend]
+        if not status.available:
+            pytest.skip(status.detail)
+        return torch.device("cuda")
+    if backend == "cuda":
         from cuda_host import executing
 
-        with executing():
-            yield
-    else:
+        return executing()
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from triton_interpreter import interpreting
+
+    return interpreting()
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device_of_the_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests with the parameter backend="triton" or "cuda" make their tensors where that backend runs."""
+    callspec = getattr(request.node, "callspec", None)
+    backend = None if callspec is None else callspec.params.get("backend")
+    if backend not in ("triton", "cuda"):
+        yield
+        return
+    with where_it_runs(backend):
         yield

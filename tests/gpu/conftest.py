@@ -1,0 +1,31 @@
+"""The tests of this folder run on a GPU, and with ``--emulate`` on the CPU: the same code, on small shapes.
+
+    python -m pytest tests/gpu -n 16            on a machine with a GPU, about 2 minutes
+    python -m pytest tests/gpu --emulate        anywhere: Triton's interpreter, the host execution of the CUDA kernels
+
+Tests marked ``emulated`` run in both ways; the others ask for what only a device has.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _the_same_numbers() -> None:
+    torch.manual_seed(0)

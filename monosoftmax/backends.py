@@ -69,6 +69,10 @@ class Call:
     target_kind: TargetKind = "indices"
     #: Logits of the shape in question, where someone asks how they are dealt with.
     like: Tensor | None = None
+    #: Classes; 0 where nobody knows.
+    classes: int = 0
+    #: Of log_softmax: the type of the result; None for that of the arithmetic.
+    result_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,24 @@ def _no_fused_kernel(call: Call) -> str | None:
 
 _NO_PROBABILITIES = "its cross_entropy takes class indices, class probabilities are not implemented in it"
 
+#: Their kernels number the columns of a row by int32, with room for a tile beyond the last one.
+_MOST_CLASSES_ON_GPU = (2**31 - 1) // 2
+
+#: The CUDA kernels find a piece of a table in the last bits of a float32 (kMostPieces in csrc/cuda/operators.cpp).
+_MOST_PIECES_OF_CUDA = 2**22
+
+
+def _gpu_refusal(call: Call) -> str | None:
+    """What the kernels for GPUs have in common."""
+    if call.dtype == torch.float64:
+        return "it computes in float32, input is float64"
+    if call.classes > _MOST_CLASSES_ON_GPU:
+        return f"it takes up to {_MOST_CLASSES_ON_GPU} classes, input has {call.classes}"
+    if call.target_kind != "indices":
+        return _NO_PROBABILITIES
+    return _no_fused_kernel(call)
+
+
 _CHUNKED_HOW = "chunks of rows through one buffer of logits: matrix product, fused "
 
 #: What an operation of the head does beyond its product and its fused kernel.
@@ -210,11 +232,7 @@ def _triton_detail() -> str:
 def _triton_refusal(call: Call) -> str | None:
     if call.device != "cuda" and not (call.device == "cpu" and _interpreting()):
         return f"it takes CUDA tensors, input is on {call.device}"
-    if call.dtype == torch.float64:
-        return "it computes in float32, input is float64"
-    if call.target_kind != "indices":
-        return _NO_PROBABILITIES
-    return _no_fused_kernel(call)
+    return _gpu_refusal(call)
 
 
 def _triton_how(call: Call) -> str:
@@ -307,13 +325,14 @@ def _cuda_detail() -> str:
 def _cuda_refusal(call: Call) -> str | None:
     if call.device != "cuda" and not (call.device == "cpu" and _host_execution()):
         return f"it takes CUDA tensors, input is on {call.device}"
-    if call.dtype == torch.float64:
-        return "it computes in float32, input is float64"
     if call.method == "recompute":
         return 'it has no method="recompute": the triton backend has'
-    if call.target_kind != "indices":
-        return _NO_PROBABILITIES
-    return _no_fused_kernel(call)
+    if call.result_dtype == torch.float64:
+        return "its results are float32, bfloat16 or float16, dtype is float64"
+    if call.transform.table_size > _MOST_PIECES_OF_CUDA:
+        name, pieces = type(call.transform).__name__, call.transform.table_size
+        return f"it takes tables of up to {_MOST_PIECES_OF_CUDA} pieces, {name} has {pieces}"
+    return _gpu_refusal(call)
 
 
 def _cuda_how(call: Call) -> str:
@@ -356,6 +375,7 @@ def explain(
     transform: MonotonicTransform | None = None,
     *,
     target: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     backend: BackendName = "auto",
     method: Literal["auto", "chunked", "recompute"] = "auto",
 ) -> Explanation:
@@ -368,12 +388,14 @@ def explain(
         transform: as given to the call.
         target: as given to ``cross_entropy``, of which it matters whether it is class probabilities and whether they
             require a gradient; class indices where there is none.
+        dtype: as given to ``log_softmax``.
         backend: as given to the call.
         method: as given to ``linear_cross_entropy``.
 
     Raises:
-        ValueError: ``operation`` or ``backend`` is unknown, the named backend cannot take the call, or ``target`` is
-            class probabilities and ``operation`` not ``"cross_entropy"``.
+        ValueError: ``operation`` or ``backend`` is unknown, the named backend cannot take the call, ``target`` is class
+            probabilities and ``operation`` not ``"cross_entropy"``, or ``dtype`` is given and ``operation`` not
+            ``"log_softmax"``.
     """
     if operation not in get_args(Operation):
         raise ValueError(f"operation must be one of {', '.join(get_args(Operation))}, got {operation!r}")
@@ -382,7 +404,21 @@ def explain(
     kind = "indices" if target is None else target_kind(target)
     if kind != "indices" and operation != "cross_entropy":
         raise ValueError(f'target must be class indices for operation "{operation}", got class probabilities')
-    call = Call(operation, input.device.type, input.dtype, transform, method, target_kind=kind, like=like)
+    if dtype is not None and operation != "log_softmax":
+        raise ValueError(f'dtype must be None for operation "{operation}", which does not have it, got {dtype}')
+    of_logits = operation in ("cross_entropy", "log_softmax") and input.dim() > 0
+    class_dim = 1 if operation == "cross_entropy" and input.dim() > 1 else -1
+    call = Call(
+        operation,
+        input.device.type,
+        input.dtype,
+        transform,
+        method,
+        target_kind=kind,
+        like=like,
+        classes=input.shape[class_dim] if of_logits else 0,
+        result_dtype=dtype,
+    )
     chosen, refused = _choose(call, backend)
     return Explanation(chosen, _BACKENDS[chosen].how(call), refused)
 

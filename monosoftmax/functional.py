@@ -158,7 +158,9 @@ def cross_entropy(
     check_loss_options(classes, input.device, weight, ignore_index, label_smoothing, z_loss, reduction)
     check_device("transform", transform, input.device)
 
-    call = Call("cross_entropy", input.device.type, input.dtype, transform, target_kind=target_kind(target))
+    call = Call(
+        "cross_entropy", input.device.type, input.dtype, transform, target_kind=target_kind(target), classes=classes
+    )
     chosen = choose(call, backend)
     rows = input.movedim(class_dim, -1).reshape(-1, classes)
     if probabilities:
@@ -297,7 +299,15 @@ def linear_losses(
     check_loss_options(linear_weight.shape[0], input.device, weight, ignore_index, label_smoothing, z_loss, reduction)
     check_device("transform", transform, input.device)
     check_head_options(method, chunk_rows, filter_eps)
-    call = Call("linear_cross_entropy", input.device.type, input.dtype, transform, method, chunk_rows is not None)
+    call = Call(
+        "linear_cross_entropy",
+        input.device.type,
+        input.dtype,
+        transform,
+        method,
+        chunk_rows is not None,
+        classes=linear_weight.shape[0],
+    )
     chosen = choose(call, backend)
     rows = input.reshape(-1, input.shape[-1])
     if chosen == "reference":
@@ -359,7 +369,9 @@ def linear_token_statistics(
     check_head(input, linear_weight, linear_bias, target)
     check_ignore_index(ignore_index)
     check_device("transform", transform, input.device)
-    chosen = choose(Call("linear_token_statistics", input.device.type, input.dtype, transform), backend)
+    classes = linear_weight.shape[0]
+    call = Call("linear_token_statistics", input.device.type, input.dtype, transform, classes=classes)
+    chosen = choose(call, backend)
     row_target = target.reshape(-1)
     with torch.no_grad():
         rows, linear_weight, linear_bias = _operands(input.reshape(-1, input.shape[-1]), linear_weight, linear_bias)
@@ -385,7 +397,7 @@ def log_softmax(
         input: logits z, (..., V); float32, bfloat16, float16 or float64.
         transform: f; ``None`` is Linear-Softmax.
         dtype: of the result; float32 by default, float64 for float64. Arithmetic is in float32 or float64 in any case,
-            rounded once.
+            rounded once. The cuda backend has no float64 results.
         backend: ``"auto"``, or a name from :func:`monosoftmax.backends.available`.
 
     Returns:
@@ -406,7 +418,8 @@ def log_softmax(
     elif dtype not in FLOATING_DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
     check_device("transform", transform, input.device)
-    chosen = choose(Call("log_softmax", input.device.type, input.dtype, transform), backend)
+    call = Call("log_softmax", input.device.type, input.dtype, transform, classes=classes, result_dtype=dtype)
+    chosen = choose(call, backend)
     rows = input.reshape(-1, classes)
     if chosen == "reference":
         output = reference.log_softmax(rows, transform, dtype)

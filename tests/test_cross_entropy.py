@@ -338,13 +338,25 @@ def test_log_softmax(name: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_GPU)
 @pytest.mark.parametrize("out", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_log_softmax_dtype_is_rounded_once(backend: Any, dtype: torch.dtype, out: torch.dtype) -> None:
-    input = torch.randn(3, 77).to(dtype)
+    torch.manual_seed(0)
+    input = torch.randn(3, 77).to(dtype).requires_grad_()
+    refused = {"triton": (dtype,), "cuda": (dtype, out)}.get(backend, ())
+    if torch.float64 in refused:
+        with pytest.raises(ValueError, match=f'backend="{backend}" cannot take this call: .*float64'):
+            ms.log_softmax(input, dtype=out, backend=backend)
+        return
     result = ms.log_softmax(input, dtype=out, backend=backend)
     assert torch.equal(result, ms.log_softmax(input, backend=backend).to(out))
+    # An upstream gradient is of the type of the result.
+    upstream = torch.randn(3, 77).to(out)
+    (gradient,) = torch.autograd.grad(result, input, upstream)
+    wide = input.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(ms.log_softmax(wide, backend="reference"), wide, upstream.double())
+    torch.testing.assert_close(gradient, wanted.to(dtype))
 
 
 @pytest.mark.parametrize("backend", WITH_GPU)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -169,6 +170,81 @@ def test_explain() -> None:
     assert on_gpu.backend == "reference"
     with pytest.raises(ValueError, match="operation must be one of"):
         ms.backends.explain("softmax", LOGITS)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r'dtype must be None for operation "cross_entropy".*got torch\.float64'):
+        ms.backends.explain("cross_entropy", LOGITS, dtype=torch.float64)
+
+
+_LARGE_TABLE = ms.transforms.PLIF(num_pieces=2**22 + 1, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (ms.backends.Call("log_softmax", "cuda", torch.float32, ms.transforms.Identity(), result_dtype=torch.float64),
+         "dtype is float64"),
+        (ms.backends.Call("cross_entropy", "cuda", torch.float32, _LARGE_TABLE), "PLIF has 4194305"),
+        (ms.backends.Call("linear_cross_entropy", "cuda", torch.float32, ms.transforms.Identity(), "recompute"),
+         'no method="recompute"'),
+    ],
+)  # fmt: skip
+def test_what_the_cuda_backend_refuses_the_triton_backend_takes(
+    call: ms.backends.Call, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _as_on_a_gpu(monkeypatch)
+    assert ms.backends.choose(call, "auto") == "triton"
+    with pytest.raises(ValueError, match=f'backend="cuda" cannot take this call: .*{reason}'):
+        ms.backends.choose(call, "cuda")
+
+
+def test_rows_that_no_kernel_for_gpus_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    _as_on_a_gpu(monkeypatch)
+    for classes, chosen in ((2**30 - 1, "cuda"), (2**30, "reference")):
+        call = ms.backends.Call("cross_entropy", "cuda", torch.float32, ms.transforms.Identity(), classes=classes)
+        assert ms.backends.choose(call, "auto") == chosen
+
+
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is in the way of the backends for GPUs but what they are called with."""
+    able = {name: replace(each, problem=lambda: None) for name, each in ms.backends._BACKENDS.items()}
+    monkeypatch.setattr(ms.backends, "_BACKENDS", able)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_public_functions_say_what_a_backend_refuses_before_its_operators_do(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ms.backends, "_MOST_CLASSES_ON_GPU", 8)
+    monkeypatch.setattr(ms.backends, "_MOST_PIECES_OF_CUDA", 50)
+    head = (torch.zeros(4, 5), torch.zeros(9, 5), TARGET)
+    calls = [
+        (lambda: ms.cross_entropy(LOGITS[0], TARGET[0], backend=backend), "classes, input has 9"),
+        (lambda: ms.cross_entropy(LOGITS.expand(2, 4, 9).mT, TARGET.expand(2, 4), backend=backend), "input has 9"),
+        (lambda: ms.log_softmax(LOGITS, backend=backend), "classes, input has 9"),
+        (lambda: ms.linear_cross_entropy(*head, backend=backend), "classes, input has 9"),
+        (lambda: ms.functional.linear_token_statistics(*head, backend=backend), "classes, input has 9"),
+        (lambda: ms.backends.explain("log_softmax", LOGITS[0], backend=backend), "up to 8 classes, input has 9"),
+        (lambda: ms.backends.explain("cross_entropy", LOGITS[0], backend=backend), "up to 8 classes, input has 9"),
+        (lambda: ms.backends.explain("cross_entropy", LOGITS[:, :, None], backend=backend), "input has 9"),
+    ]
+    if backend == "cuda":
+        wide, few, many = LOGITS[:, :8], ms.transforms.PLIF(50), ms.transforms.RationalQuadraticSpline(51)
+        assert ms.log_softmax(wide, few, backend=backend).shape == wide.shape
+        calls += [
+            (lambda: ms.log_softmax(wide, dtype=torch.float64, backend=backend), "dtype is float64"),
+            (lambda: ms.backends.explain("log_softmax", wide, dtype=torch.float64, backend=backend), "float64"),
+            (lambda: ms.log_softmax(wide, many, backend=backend), "of up to 50 pieces, RationalQuadraticSpline has 51"),
+            (lambda: ms.backends.explain("cross_entropy", wide, many, backend=backend), "Spline has 51"),
+        ]
+    for call, reason in calls:
+        with pytest.raises(ValueError, match=f'backend="{backend}" cannot take this call: .*{reason}'):
+            call()
+
+
+def test_tables_of_more_pieces_than_float32_numbers() -> None:
+    for make in (ms.transforms.PLIF, ms.transforms.RationalQuadraticSpline):
+        assert make(2**24, device="meta").table_size == 2**24
+        with pytest.raises(ValueError, match="must be at most 16777216, got 16777217"):
+            make(2**24 + 1, device="meta")
 
 
 class _Cube(ms.transforms.MonotonicTransform):
@@ -237,11 +313,12 @@ def test_gpus_that_compiled_kernels_run_on(gpu: tuple[int, int], architecture: s
 
 
 def test_why_the_cuda_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a build with CUDA, which is not the one of this machine, says where there is no GPU, or another one."""
+    """What a build with CUDA says where there is no GPU, or another one, whatever there is on this machine."""
     build = {"torch": torch.__version__, "cuda": "13.0", "cuda_architectures": "8.0 9.0 10.0+PTX"}
     monkeypatch.setattr(
         ms.backends, "extension", SimpleNamespace(build_info=lambda: build, cpu_capability=lambda: "avx2")
     )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert str(ms.backends.available()["cuda"]).startswith(
         "not available: built, no device: CUDA 13.0 kernels for 8.0 9.0 10.0+PTX"
     )

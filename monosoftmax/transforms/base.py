@@ -13,6 +13,9 @@ from torch import Tensor, nn
 SCALE_LIMIT = 1e4
 SHIFT_LIMIT = 1e4
 
+#: The most pieces of a table of coefficients: up to there float32 has a number for each of them.
+MOST_PIECES = 2**24
+
 
 class MonotonicTransform(nn.Module):
     r"""An increasing, pointwise function :math:`f: \mathbb{R} \to \mathbb{R}` on logits.
@@ -39,6 +42,11 @@ class MonotonicTransform(nn.Module):
     def constants(self) -> tuple[float, ...]:
         """Numbers that the kernels need beside the coefficients and that are never learned."""
         return ()
+
+    @property
+    def table_size(self) -> int:
+        """K of a table of coefficients [R, K], which a backend may have no room for; 0 where they are a vector."""
+        return 0
 
     def evaluate(self, z: Tensor, coefficients: Tensor) -> Tensor:
         """f(z), for z and coefficients of one floating-point type."""

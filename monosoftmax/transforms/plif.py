@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import SCALE_LIMIT, MonotonicTransform, require_count, require_finite, require_positive, widened
+from .base import MOST_PIECES, SCALE_LIMIT, MonotonicTransform, require_count, require_finite, require_positive, widened
 
 #: softplus of this raw value is 1.
 _RAW_OF_UNIT_SLOPE = math.log(math.e - 1)
@@ -35,7 +35,7 @@ class PLIF(MonotonicTransform):
     ``num_pieces=100_000, bound=20, min_slope=1e-6`` is the published setting.
 
     Args:
-        num_pieces: K.
+        num_pieces: K, at most 2^24.
         bound: the pieces cover [-bound, bound], in [1e-4, 1e4].
         min_slope: floor of the slopes, in (0, 1); keeps f strictly increasing.
         init: ``"identity"`` (all slopes 1) or ``"random"`` (``raw_slope`` normal around that point, as published).
@@ -43,7 +43,8 @@ class PLIF(MonotonicTransform):
         generator: source of randomness for ``init="random"``.
 
     Raises:
-        ValueError: ``num_pieces < 1``, ``bound <= 0``, ``min_slope`` outside (0, 1), ``init`` unknown, or not finite.
+        ValueError: ``num_pieces`` outside [1, 2^24], ``bound <= 0``, ``min_slope`` outside (0, 1), ``init`` unknown,
+            or not finite.
     """
 
     kernel = "plif"
@@ -61,7 +62,7 @@ class PLIF(MonotonicTransform):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_pieces = require_count("num_pieces", num_pieces)
+        self.num_pieces = require_count("num_pieces", num_pieces, largest=MOST_PIECES)
         self.bound = require_positive("bound", bound)
         self.min_slope = require_finite("min_slope", min_slope)
         if not 0 < self.min_slope < 1:
@@ -92,6 +93,10 @@ class PLIF(MonotonicTransform):
         """The K slopes, in [min_slope, 1e4]."""
         raw = widened(self.raw_slope)
         return (self.min_slope + (1 - self.min_slope) * F.softplus(raw)).clamp(max=SCALE_LIMIT)
+
+    @property
+    def table_size(self) -> int:
+        return self.num_pieces
 
     def coefficients(self) -> Tensor:
         """[2, K]: the slopes, and the values at the left ends of the pieces."""

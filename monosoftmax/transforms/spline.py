@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import MonotonicTransform, bounded_exp, require_count, require_positive
+from .base import MOST_PIECES, MonotonicTransform, bounded_exp, require_count, require_positive
 
 #: Widths, heights and derivatives stay within this factor of their initial values: the square of a slope then still
 #: fits float32 with room to spare.
@@ -26,11 +26,11 @@ class RationalQuadraticSpline(MonotonicTransform):
     it, has a gradient of exactly zero.
 
     Args:
-        num_bins: K.
+        num_bins: K, at most 2^24.
         bound: the pieces cover [-bound, bound] at the start, in [1e-4, 1e4].
 
     Raises:
-        ValueError: ``num_bins < 1``, or ``bound`` not positive, not finite or out of range.
+        ValueError: ``num_bins`` outside [1, 2^24], or ``bound`` not positive, not finite or out of range.
     """
 
     kernel = "spline"
@@ -44,7 +44,7 @@ class RationalQuadraticSpline(MonotonicTransform):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_bins = require_count("num_bins", num_bins)
+        self.num_bins = require_count("num_bins", num_bins, largest=MOST_PIECES)
         self.bound = require_positive("bound", bound)
         self.log_width = nn.Parameter(torch.empty(num_bins, device=device, dtype=dtype))
         self.log_height = nn.Parameter(torch.empty(num_bins, device=device, dtype=dtype))
@@ -57,6 +57,10 @@ class RationalQuadraticSpline(MonotonicTransform):
             self.log_width.zero_()
             self.log_height.zero_()
             self.log_derivative.zero_()
+
+    @property
+    def table_size(self) -> int:
+        return self.num_bins
 
     def coefficients(self) -> Tensor:
         """[6, K]: for each piece x, width, y, height, and the derivatives at its left and right end."""

@@ -96,6 +96,15 @@ def widened(raw: Tensor) -> Tensor:
     return raw.to(arithmetic_dtype(raw.dtype))
 
 
+def of_pieces(coefficients: Tensor, piece: Tensor) -> tuple[Tensor, ...]:
+    """The R rows of a table ``coefficients`` [R, K], each looked up at ``piece``.
+
+    In one look-up: torch.compile (inductor, torch 2.9 to 2.11, on CPUs) sets the gradients of several tables to zero
+    after summing them, where a reduction over rows, such as that of log_softmax, goes before the sums in one kernel.
+    """
+    return coefficients[:, piece].unbind()
+
+
 def bounded_exp(raw: Tensor, limit: float = SCALE_LIMIT) -> Tensor:
     """exp(raw), clamped to [1/limit, limit]: a positive scale, exactly 1 at raw = 0."""
     bound = math.log(limit)

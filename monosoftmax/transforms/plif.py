@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import MOST_PIECES, SCALE_LIMIT, MonotonicTransform, require_count, require_finite, require_positive, widened
+from .base import (
+    MOST_PIECES,
+    SCALE_LIMIT,
+    MonotonicTransform,
+    of_pieces,
+    require_count,
+    require_finite,
+    require_positive,
+    widened,
+)
 
 #: softplus of this raw value is 1.
 _RAW_OF_UNIT_SLOPE = math.log(math.e - 1)
@@ -117,17 +126,17 @@ class PLIF(MonotonicTransform):
         return (-self.bound, self.width, 1 / self.width)
 
     def evaluate(self, z: Tensor, coefficients: Tensor) -> Tensor:
-        slopes, values = coefficients.unbind()
         piece, offset = self._locate(z)
-        return values[piece] + slopes[piece] * offset
+        slope, value = of_pieces(coefficients, piece)
+        return value + slope * offset
 
     def evaluate_derivative(self, z: Tensor, coefficients: Tensor) -> Tensor:
         return coefficients[0][self._locate(z)[0]]
 
     def evaluate_inverse(self, y: Tensor, coefficients: Tensor) -> Tensor:
-        slopes, values = coefficients.unbind()
-        piece = torch.searchsorted(values[1:].detach().contiguous(), y.detach().contiguous(), right=True)
-        return -self.bound + piece.to(y.dtype) * self.width + (y - values[piece]) / slopes[piece]
+        piece = torch.searchsorted(coefficients[1, 1:].detach().contiguous(), y.detach().contiguous(), right=True)
+        slope, value = of_pieces(coefficients, piece)
+        return -self.bound + piece.to(y.dtype) * self.width + (y - value) / slope
 
     def _locate(self, z: Tensor) -> tuple[Tensor, Tensor]:
         lo, width, inverse_width = self.constants()

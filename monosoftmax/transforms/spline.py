@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import MOST_PIECES, MonotonicTransform, bounded_exp, require_count, require_positive
+from .base import MOST_PIECES, MonotonicTransform, bounded_exp, of_pieces, require_count, require_positive
 
 #: Widths, heights and derivatives stay within this factor of their initial values: the square of a slope then still
 #: fits float32 with room to spare.
@@ -100,7 +100,7 @@ class RationalQuadraticSpline(MonotonicTransform):
     def evaluate_inverse(self, y: Tensor, coefficients: Tensor) -> Tensor:
         knots = coefficients[2, 1:].detach().contiguous()
         piece = torch.searchsorted(knots, y.detach().contiguous(), right=True)
-        x, width, y0, height, d0, d1 = (row[piece] for row in coefficients.unbind())
+        x, width, y0, height, d0, d1 = of_pieces(coefficients, piece)
         slope = height / width
         inside, below, above = self._split(y, y0, height)
         # Solve a xi^2 + b xi + c = 0 (Durkan, equations 6 to 8) in the form that does not cancel.
@@ -123,7 +123,7 @@ class RationalQuadraticSpline(MonotonicTransform):
     def _piece(self, z: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
         knots = coefficients[0, 1:].detach().contiguous()
         piece = torch.searchsorted(knots, z.detach().contiguous(), right=True)
-        return tuple(row[piece] for row in coefficients.unbind())
+        return of_pieces(coefficients, piece)
 
     def extra_repr(self) -> str:
         return f"num_bins={self.num_bins}, bound={self.bound:g}"

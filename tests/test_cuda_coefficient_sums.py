@@ -76,8 +76,8 @@ def test_explain_says_how() -> None:
         assert "chunks of rows" in ms.backends.explain("linear_cross_entropy", input, backend="cuda").how
         with pytest.raises(ValueError, match='no method="recompute"'):
             ms.backends.explain("linear_cross_entropy", input, backend="cuda", method="recompute")
-        assert ms.backends.available()["cuda"].available
-    assert not ms.backends.available()["cuda"].available
+        assert str(ms.backends.available()["cuda"]) == "available: CUDA C++, executed on the CPU"
+    assert "executed on the CPU" not in ms.backends.available()["cuda"].detail
 
 
 def test_lanes_meet_in_pieces() -> None:

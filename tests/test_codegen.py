@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -18,9 +19,14 @@ from benchmarks.codegen.configurations import (
     ALIGNED,
     HEAD_BACKWARD,
     HEAD_LOSS,
+    LOG_SOFTMAX,
+    LOG_SOFTMAX_BACKWARD,
     LOSS,
+    LOSS_ALL,
+    LOSS_INPUT,
     QUICK,
     SHIFTED,
+    STATISTICS,
     TRANSFORMS,
     Configuration,
     configurations,
@@ -28,7 +34,7 @@ from benchmarks.codegen.configurations import (
 from benchmarks.codegen.measure import Measurement, measure
 from benchmarks.codegen.report import count_lines, detail_lines, markdown, peer_lines
 from benchmarks.codegen.source_loops import enclosing
-from benchmarks.codegen.triton_targets import TARGETS, compile_for
+from benchmarks.codegen.triton_targets import TARGETS, Compiled, compile_for
 
 LISTING = """\
 	.section	.nv.info,"",@"SHT_CUDA_INFO"
@@ -166,6 +172,68 @@ def test_every_launch_is_taken_down() -> None:
     assert launch.named["maxnreg"] > 0 and launch.values["classes"] == ALIGNED
     (launch,) = Configuration("plif-64", LOSS).launches("gfx942")
     assert "maxnreg" not in launch.named
+
+
+ONE_WARP = {"fp32": 100, "bf16": 200}
+
+
+@pytest.mark.parametrize("dtype", ONE_WARP)
+@pytest.mark.parametrize("transform", ["identity", "plif-64"])
+@pytest.mark.parametrize("operator", [LOSS, LOSS_ALL, STATISTICS, LOG_SOFTMAX, LOG_SOFTMAX_BACKWARD])
+def test_lanes_of_a_warp_have_the_same_sums(operator: str, transform: str, dtype: str) -> None:
+    """A lane that adds another one's number adds two numbers that have been rounded.
+
+    In a program of one warp nothing else tells the lanes what their sum is: they all add, each with another partner.
+    Where a product goes into the addition, one of the two numbers has not been rounded, in each lane the other one.
+    """
+    options = operator in (LOSS, LOSS_ALL)
+    compiled = Configuration(transform, operator, ONE_WARP[dtype], dtype, options).launch("sm_90").compile_for("sm_90")
+    assert compiled.num_warps == 1
+    _check_exchanged_numbers(compiled)
+
+
+def test_lanes_of_the_recomputed_head_have_the_same_sums() -> None:
+    """Those that share a row: in float32 each has one of its columns in a part."""
+    _check_exchanged_numbers(Configuration("identity", HEAD_LOSS, dtype="fp32").launch("sm_90").compile_for("sm_90"))
+
+
+@pytest.mark.parametrize(("classes", "warps"), [(100, 1), (ALIGNED, 8)])
+def test_all_threads_have_read_the_target_before_one_overwrites_it(classes: int, warps: int) -> None:
+    """Where the gradient is written over the logits."""
+    compiled = Configuration("identity", LOSS_INPUT, classes, "fp32").launch("sm_90").compile_for("sm_90")
+    assert compiled.num_warps == warps and compiled.function is not None
+    code = compiled.function.instructions
+    target, barrier, gradient = (
+        [place for place, each in enumerate(code) if each.opcode.startswith(opcode)]
+        for opcode in ("LDG.E", "BAR.SYNC", "STG.E.128")
+    )
+    read = next(place for place in target if code[place].opcode == "LDG.E")
+    assert any(read < place < gradient[0] for place in barrier)
+
+
+def _check_exchanged_numbers(compiled: Compiled) -> None:
+    assert compiled.function is not None
+    readers = list(_readers_of_exchanged_numbers(compiled.function.instructions))
+    for exchange, reader in readers:
+        _, received, sent, *_ = _operands(exchange)
+        assert reader.name != "FFMA", (exchange, reader)
+        if reader.name == "FADD":
+            assert sorted(_operands(reader)[1:]) == sorted((received, sent)), (exchange, reader)
+    assert sum(reader.name == "FADD" for _, reader in readers) >= 5
+
+
+def _readers_of_exchanged_numbers(
+    instructions: Sequence[sass.Instruction],
+) -> Iterator[tuple[sass.Instruction, sass.Instruction]]:
+    """The exchanges between lanes, each with the first instruction that reads what it received."""
+    for place, exchange in enumerate(instructions):
+        if exchange.opcode == "SHFL.BFLY":
+            received = _operands(exchange)[1]
+            yield exchange, next(each for each in instructions[place + 1 :] if received in _operands(each)[1:])
+
+
+def _operands(instruction: sass.Instruction) -> list[str]:
+    return [re.sub(r"\.reuse$", "", each.strip()) for each in instruction.operands.split(",")]
 
 
 _ONE_OF_EACH = [each for each in TRANSFORMS if each not in ("plif-4", "plif-50", "plif-1000")]

@@ -14,7 +14,8 @@ NaN. The columns may be those of a shard of the vocabulary: then ``column_offset
 
 Hazards: a lane beyond V is masked after f, since f(-inf) may be finite. The gradient of the target's column is formed
 in float32, as its two parts cancel where p is next to 1. Rows that are ignored may hold anything, and their gradient is
-0: they are not loaded. grad_input may be input: a thread reads what it writes, and reads it first.
+0: they are not loaded. grad_input may be input: a thread reads what it writes, and reads it first; the target's logit
+is read by all threads, before a barrier, and overwritten by one, after it.
 """
 
 from __future__ import annotations
@@ -109,6 +110,9 @@ def cross_entropy_kernel(
                         row_loss += z_loss * row_lse * row_lse
                     row_loss = tl.where(valid, row_loss, float("nan"))
                     row_loss = tl.where(ignored, 0.0, row_loss)
+            if gradient & (LANES <= 64):
+                # In one warp: sums of more end in a barrier.
+                tl.debug_barrier()
             tl.store(row_stats + row, largest)
             tl.store(row_stats + rows + row, total)
             if not partial:

@@ -102,7 +102,8 @@ def linear_cross_entropy_kernel(
                     w = tl.load(weight + (column_offset + column), mask=inside, other=0.0)[None, :]
                 gaps += tl.where(inside[None, :], w * y, 0.0)
     row_largest = tl.max(largest, 1)
-    row_total = tl.sum(total * exp(largest - row_largest[:, None]), 1)
+    # ``+ 0.0``: as in rows.py. The lanes that share a row write its total to one place, which must be one number.
+    row_total = tl.sum(total * exp(largest - row_largest[:, None]) + 0.0, 1)
     stored = r < rows
     has_target = (at >= first * BV) & (at < last * BV)
     row_stats += split * (2 * rows.to(tl.int64)) + r

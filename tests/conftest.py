@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--emulate", action="store_true", help="run the tests of tests/gpu on the CPU: small shapes, under emulators"
     )
+    parser.addoption("--record", metavar="FILE", help="add a line of JSON for each test, as soon as it ends")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--record")
+    if path and not hasattr(config, "workerinput"):  # of several processes, the one that the others report to
+        config.pluginmanager.register(_Record(Path(path)))
+
+
+class _Record:
+    """What became of each test, in a file that is whole at any moment."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.passed:
+            return
+        line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+        if report.failed:
+            lines = report.longreprtext.splitlines()
+            line["why"] = " ".join(each[1:].strip() for each in lines if each.startswith("E "))[:400] or lines[-1:]
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(line)}\n")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -7,6 +7,7 @@ Needs a C++20 compiler and no CUDA.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import os
@@ -42,7 +43,9 @@ def module() -> ModuleType:
     (folder / "build.ninja").write_text(_rules(library), encoding="utf-8")
     ninja = shutil.which("ninja", path=os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", ""))))
     assert ninja is not None, "ninja is not installed"
-    result = subprocess.run([ninja, "-C", folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of pytest may be at it
+        result = subprocess.run([ninja, "-C", folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert result.returncode == 0, result.stdout
     spec = importlib.util.spec_from_file_location(_NAME, library)
     assert spec is not None and spec.loader is not None

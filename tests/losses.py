@@ -137,7 +137,11 @@ class ErrorsBesideThoseOfPyTorch:
 
 
 def assert_as_close_as_pytorch(
-    got: Mapping[str, Tensor], plain: Mapping[str, Tensor], truth: Mapping[str, Tensor], dtype: torch.dtype, terms: int = 1
+    got: Mapping[str, Tensor],
+    plain: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    terms: int = 1,
 ) -> None:
     """No further from the float64 truth than 3 times what PyTorch is in float32, plus rounding.
 
@@ -190,9 +194,7 @@ class LossCase(NamedTuple):
     def __str__(self) -> str:
         rows, classes, before, after = self.shape
         settings = "".join(f" {name}={value}" for name, value in self.settings.items())
-        return (
-            f"{self.transform}{settings} {rows}x{before}+{classes}+{after} {str(self.dtype)[6:]} {self.options}"
-        )
+        return f"{self.transform}{settings} {rows}x{before}+{classes}+{after} {str(self.dtype)[6:]} {self.options}"
 
     def small(self) -> LossCase:
         """The same for emulators: few rows, of as many classes as straddle a tile and an alignment in the same way."""
@@ -262,7 +264,9 @@ def loss_cases() -> list[LossCase]:
     return cases
 
 
-def check_case(case: LossCase, backend: Any, device: torch.device | str, before: Callable[[], None] = lambda: None) -> None:
+def check_case(
+    case: LossCase, backend: Any, device: torch.device | str, before: Callable[[], None] = lambda: None
+) -> None:
     """The backend is as close to the truth as PyTorch, and the same twice where it promises that.
 
     ``before`` is called before each call of the backend.

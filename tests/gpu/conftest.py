@@ -15,10 +15,20 @@ import torch
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.gpu)
+    if config.getoption("--emulate"):
+        # The interpreter takes a second for each: a third of them has every transform and every shape.
+        cases = [item for item in items if item.nodeid.partition("[")[2].startswith("triton-") and _is_case(item)]
+        left_out = {id(item) for i, item in enumerate(cases) if i % 3}
+        config.hook.pytest_deselected(items=[item for item in items if id(item) in left_out])
+        items[:] = [item for item in items if id(item) not in left_out]
+
+
+def _is_case(item: pytest.Item) -> bool:
+    return "test_as_close_to_the_truth_as_pytorch" in item.nodeid
 
 
 @pytest.fixture

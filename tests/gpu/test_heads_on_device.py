@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,9 +26,7 @@ def head(rows: int, features: int, classes: int, dtype: torch.dtype, device: tor
 @pytest.mark.emulated
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["identity", "plif", "gss"])
-@pytest.mark.parametrize(
-    ("backend", "method"), [("cuda", "chunked"), ("triton", "chunked"), ("triton", "recompute")]
-)
+@pytest.mark.parametrize(("backend", "method"), [("cuda", "chunked"), ("triton", "chunked"), ("triton", "recompute")])
 def test_loss_and_gradients(backend: Any, method: Any, name: str, dtype: torch.dtype, device: torch.device) -> None:
     torch.manual_seed(0)
     shape = (300, 256, 5003) if device.type == "cuda" else (11, 16, 70)
@@ -57,10 +56,13 @@ def test_logits_given_take_no_memory_but_their_gradient(backend: Any) -> None:
     input = torch.randn(rows, classes, device="cuda", dtype=torch.bfloat16).requires_grad_()
     target = torch.randint(classes, (rows,), device="cuda")
     transform = ms.transforms.PLIF(64).cuda()
-    assert _extra(lambda: ms.cross_entropy(input, target, transform, backend=backend), (input, transform.raw_slope)) <= {
-        "cuda": 2 * MIB,
-        "triton": 72 * MIB,  # 64 MiB of tables, one for each lane
-    }[backend]
+    assert (
+        _extra(lambda: ms.cross_entropy(input, target, transform, backend=backend), (input, transform.raw_slope))
+        <= {
+            "cuda": 2 * MIB,
+            "triton": 72 * MIB,  # 64 MiB of tables, one for each lane
+        }[backend]
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -73,9 +75,10 @@ def test_a_head_holds_one_chunk_of_logits(backend: Any) -> None:
     for rows in (8192, 32768):
         input = torch.randn(rows, features, device="cuda", dtype=torch.bfloat16).requires_grad_()
         target = torch.randint(classes, (rows,), device="cuda")
-        loss = lambda: ms.linear_cross_entropy(  # noqa: E731, B023
-            input, weight, target, transform, backend=backend, method="chunked", chunk_rows=2048
-        )
+        loss = partial(
+            ms.linear_cross_entropy, input, weight, target, transform,
+            backend=backend, method="chunked", chunk_rows=2048,
+        )  # fmt: skip
         extra.append(_extra(loss, (input, weight, transform.raw_slope)))
     chunk, wide = 2048 * classes * 2, classes * features * 4
     assert max(extra) <= chunk + wide + 96 * MIB, [each / MIB for each in extra]

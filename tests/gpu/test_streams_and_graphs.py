@@ -107,9 +107,7 @@ def test_work_is_in_the_current_stream(backend: Any, pieces: int) -> None:
 def test_a_compiled_training_step(backend: Any, mode: str) -> None:
     transform = disturbed("plif").cuda()
     input, target = batch(40, 4096)
-    compiled = torch.compile(
-        lambda z, t: ms.cross_entropy(z, t, transform, backend=backend), fullgraph=True, mode=mode
-    )
+    compiled = torch.compile(lambda z, t: ms.cross_entropy(z, t, transform, backend=backend), fullgraph=True, mode=mode)
     for _ in range(3):
         loss = compiled(input, target)
         got = (loss.detach().clone(), *(g.clone() for g in torch.autograd.grad(loss, (input, transform.raw_slope))))

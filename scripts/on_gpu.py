@@ -1,0 +1,354 @@
+"""Builds, proves and times monosoftmax on the GPU of this machine, in one call, offline, and prints a page of results.
+
+    python scripts/on_gpu.py FOLDER [--seconds 540] [--wheels FOLDER] [--dry-run]
+
+The stages, each with a limit of its own and within what is left of ``--seconds``:
+
+    build      the extension in place for the GPU that is found, unless it is there
+    tests      tests/gpu, and compute-sanitizer (memcheck, racecheck, synccheck) over launches of every kernel family
+    overhead   python -m benchmarks.overhead --preset gpu
+    variants   python -m benchmarks.overhead.variants: other plans and tiles, to choose by measurement
+    counters   ncu of the kernels that matter
+    more tests the tests of the kernels' own dimensions, with the time that is left
+
+A stage that fails or runs out of time stops no other. What is finished lies in FOLDER, in eight files at most, whatever
+comes later: every line of tests.jsonl, every case of overhead.json and variants.json is written when it is known, and
+run.json and summary.md after every stage. The exit status is 0 where correctness held: the build, the tests and the
+sanitizers ended, and found nothing.
+
+A machine without a package index has neither Liger nor cut-cross-entropy, which are pure Python. Brought along, they
+are contestants of the overhead suite:
+
+    pip download --no-deps --dest wheels --requirement requirements/peers.txt
+    python scripts/on_gpu.py FOLDER --wheels wheels
+
+``--dry-run`` goes through the same stages on the CPU: Triton's interpreter, the host execution of the CUDA kernels,
+tiny shapes. Its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from gpu_summary import summarize
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = sys.executable
+#: Seconds between the friendly and the other signal to what has run out of time.
+_GRACE = 5.0
+_USABLE = """
+import monosoftmax.triton_kernels
+from monosoftmax import backends, info
+print(info.collect())
+status = backends.available()["cuda"]
+raise SystemExit(0 if status.available or {dry_run} else str(status))
+"""
+
+
+@dataclass
+class Command:
+    """A process of a stage. Its output goes to the log, and to ``output`` as well where that is named."""
+
+    name: str
+    words: Sequence[str]
+    output: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Stage:
+    """Commands that run side by side, and the most seconds that they may take."""
+
+    name: str
+    seconds: float
+    commands: list[Command]
+    #: Whether correctness rests on it.
+    proves: bool = False
+
+
+class Run:
+    """A run, its folder and its clock."""
+
+    def __init__(self, folder: Path, seconds: float, dry_run: bool) -> None:
+        self.folder, self.seconds, self.dry_run = folder, seconds, dry_run
+        self.started = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("log.txt", "run.json", "summary.md", "tests.jsonl", "sanitizers.txt", "ncu.csv"):
+            (folder / name).unlink(missing_ok=True)
+        for name in ("overhead", "variants"):
+            (folder / f"{name}.json").unlink(missing_ok=True)
+        self.log = (folder / "log.txt").open("ab", buffering=0)
+        self.record: dict[str, Any] = {"dry_run": dry_run, "machine": machine(), "stages": [], "holds": False}
+        self._save()
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.seconds - (time.monotonic() - self.started)
+
+    def say(self, text: str) -> None:
+        """To the terminal and the log."""
+        print(text, flush=True)
+        self.log.write(f"{text}\n".encode())
+
+    def execute(self, stage: Stage) -> dict[str, int | None]:
+        """Runs a stage; the exit status of each command, None where its time ran out."""
+        limit = min(stage.seconds, self.left())
+        began = time.monotonic()
+        self.say(f"=== [{began - self.started:.0f} s] {stage.name}, at most {max(limit, 0):.0f} s")
+        entry: dict[str, Any] = {"name": stage.name, "proves": stage.proves, "limit_s": round(limit, 1), "status": {}}
+        self.record["stages"].append(entry)
+        if limit < 5:
+            entry["status"] = {each.name: "no time left" for each in stage.commands}
+            self._save()
+            return dict.fromkeys(entry["status"])
+        self._save()
+        found = self._wait([self._start(each) for each in stage.commands], began + limit)
+        for command, status in zip(stage.commands, found, strict=True):
+            entry["status"][command.name] = "out of time" if status is None else status
+            if status != 0:
+                self.say(f"{command.name}: {entry['status'][command.name]}")
+        entry["seconds"] = round(time.monotonic() - began, 1)
+        self._save()
+        return dict(zip((each.name for each in stage.commands), found, strict=True))
+
+    def _start(self, command: Command) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+        output = (self.folder / command.output).open("ab", buffering=0) if command.output else self.log
+        output.write(f"--- {command.name}: {' '.join(command.words)}\n".encode())
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | command.environment
+        process = subprocess.Popen(
+            command.words, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        return process, output
+
+    def _wait(self, running: list[tuple[subprocess.Popen[bytes], IO[bytes]]], until: float) -> list[int | None]:
+        found: list[int | None] = []
+        try:
+            for process, _ in running:
+                try:
+                    found.append(process.wait(max(0.1, until - time.monotonic())))
+                except subprocess.TimeoutExpired:
+                    found.append(None)
+                    _end(process)
+        finally:
+            for process, output in running:
+                _end(process)
+                if output is not self.log:
+                    output.close()
+        return found
+
+    def close(self, holds: bool) -> None:
+        """The verdict, and the page."""
+        self.record["holds"] = holds
+        self._save()
+
+    def _save(self) -> None:
+        self.record["seconds"] = round(time.monotonic() - self.started, 1)
+        write(self.folder / "run.json", json.dumps(self.record, indent=1) + "\n")
+        write(self.folder / "summary.md", summarize(self.folder))
+
+
+def write(path: Path, text: str) -> None:
+    """In one step: a reader finds the old text or the new one."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and those that it has started, which share its session."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def machine() -> dict[str, Any]:
+    """What runs here, and on what."""
+    query = "name,driver_version,memory.total,clocks.max.sm,power.limit"
+    gpus: list[str] = []
+    if smi := shutil.which("nvidia-smi"):
+        result = subprocess.run([smi, f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
+        gpus = result.stdout.strip().splitlines() if result.returncode == 0 else []
+    versions = {}
+    for name in ("torch", "triton", "numpy"):
+        code = f"import {name}; print({name}.__version__)"
+        versions[name] = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True).stdout.strip() or None
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return {
+        "gpus": gpus,
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "commit": commit or None,
+        **versions,
+    }
+
+
+def import_from(wheels: Path, folder: Path) -> None:
+    """Makes what ``wheels`` hold importable for the commands, unpacked to ``folder``."""
+    words = [PYTHON, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*words, "--target", str(folder), *sorted(map(str, wheels.glob("*.whl")))], check=True)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+
+
+def build(run: Run) -> bool:
+    """Makes the package importable, with its extension, and says whether it is."""
+    usable = Command("usable", [PYTHON, "-c", _USABLE.format(dry_run=run.dry_run)])
+    if run.execute(Stage("build: what is there", 60, [usable]))["usable"] == 0:
+        return True
+    # An extension that was brought along is taken as it is, if it is for this Python, torch and GPU.
+    pip = [PYTHON, "-m", "pip", "--disable-pip-version-check", "install", "--no-build-isolation", "--no-deps"]
+    pip += ["--no-index", "--editable", str(ROOT)]
+    brought = Command("install", pip, environment={"MONOSOFTMAX_CPP": "0"})
+    run.execute(Stage("build: install without compiling", 60, [brought]))
+    if run.execute(Stage("build: what was brought along", 60, [usable]))["usable"] == 0:
+        return True
+    whole = Command("build", [*pip, "-v"], environment={"MONOSOFTMAX_CPP": "1", "MONOSOFTMAX_CUDA": "1"})
+    run.execute(Stage("build: compile", 240, [whole], proves=True))
+    return run.execute(Stage("build: what came of it", 60, [usable], proves=True))["usable"] == 0
+
+
+def proofs(run: Run) -> Stage:
+    """tests/gpu and the sanitizers."""
+    emulate = ["--emulate"] if run.dry_run else []
+    workers = min(16, os.cpu_count() or 1)
+    pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--numprocesses={workers}", "-m", "gpu"]
+    record = f"--record={run.folder / 'tests.jsonl'}"
+    # Heads want it under deterministic algorithms.
+    environment = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    commands = [Command("tests", [*pytest, record, *emulate, "tests/gpu"], environment=environment)]
+    launches = [PYTHON, "tests/gpu/launches.py", "sanitize"]
+    if run.dry_run:
+        commands.append(Command("launches", launches, "sanitizers.txt"))
+    elif tool := shutil.which("compute-sanitizer"):
+        for name in ("memcheck", "racecheck", "synccheck"):
+            for backend in ("cuda", "triton"):
+                # torch's own kernels are not looked at; those of Triton have no name in common.
+                only = ["--kernel-name", "kernel_substring=monosoftmax"] if backend == "cuda" else []
+                words = [tool, "--tool", name, "--error-exitcode", "9", "--print-limit", "5", *only, *launches, backend]
+                alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+                commands.append(Command(f"{name} {backend}", words, "sanitizers.txt", alone))
+    else:
+        commands.append(Command("compute-sanitizer is not here", ["false"]))
+    return Stage("tests and sanitizers", 330 if run.dry_run else 135, commands, proves=True)
+
+
+def overhead(run: Run, folder: Path) -> Stage:
+    """The figures of the losses and heads."""
+    where = ["--emulate"] if run.dry_run else ["--device", "cuda"]
+    words = [PYTHON, "-m", "benchmarks.overhead", "--preset", "gpu", *where, "--overwrite", "--output", str(folder)]
+    return Stage("overhead", 190, [Command("overhead", words)])
+
+
+def variants(run: Run) -> Stage:
+    """Other plans and tiles."""
+    where = ["--device", "cpu", "--small"] if run.dry_run else ["--device", "cuda"]
+    output = ["--output", str(run.folder / "variants.json")]
+    return Stage("variants", 75, [Command("variants", [PYTHON, "-m", "benchmarks.overhead.variants", *where, *output])])
+
+
+def counters(run: Run, folder: Path) -> list[Stage]:
+    """What ncu reads of the kernels."""
+    launches = [PYTHON, "tests/gpu/launches.py", "count"]
+    if run.dry_run:
+        return [Stage("counters", 60, [Command("launches", launches)])]
+    ncu = shutil.which("ncu")
+    if ncu is None:
+        return [Stage("counters", 60, [Command("ncu is not here", ["false"])])]
+    report = str(folder / "kernels")
+    # The clocks are left as they are.
+    words = [ncu, "--clock-control", "none", "--set", "full", "--force-overwrite", "--export", report]
+    words += ["--kernel-name", "regex:cross_entropy", *launches]
+    table = [ncu, "--import", f"{report}.ncu-rep", "--page", "details", "--csv"]
+    return [
+        Stage("counters", 60, [Command("ncu", words)]),
+        Stage("counters: table", 20, [Command("ncu table", table, "ncu.csv")]),
+    ]
+
+
+def more_tests(run: Run) -> Stage:
+    """The tests of the kernels' own dimensions, which take a device where there is one."""
+    workers = min(16, os.cpu_count() or 1)
+    words = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--numprocesses={workers}", "-m", "not slow"]
+    words += [f"--record={run.folder / 'tests.jsonl'}", "--timeout=60"] if not run.dry_run else []
+    files = ["tests/test_cross_entropy.py", "tests/test_triton_operators.py", "tests/test_triton_cross_entropy.py"]
+    chosen = ["tests/test_triton_operators.py"] if run.dry_run else files
+    return Stage(
+        "more tests", max(5.0, run.left() - 8), [Command("more tests", [*words, "-k", "cuda or triton", *chosen])]
+    )
+
+
+@contextmanager
+def ended_politely() -> Iterator[None]:
+    """SIGTERM raises, so that the processes of a stage are ended, too."""
+
+    def end(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="where the results go")
+    parser.add_argument("--seconds", type=float, default=540, help="for all of it (%(default)g)")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, under emulators")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels to import from")
+    options = parser.parse_args(arguments)
+    run = Run(options.folder.resolve(), options.seconds, options.dry_run)
+    if not run.record["machine"]["gpus"] and not run.dry_run:
+        parser.exit(2, "error: nvidia-smi finds no GPU here; --dry-run goes through the stages on the CPU\n")
+    with ended_politely(), tempfile.TemporaryDirectory() as temporary:
+        if options.wheels is not None:
+            import_from(options.wheels, Path(temporary) / "wheels")
+        holds = build(run)
+        if holds:
+            holds = set(run.execute(proofs(run)).values()) == {0}
+            run.execute(overhead(run, run.folder / "overhead"))
+            collect_overhead(run.folder)
+            run.execute(variants(run))
+            for stage in counters(run, Path(temporary)):
+                run.execute(stage)
+            # These need not come to their end.
+            holds = set(run.execute(more_tests(run)).values()) <= {0, None} and holds
+        run.close(holds)
+    print((run.folder / "summary.md").read_text(encoding="utf-8"), end="")
+    return 0 if holds else 1
+
+
+def collect_overhead(folder: Path) -> None:
+    """Of the results of the benchmark its figures stay; its report and pictures can be made of them."""
+    results = folder / "overhead" / "results.json"
+    if results.exists():
+        results.replace(folder / "overhead.json")
+    shutil.rmtree(folder / "overhead", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

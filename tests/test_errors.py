@@ -215,19 +215,20 @@ def test_public_functions_say_what_a_backend_refuses_before_its_operators_do(
 ) -> None:
     monkeypatch.setattr(ms.backends, "_MOST_CLASSES_ON_GPU", 8)
     monkeypatch.setattr(ms.backends, "_MOST_PIECES_OF_CUDA", 50)
-    head = (torch.zeros(4, 5), torch.zeros(9, 5), TARGET)
+    logits, target = torch.zeros(4, 9), torch.tensor([0, 8, -100, 3])  # where the backend takes them
+    head = (torch.zeros(4, 5), torch.zeros(9, 5), target)
     calls = [
-        (lambda: ms.cross_entropy(LOGITS[0], TARGET[0], backend=backend), "classes, input has 9"),
-        (lambda: ms.cross_entropy(LOGITS.expand(2, 4, 9).mT, TARGET.expand(2, 4), backend=backend), "input has 9"),
-        (lambda: ms.log_softmax(LOGITS, backend=backend), "classes, input has 9"),
+        (lambda: ms.cross_entropy(logits[0], target[0], backend=backend), "classes, input has 9"),
+        (lambda: ms.cross_entropy(logits.expand(2, 4, 9).mT, target.expand(2, 4), backend=backend), "input has 9"),
+        (lambda: ms.log_softmax(logits, backend=backend), "classes, input has 9"),
         (lambda: ms.linear_cross_entropy(*head, backend=backend), "classes, input has 9"),
         (lambda: ms.functional.linear_token_statistics(*head, backend=backend), "classes, input has 9"),
-        (lambda: ms.backends.explain("log_softmax", LOGITS[0], backend=backend), "up to 8 classes, input has 9"),
-        (lambda: ms.backends.explain("cross_entropy", LOGITS[0], backend=backend), "up to 8 classes, input has 9"),
-        (lambda: ms.backends.explain("cross_entropy", LOGITS[:, :, None], backend=backend), "input has 9"),
+        (lambda: ms.backends.explain("log_softmax", logits[0], backend=backend), "up to 8 classes, input has 9"),
+        (lambda: ms.backends.explain("cross_entropy", logits[0], backend=backend), "up to 8 classes, input has 9"),
+        (lambda: ms.backends.explain("cross_entropy", logits[:, :, None], backend=backend), "input has 9"),
     ]
     if backend == "cuda":
-        wide, few, many = LOGITS[:, :8], ms.transforms.PLIF(50), ms.transforms.RationalQuadraticSpline(51)
+        wide, few, many = logits[:, :8], ms.transforms.PLIF(50), ms.transforms.RationalQuadraticSpline(51)
         assert ms.log_softmax(wide, few, backend=backend).shape == wide.shape
         calls += [
             (lambda: ms.log_softmax(wide, dtype=torch.float64, backend=backend), "dtype is float64"),

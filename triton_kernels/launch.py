@@ -5,8 +5,8 @@ Tile sizes and registers are chosen here, by tables: nothing is tuned when it ru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +20,34 @@ from .tiles import alignment_of, as_aligned, width_of
 from .token_statistics import token_statistics_kernel
 from .transforms import REGISTRY, TransformFunctions
 
-#: Lanes of a tile, each a thread: 256; 128 where each has a table of its own.
-_LANES, _LANES_WITH_TABLES = 256, 128
 
-#: Programs that keep sums, on each multiprocessor, and bytes that their lanes' tables may take together.
-_PROGRAMS, _TABLE_BYTES = 4, 64 * 2**20
+class Tuning(NamedTuple):
+    """Sizes that a launch chooses freely. Benchmarks and tests override them with :func:`tuned`."""
+
+    #: Lanes of a tile, each a thread.
+    lanes: int = 256
+    #: The same where each lane has a table of its own.
+    lanes_with_tables: int = 128
+    #: Programs on each multiprocessor that keep sums.
+    programs: int = 4
+
+
+_tuning = Tuning()
+
+
+@contextmanager
+def tuned(**wishes: int) -> Iterator[None]:
+    """Launch with ``wishes`` in the place of those fields of :class:`Tuning`. No other thread may launch meanwhile."""
+    global _tuning
+    before, _tuning = _tuning, _tuning._replace(**wishes)
+    try:
+        yield
+    finally:
+        _tuning = before
+
+
+#: Bytes that the tables of all lanes may take together.
+_TABLE_BYTES = 64 * 2**20
 
 #: Logits whose contributions are written, for PyTorch to add up, at a time.
 _WRITTEN = 2**24
@@ -47,7 +70,7 @@ class Call(NamedTuple):
         return cls(functions, coefficients, coefficients.shape[-1], (c0, c1, c2), packed)
 
 
-def lanes_of(classes: int, width: int, most: int = _LANES) -> int:
+def lanes_of(classes: int, width: int, most: int) -> int:
     """LANES: a power of two, as many as a row has use for, up to ``most``."""
     return int(min(most, max(32, triton.next_power_of_2(triton.cdiv(classes, width)))))
 
@@ -59,14 +82,14 @@ def registers_of(table_rows: int, gradient: bool) -> int:
     return 128 if gradient else 64
 
 
-def tile_arguments(input: Tensor, output: Tensor | None = None, most: int = _LANES) -> dict[str, Any]:
+def tile_arguments(input: Tensor, output: Tensor | None = None, most_lanes: int | None = None) -> dict[str, Any]:
     """What the kernels are compiled for, as far as it follows from the rows that they read and write."""
     width, alignment = width_of(input.dtype), alignment_of(input)
     arguments = {
         "ALIGNMENT": alignment,
         "EDGES": 1 if alignment == "aligned" else 2,
         "WHOLE": alignment == "aligned" and input.shape[1] % width == 0,
-        "LANES": lanes_of(input.shape[1], width, most),
+        "LANES": lanes_of(input.shape[1], width, most_lanes or _tuning.lanes),
         "WIDTH": width,
     }
     return arguments if output is None else arguments | {"OUT_ALIGNED": as_aligned(output, input)}
@@ -99,13 +122,13 @@ class Sums:
         self.regime = "none"
         if needed and call.size > 0 and input.shape[0] > 0:
             self.regime = regime_of(functions.table_rows, call.size, deterministic)
-        self.most_lanes = _LANES_WITH_TABLES if self.regime == "lanes" else _LANES
+        self.most_lanes = _tuning.lanes_with_tables if self.regime == "lanes" else _tuning.lanes
         numbers = call.size * max(functions.table_rows, 1)
         self.count = numbers if self.regime == "registers" else 0
         like = input.new_empty(0, dtype=torch.float32)
         self.programs, self.lanes, self.totals = input.shape[0], like, like
         if self.regime in ("registers", "lanes"):
-            self.programs = min(input.shape[0], _PROGRAMS * multiprocessors(input.device))
+            self.programs = min(input.shape[0], _tuning.programs * multiprocessors(input.device))
             if self.regime == "lanes":
                 width = lanes_of(input.shape[1], width_of(input.dtype), self.most_lanes) * functions.table_rows // 2
                 entries = call.size * width
@@ -113,7 +136,7 @@ class Sums:
                 self.lanes = input.new_empty(self.programs * entries, dtype=torch.int64)
             self.totals = like.new_empty((self.programs, numbers))
         elif self.regime == "global":
-            self.programs = min(input.shape[0], 8 * _PROGRAMS * multiprocessors(input.device))
+            self.programs = min(input.shape[0], 8 * _tuning.programs * multiprocessors(input.device))
             self.totals = like.new_zeros((1, numbers))
         self.needed = needed
 

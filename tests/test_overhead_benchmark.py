@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ pytest.importorskip("tqdm", reason="the benchmarks need requirements/dev.txt")
 from benchmarks.overhead import (
     cases,
     contestants,
+    emulation,
     floors,
     limits,
     memory,
@@ -51,7 +53,7 @@ def _as(case: Case, **changes: Any) -> Case:
 @pytest.fixture(autouse=True)
 def small_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of 64 KiB."""
-    monkeypatch.setattr(floors, "COPY_BUFFER_BYTES", 2**16)
+    monkeypatch.setitem(floors.COPY_BUFFER_BYTES, "cpu", 2**16)
 
 
 # Cases
@@ -130,6 +132,36 @@ def test_narrow_logits_are_held_against_wide_ones() -> None:
     wide = contestants.prepare("gss fused float32", case, inputs)
     assert [g.dtype for g in wide.step()[1:2]] == [torch.float32]
     assert [g.dtype for g in contestants.prepare("gss fused", case, inputs).step()[1:2]] == [torch.bfloat16]
+
+
+def test_contestants_by_backend_are_those_of_a_gpu() -> None:
+    for group, forms in (("logits", {"cuda", "triton"}), ("head", {"cuda", "triton chunked", "triton recompute"})):
+        everywhere, on_gpu = (contestants.names(group, "bfloat16", (64,), on_gpu=each) for each in (False, True))
+        assert set(everywhere) < set(on_gpu)
+        added = set(on_gpu) - set(everywhere)
+        assert {f"plif-64 {form}" for form in forms} | {"plain liger"} <= added
+        assert ("plain cut-cross-entropy kernels" in added) == (group == "head")
+        assert not any(name.startswith(("mos-", "moc-")) for name in added)
+
+
+@pytest.mark.parametrize("form", ["cuda", "triton", "triton recompute"])
+def test_a_named_backend_is_not_replaced(form: str) -> None:
+    with pytest.raises(peers.Unavailable, match=f'backend="{form.split()[0]}" cannot take this call'):
+        contestants.prepare(f"plif-64 {form}", HEAD, cases.make_inputs(HEAD, CPU))
+
+
+def test_what_liger_overwrites_is_restored() -> None:
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed: requirements/peers.txt")
+    inputs = cases.make_inputs(LOGITS, CPU)
+    before = inputs.operands[0].detach().clone()
+    with emulation.emulating():
+        eager, liger = (contestants.prepare(f"plain {form}", LOGITS, inputs) for form in ("eager", "liger"))
+        expected = contestants.fingerprint(LOGITS, eager.step())
+        for _ in range(2):
+            liger.reset()
+            found = contestants.fingerprint(LOGITS, liger.step())
+            assert contestants.disagreement(LOGITS, found, expected) is None
+    assert torch.equal(inputs.operands[0], before)
 
 
 def test_patterns_choose_contestants() -> None:
@@ -231,7 +263,7 @@ def test_cut_cross_entropy_needs_no_triton(monkeypatch: pytest.MonkeyPatch) -> N
 def test_contestants_take_turns() -> None:
     calls: list[str] = []
     actions = {name: (lambda name=name: calls.append(name)) for name in "abcd"}
-    samples = timing.take_turns(actions, timing.Clock(CPU), 5, failed=lambda name, error: pytest.fail(name))
+    samples = timing.take_turns(actions, timing.wall_clock, 5, failed=lambda name, error: pytest.fail(name))
     rounds = [calls[start : start + 4] for start in range(0, 20, 4)]
     assert all(sorted(round_) == list("abcd") for round_ in rounds)
     assert len(set(map(tuple, rounds))) > 1
@@ -249,7 +281,7 @@ def test_who_fails_takes_no_further_turn() -> None:
 
     samples = timing.take_turns(
         {"good": lambda: None, "bad": fail_the_second_time},
-        timing.Clock(CPU),
+        timing.wall_clock,
         4,
         failed=lambda name, error: told.append((name, error)),
     )
@@ -259,40 +291,72 @@ def test_who_fails_takes_no_further_turn() -> None:
 
 
 def test_the_clock_measures_the_action() -> None:
-    assert timing.Clock(CPU)(lambda: torch.randn(1000, 1000) @ torch.randn(1000, 1000)) > 1e-4
+    assert timing.wall_clock("product", lambda: torch.randn(1000, 1000) @ torch.randn(1000, 1000))() > 1e-4
 
 
-def test_the_device_clock_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def device_log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a CUDA device is told, in order. It runs at 1 GHz; its cache has 1 KiB, and the CPU's memory for its own."""
     log: list[str] = []
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
-            self.name = f"event{sum(entry.startswith('make') for entry in log)}"
-            log.append(f"make {self.name}")
 
         def record(self, stream: str) -> None:
-            log.append(f"record {self.name} {stream}")
+            log.append(f"record on {stream}")
 
         def synchronize(self) -> None:
-            log.append(f"wait {self.name}")
+            log.append("wait")
 
         def elapsed_time(self, end: Event) -> float:
-            assert (self.name, end.name) == ("event0", "event1")
             return 250.0
 
+    class Properties:
+        L2_cache_size = 1024
+
+    zero = Tensor.zero_
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("idle"))
-    seconds = timing.Clock(torch.device("cuda:1"))(lambda: log.append("action"))
-    assert seconds == 0.25
-    assert log[2:] == [
-        "idle",
-        "record event0 stream of cuda:1",
-        "action",
-        "record event1 stream of cuda:1",
-        "wait event1",
-    ]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(timing, "_sleep", lambda cycles: log.append(f"sleep {cycles}"))
+    monkeypatch.setattr(timing, "_cycles_per_second", lambda device: 1e9)
+    monkeypatch.setattr(Tensor, "zero_", lambda self: log.append(f"flush {self.nbytes}") or zero(self))
+    return log
+
+
+def test_a_device_is_busy_until_all_of_a_call_is_issued(device_log: list[str]) -> None:
+    clock = timing.DeviceClock(CPU, {"a": 2e-3, "b": 0.0})
+    actions = {name: (lambda name=name: device_log.append(name)) for name in "ab"}
+    samples = timing.take_turns(actions, clock, 1, failed=lambda name, error: pytest.fail(name))
+    assert samples == {"a": [0.25], "b": [0.25]}
+    begun, waits = device_log[:-2], device_log[-2:]
+    # The host waits at the end of the round only.
+    assert waits == ["wait", "wait"] and "wait" not in begun
+    turns = [begun[:5], begun[5:]] if begun[3] == "a" else [begun[5:], begun[:5]]
+    for name, sleep, turn in zip("ab", (3_100_000, 100_000), turns, strict=True):
+        assert turn == [f"sleep {sleep}", "flush 3072", "record on stream", name, "record on stream"]
+
+
+def test_issuing_is_timed_on_an_idle_device(device_log: list[str]) -> None:
+    seconds = timing.IssueClock(torch.device("cuda:1"))("a", lambda: device_log.append("a"))
+    assert device_log == ["idle", "a"] and 0 < seconds() < 0.1
+
+
+def test_host_time_is_beside_device_time(device_log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "DeviceClock", lambda device, seconds: timing.wall_clock)
+    failed: list[str] = []
+
+    def fail() -> None:
+        raise ValueError
+
+    actions = {"good": lambda: None, "bad": fail}
+    found = timing.measure(actions, torch.device("cuda"), 7, failed=lambda name, error: failed.append(name))
+    assert list(found) == ["good"] and failed == ["bad"]
+    assert len(found["good"]["seconds"]) == 7 and found["good"]["host_ms"] > 0
+    assert device_log.count("idle") == timing.ISSUED_CALLS + 1
+    assert timing.measure({"good": lambda: None}, CPU, 2, failed=lambda *_: None)["good"]["host_ms"] is None
 
 
 def test_summary() -> None:
@@ -330,15 +394,14 @@ def test_the_products_are_those_of_the_case(mode: Any, expected: int, monkeypatc
 
 
 def test_the_floor_is_the_longer_of_both() -> None:
-    copied = 2 * floors.COPY_BUFFER_BYTES
-    alone = floors.floor(LOGITS, {"copy": 1.0})
-    assert alone["bytes_per_second"] == copied
-    assert alone["ms"] == alone["memory_ms"] == pytest.approx(1e3 * LOGITS.minimum_bytes / copied)
+    alone = floors.floor(LOGITS, {"copy": 1e6})
+    assert alone["bytes_per_second"] == 1e6
+    assert alone["ms"] == alone["memory_ms"] == pytest.approx(1e3 * LOGITS.minimum_bytes / 1e6)
     assert alone["products_ms"] is None
-    slow_products = floors.floor(HEAD, {"copy": 1e-6, "products": 0.5})
+    slow_products = floors.floor(HEAD, {"copy": 1e12, "products": HEAD.flops / 0.5})
     assert slow_products["ms"] == slow_products["products_ms"] == 500
     assert slow_products["flops_per_second"] == HEAD.flops / 0.5
-    slow_copy = floors.floor(HEAD, {"copy": 1.0, "products": 1e-9})
+    slow_copy = floors.floor(HEAD, {"copy": 1e3, "products": 1e12})
     assert slow_copy["ms"] == slow_copy["memory_ms"]
 
 
@@ -459,6 +522,59 @@ def test_full_has_every_axis_of_the_issue() -> None:
         assert len({case.rows for case in chosen}) >= 3
         pieces = {name.split()[0] for case in chosen for name in plan[case] if name.startswith("plif-")}
         assert pieces == {"plif-16", "plif-64", "plif-1024", "plif-100000"}
+
+
+def test_the_preset_gpu_compiles_little_and_asks_for_backends_by_name() -> None:
+    plan = settings.parse(["--preset", "gpu"]).plan()
+    compiled = [case for case, names in plan.items() for name in names if name.endswith(("compiled", "cross-entropy"))]
+    assert len(compiled) <= 5 and not any(name.endswith(" fused") for names in plan.values() for name in names)
+    heads = {(case.classes, case.dim) for case in plan if case.group == "head"}
+    assert heads == {(classes, dim) for classes in (50_304, 128_256) for dim in (1024, 2048, 4096)}
+    for case, names in plan.items():
+        if case.group == "head" and case.mode == "no-grad":
+            assert {"plif-64 cuda", "plif-64 triton chunked", "plif-64 triton recompute"} <= set(names)
+
+
+def test_emulated_cases_stay_different() -> None:
+    plan = settings.parse(["--preset", "gpu"]).plan()
+    small = [emulation.shrunk(case) for case in plan]
+    assert len(set(small)) == len(plan)
+    assert all(case.rows <= 8 and case.classes <= 600 for case in small)
+    assert [case.classes % 8 for case in small] == [case.classes % 8 for case in plan]
+
+
+# Variants
+
+
+@pytest.fixture
+def variants() -> Any:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    return importlib.import_module("benchmarks.overhead.variants")
+
+
+def test_launches_are_as_before_after_an_exception(variants: Any) -> None:
+    launch = importlib.import_module("monosoftmax.triton_kernels.launch")
+    logits = torch.randn(2, 5000)
+    assert launch.tile_arguments(logits)["LANES"] == 256
+    with pytest.raises(RuntimeError, match="enough"), variants.tuned_launches(lanes=64):
+        assert launch.tile_arguments(logits)["LANES"] == 64
+        raise RuntimeError("enough")
+    assert launch.tile_arguments(logits)["LANES"] == 256
+    with pytest.raises(ValueError, match="warps"), variants.tuned_launches(warps=8):
+        pass
+
+
+def test_plans_are_as_before_after_an_exception(variants: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wishes: list[dict[str, int]] = []
+    extension = SimpleNamespace(tune_plans=lambda **each: wishes.append(each))
+    monkeypatch.delitem(sys.modules, "cuda_host", raising=False)
+    monkeypatch.setattr(variants.ms.backends, "extension", extension)
+    with pytest.raises(RuntimeError, match="enough"), variants.tuned_plans(fewest_blocks=2):
+        raise RuntimeError("enough")
+    assert wishes == [{"fewest_blocks": 2}, {}]
+    monkeypatch.setattr(variants.ms.backends, "extension", None)
+    with pytest.raises(peers.Unavailable, match="no CUDA"), variants.tuned_plans():
+        pass
 
 
 # Targets

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
+from .emulation import emulating
 from .report import targets_table
 from .run import REPORT, RESULTS, RunError, Suite, failures
 from .settings import parse
@@ -19,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     try:
-        results = suite.execute()
+        with emulating() if run.emulated else nullcontext():
+            results = suite.execute()
     except KeyboardInterrupt:
         print(f"Interrupted. The cases that were finished are in {run.folder}, marked as incomplete.", file=sys.stderr)
         return 130

@@ -2,15 +2,17 @@
 
 The function is what is computed, the form is how. ``plain`` is the cross entropy of softmax(z), ``plif-64`` that of
 softmax(f(z)) with f of 64 pieces, ``mos-15`` and ``moc-15`` are mixtures of 15 softmaxes and of 15 contexts. Every
-parameter that a transform can learn is learned, and its gradient is part of the work.
+parameter that a transform can learn is learned, and its gradient is part of the work. ``fused`` takes the backend that
+is best here; ``cuda``, ``triton`` and, for the head, ``triton recompute`` take the backend and method of that name.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +20,17 @@ from torch.nn import functional as F
 
 import monosoftmax as ms
 from monosoftmax.backends import BackendName, Operation
+from monosoftmax.checks import HeadMethod
 
 from .cases import DTYPES, Case, Group, Inputs
-from .peers import cut_cross_entropy, linear_cross_entropy
+from .peers import (
+    Unavailable,
+    cut_cross_entropy,
+    cut_cross_entropy_kernels,
+    liger_cross_entropy,
+    liger_linear_cross_entropy,
+    linear_cross_entropy,
+)
 
 Loss = Callable[..., Tensor]
 
@@ -37,6 +47,14 @@ _TRANSFORMS: dict[str, Callable[[], ms.transforms.MonotonicTransform]] = {
 _COMPONENTS = (4, 15)
 #: Contestants that a case of 16-bit logits has beside the others: the fused loss of the same logits in float32.
 _WIDE = "fused float32"
+#: Forms by backend and, for the head, method: those of a GPU.
+_ON_GPU: dict[Group, tuple[str, ...]] = {
+    "logits": ("cuda", "triton"),
+    "head": ("cuda", "triton", "triton chunked", "triton recompute"),
+}
+#: Forms of ``plain`` that hold no logits in full.
+_WITHOUT_LOGITS = ("linear_cross_entropy chunked", "cut-cross-entropy kernels")
+_OVERWRITES = "writes the gradient over the logits, which are restored before each call, untimed"
 _SEED = 0
 #: Relative distance up to which losses and norms of gradients of the same function agree.
 _TOLERANCES = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.05, "float16": 0.05}
@@ -54,6 +72,8 @@ class Contestant:
     backend: str
     #: What a reader of the results has to know about it.
     note: str = ""
+    #: Restores, before each step and untimed, what a step overwrites.
+    reset: Callable[[], object] = lambda: None
 
     def step(self) -> tuple[Tensor, ...]:
         """The loss and its gradients, which are returned: to accumulate them would be one more pass over memory."""
@@ -69,8 +89,13 @@ class Contestant:
         return sum(tensor.numel() * tensor.itemsize for tensor in self.differentiated)
 
 
-def names(group: Group, dtype: str, pieces: Sequence[int], patterns: Sequence[str] = ("*",)) -> list[str]:
-    """The contestants of a case, baselines first, that match one of ``patterns`` (as file names do)."""
+def names(
+    group: Group, dtype: str, pieces: Sequence[int], patterns: Sequence[str] = ("*",), on_gpu: bool = False
+) -> list[str]:
+    """The contestants of a case, baselines first, that match one of ``patterns`` (as file names do).
+
+    ``on_gpu`` adds what only a GPU runs: the forms by backend, and the kernels of other packages.
+    """
     functions = [*_TRANSFORMS, *(f"plif-{count}" for count in pieces)]
     forms = ["reference", "reference compiled", "fused"]
     if dtype in ("bfloat16", "float16") and group == "logits":
@@ -78,6 +103,9 @@ def names(group: Group, dtype: str, pieces: Sequence[int], patterns: Sequence[st
     found = ["plain eager", "plain compiled"]
     if group == "head":
         found += ["plain linear_cross_entropy", "plain linear_cross_entropy chunked", "plain cut-cross-entropy"]
+    if on_gpu:
+        forms += _ON_GPU[group]
+        found += ["plain liger", *(["plain cut-cross-entropy kernels"] if group == "head" else [])]
     found += [f"{function} {form}" for function in functions for form in forms]
     if group == "head":
         found += [f"mos-{count} {form}" for count in _COMPONENTS for form in ("published", "fair")]
@@ -143,7 +171,10 @@ def workspace_bytes(name: str, case: Case) -> int:
         return 4 * min(ms.mixtures.LOGITS_BUDGET, components * logits)
     if form == _WIDE:
         return 2 * logits
-    if function.startswith("moc-") or form in ("fused", "linear_cross_entropy chunked"):
+    if form == "liger":
+        # Its own logits: all of them, or those of a chunk of rows.
+        return case.logits_bytes
+    if function.startswith("moc-") or form in ("fused", *_ON_GPU["head"], *_WITHOUT_LOGITS):
         return 0
     if form == "reference":
         return {"monotonic_mlp": 14, "spline": 30}.get(function, 10) * logits
@@ -156,22 +187,32 @@ def _plain(form: str, case: Case, inputs: Inputs) -> Contestant:
         return _contestant(loss, inputs, (), "torch")
     if form == "compiled":
         return _contestant(_compiled(loss), inputs, (), "inductor")
-    if form == "cut-cross-entropy":
-        loss, note = cut_cross_entropy()
-        return _contestant(loss, inputs, (), "inductor", note)
+    if form == "liger":
+        return _liger(case, inputs)
+    if form.startswith("cut-cross-entropy"):
+        kernels = form.endswith("kernels")
+        loss, note = cut_cross_entropy_kernels(inputs.target.device) if kernels else cut_cross_entropy()
+        return _contestant(loss, inputs, (), "cut-cross-entropy" if kernels else "inductor", note)
     return _contestant(linear_cross_entropy(chunked=form.endswith("chunked")), inputs, (), "torch")
 
 
+def _liger(case: Case, inputs: Inputs) -> Contestant:
+    if case.group == "head":
+        return _contestant(liger_linear_cross_entropy(), inputs, (), "liger")
+    loss = liger_cross_entropy()
+    if case.mode == "no-grad":
+        return _contestant(loss, inputs, (), "liger")
+    logits = inputs.operands[0].detach()
+    overwritten = logits.clone().requires_grad_()
+    contestant = _contestant(loss, Inputs((overwritten,), inputs.target), (), "liger", _OVERWRITES)
+    return replace(contestant, reset=lambda: overwritten.detach().copy_(logits))
+
+
 def _transformed(function: str, form: str, case: Case, inputs: Inputs) -> Contestant:
-    device = inputs.target.device
-    if function.startswith("plif-"):
-        transform: ms.transforms.MonotonicTransform = ms.transforms.PLIF(int(function.removeprefix("plif-")))
-    else:
-        transform = _TRANSFORMS[function]()
-    transform = transform.to(device, torch.float64 if case.dtype == "float64" else torch.float32)
+    transform = make_transform(function)
+    transform = transform.to(inputs.target.device, torch.float64 if case.dtype == "float64" else torch.float32)
     operation: Operation = "cross_entropy" if case.group == "logits" else "linear_cross_entropy"
-    fused = form.startswith("fused")
-    backend: BackendName = "auto" if fused else "reference"
+    backend, method = _backend_and_method(form)
     if form == _WIDE:
         inputs = inputs.wide
 
@@ -179,16 +220,45 @@ def _transformed(function: str, form: str, case: Case, inputs: Inputs) -> Contes
         return ms.cross_entropy(logits, target, transform, backend=backend)
 
     def loss_of_head(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return ms.linear_cross_entropy(input, weight, target, transform, backend=backend)
+        return ms.linear_cross_entropy(input, weight, target, transform, backend=backend, method=method)
 
     loss: Loss = loss_of_logits if case.group == "logits" else loss_of_head
     parameters = tuple(transform.parameters())
-    if fused:
-        chosen = ms.backends.explain(operation, inputs.operands[0], transform)
-        return _contestant(loss, inputs, parameters, chosen.backend, chosen.how)
+    if form == "reference compiled":
+        return _contestant(_compiled(loss), inputs, parameters, "inductor")
     if form == "reference":
         return _contestant(loss, inputs, parameters, "reference")
-    return _contestant(_compiled(loss), inputs, parameters, "inductor")
+    chosen = explain(operation, inputs.operands[0], transform, backend, method)
+    return _contestant(loss, inputs, parameters, chosen.backend, chosen.how)
+
+
+def make_transform(function: str) -> ms.transforms.MonotonicTransform:
+    """The transform ``function``, on the CPU."""
+    if function.startswith("plif-"):
+        return ms.transforms.PLIF(int(function.removeprefix("plif-")))
+    return _TRANSFORMS[function]()
+
+
+def explain(
+    operation: Operation,
+    input: Tensor,
+    transform: ms.transforms.MonotonicTransform,
+    backend: BackendName,
+    method: HeadMethod = "auto",
+) -> ms.backends.Explanation:
+    """:func:`monosoftmax.backends.explain`; :class:`Unavailable` where the backend cannot take the call."""
+    try:
+        return ms.backends.explain(operation, input, transform, backend=backend, method=method)
+    except ValueError as error:
+        raise Unavailable(str(error)) from None
+
+
+def _backend_and_method(form: str) -> tuple[BackendName, HeadMethod]:
+    """What a form of a transform asks for."""
+    if form.startswith("fused"):
+        return "auto", "auto"
+    backend, _, method = form.partition(" ")
+    return cast(BackendName, backend), "auto" if backend == "reference" else cast(HeadMethod, method or "auto")
 
 
 def _mixture(function: str, form: str, case: Case, inputs: Inputs) -> Contestant:

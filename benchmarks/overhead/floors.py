@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ from .cases import Case, Inputs
 from .timing import Action
 
 COPY, PRODUCTS = "copy", "products"
-#: Bytes of each of the two buffers of the copy: several times the last-level cache of a CPU or GPU.
-COPY_BUFFER_BYTES = 2**27
+#: Bytes of each of the two buffers of the copy, by the type of the device: many times its last-level cache.
+COPY_BUFFER_BYTES = {"cpu": 2**27, "cuda": 2**29}
 
 
 @dataclass(frozen=True)
@@ -27,42 +28,44 @@ class Probe:
 
 def probes(case: Case, inputs: Inputs) -> dict[str, Probe]:
     """The copy, and for the head the products. Their buffers are made here, once, and written to here, once."""
-    found = {COPY: _copy(inputs.target.device)}
+    found = {COPY: copy_probe(inputs.target.device)}
     if case.dim is not None:
         found[PRODUCTS] = Probe(_products(case, *(operand.detach() for operand in inputs.operands)), case.flops)
     return found
 
 
-def probe_bytes(case: Case) -> int:
+def probe_bytes(case: Case, device: torch.device) -> int:
     """Bytes that the buffers of :func:`probes` take."""
+    copy = 2 * COPY_BUFFER_BYTES[device.type]
     if case.dim is None:
-        return 2 * COPY_BUFFER_BYTES
-    return 2 * COPY_BUFFER_BYTES + case.logits_bytes + (case.operand_bytes if case.mode == "train" else 0)
+        return copy
+    return copy + case.logits_bytes + (case.operand_bytes if case.mode == "train" else 0)
 
 
-def floor(case: Case, medians: dict[str, float]) -> dict[str, Any]:
-    """The floor of a case, from the median seconds of the probes.
+def floor(case: Case, rates: Mapping[str, float]) -> dict[str, Any]:
+    """The floor of a case, from the work that each probe does in a second.
 
     The time for the least bytes at the bandwidth of the copy and that for the matrix products, which are measured at
     the case's own shape: whichever is longer is the floor. Data that fits in a cache can be faster than memory.
     """
-    bandwidth = 2 * COPY_BUFFER_BYTES / medians[COPY]
-    memory_ms = 1e3 * case.minimum_bytes / bandwidth
-    products_ms = 1e3 * medians[PRODUCTS] if PRODUCTS in medians else None
+    memory_ms = 1e3 * case.minimum_bytes / rates[COPY]
+    products_ms = 1e3 * case.flops / rates[PRODUCTS] if PRODUCTS in rates else None
     return {
         "bytes": case.minimum_bytes,
-        "bytes_per_second": bandwidth,
+        "bytes_per_second": rates[COPY],
         "memory_ms": memory_ms,
         "flops": case.flops,
-        "flops_per_second": case.flops / medians[PRODUCTS] if PRODUCTS in medians else None,
+        "flops_per_second": rates.get(PRODUCTS),
         "products_ms": products_ms,
         "ms": max(memory_ms, products_ms or 0.0),
     }
 
 
-def _copy(device: torch.device) -> Probe:
-    source, copied = (torch.ones(COPY_BUFFER_BYTES // 4, device=device) for _ in range(2))
-    return Probe(lambda: copied.copy_(source), 2 * COPY_BUFFER_BYTES)
+def copy_probe(device: torch.device) -> Probe:
+    """A copy between two buffers of their own."""
+    size = COPY_BUFFER_BYTES[device.type]
+    source, copied = (torch.ones(size // 4, device=device) for _ in range(2))
+    return Probe(lambda: copied.copy_(source), 2 * size)
 
 
 def _products(case: Case, input: Tensor, weight: Tensor) -> Action:

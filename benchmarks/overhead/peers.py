@@ -1,4 +1,4 @@
-"""Losses of other packages that make no logits, or that say so, and why one of them cannot run here."""
+"""Losses of torch and of other packages, and why one of them cannot run here."""
 
 from __future__ import annotations
 
@@ -45,13 +45,9 @@ def cut_cross_entropy() -> tuple[Callable[..., Tensor], str]:
         Unavailable: the package is not installed.
     """
     try:
-        module = importlib.import_module("cut_cross_entropy.torch_compile")
+        module = _import("cut_cross_entropy.torch_compile")
         note = ""
     except ModuleNotFoundError as error:
-        if error.name == "cut_cross_entropy":
-            raise Unavailable(
-                "cut-cross-entropy is not installed: pip install --no-deps -r requirements/peers.txt"
-            ) from None
         if error.name != "triton":
             raise
         module = _without_kernels()
@@ -61,6 +57,51 @@ def cut_cross_entropy() -> tuple[Callable[..., Tensor], str]:
         )
     loss: Callable[..., Tensor] = module.torch_compile_linear_cross_entropy
     return loss, note
+
+
+def cut_cross_entropy_kernels(device: torch.device) -> tuple[Callable[..., Tensor], str]:
+    """The Triton kernels of cut-cross-entropy, and what they leave out.
+
+    Raises:
+        Unavailable: the package is not installed, or its kernels do not run on ``device``.
+    """
+    if device.type != "cuda":
+        raise Unavailable(f"the kernels of cut-cross-entropy need a GPU, inputs are on {device}")
+    function = _import("cut_cross_entropy").linear_cross_entropy
+    note = 'filter_eps="high", its default: tiles whose gradients of the logits are all small count as zero'
+    return lambda input, weight, target: function(input, weight, target, impl="cce"), note
+
+
+def liger_cross_entropy() -> Callable[[Tensor, Tensor], Tensor]:
+    """Liger's cross entropy of (logits, target). Where the logits require a gradient, it overwrites them with it.
+
+    Raises:
+        Unavailable: the package is not installed.
+    """
+    function = _import("liger_kernel.ops.cross_entropy").LigerCrossEntropyFunction
+    return lambda logits, target: function.apply(logits, target, None)[0]
+
+
+def liger_linear_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Liger's loss of (input, weight, target), which forms the logits in chunks of rows.
+
+    Raises:
+        Unavailable: the package is not installed.
+    """
+    function = _import("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
+    return lambda input, weight, target: function.apply(input, weight, target)[0]
+
+
+def _import(module: str) -> ModuleType:
+    """A module of a package of requirements/peers.txt; :class:`Unavailable` where the package is not installed."""
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        name = package.replace("_", "-")
+        raise Unavailable(f"{name} is not installed: pip install --no-deps -r requirements/peers.txt") from None
 
 
 def _without_kernels() -> ModuleType:

@@ -38,15 +38,22 @@ _FUNCTIONS = {
 #: Dashes and marker of each form. What computes the same has the same colour.
 _FORMS = {
     "fused": ("-", "o"),
+    "cuda": ("-", "o"),
+    "triton": ("--", "x"),
+    "triton chunked": ("--", "x"),
+    "triton recompute": (":", "*"),
     "eager": ("-", "s"),
     "compiled": ("--", "D"),
     "linear_cross_entropy": (":", "^"),
     "linear_cross_entropy chunked": ("-.", "v"),
     "cut-cross-entropy": ((0, (1, 2)), "P"),
+    "cut-cross-entropy kernels": ((0, (1, 1)), "X"),
+    "liger": ("-.", "d"),
     "fair": ("--", "o"),
     "published": (":", "s"),
 }
-#: Functions whose slower forms are drawn too; for the others they would fill the plot with lines.
+#: Forms that are drawn of each function; of some functions, the slower forms are drawn, too.
+_IN_ALL_FUNCTIONS = {"fused", "cuda", "triton", "triton chunked", "triton recompute"}
 _IN_ALL_FORMS = {"plain", "mos-4", "mos-15", "moc-4", "moc-15"}
 _Series = dict[str, list[tuple[int, float]]]
 
@@ -117,7 +124,7 @@ def series(sweep: Sequence[Mapping[str, Any]], axis: str, figure: str) -> _Serie
     for record in sweep:
         for row in record["rows"]:
             function, form = row["name"].split(" ", 1)
-            drawn = form in _FORMS and (form == "fused" or function in _IN_ALL_FORMS)
+            drawn = form in _FORMS and (form in _IN_ALL_FUNCTIONS or function in _IN_ALL_FORMS)
             if drawn and row[figure] is not None:
                 # Memory below 0.1 MiB is that of pages and threads.
                 value = max(row[figure], 0.1 * 2**20) if figure == "peak_bytes" else row[figure]

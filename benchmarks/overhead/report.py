@@ -7,6 +7,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from monosoftmax.ops import FUSED_BACKENDS
+
 from .cases import Case
 
 
@@ -25,7 +27,7 @@ def case_table(record: Mapping[str, Any], style: str) -> str:
     missing += [
         f"{row['name']}: peak not measured: {row['peak_problem']}" for row in record["rows"] if row["peak_problem"]
     ]
-    missing += [f"{row['name']}: {row['note']}" for row in record["rows"] if row["note"] and not _is_fused(row)]
+    missing += [f"{row['name']}: {row['note']}" for row in record["rows"] if row["note"] and not _is_ours(row)]
     if missing:
         parts.append("\n".join(f"- {line}" for line in missing))
     return "\n\n".join(parts)
@@ -64,19 +66,27 @@ def notes(results: Mapping[str, Any]) -> str:
     """What the columns are and how they were measured, one fact a line."""
     environment = results["environment"]
     on_cpu = environment["cuda"] is None
-    clock = "wall time" if on_cpu else "time between two CUDA events on an idle device"
+    clock = (
+        "wall time,"
+        if on_cpu
+        else "GPU time between two CUDA events, with all launches of the call queued before it begins and the L2 cache "
+        "overwritten,"
+    )
     peak = (
         "growth of the resident set (VmHWM) to its peak, in a process of its own for each contestant,"
         if on_cpu
         else "peak of what torch's CUDA allocator handed out,"
     )
+    host = "host ms: CPU time to issue the call to an idle device; all of it where the call waits for the device."
     lines = [
-        f"ms: {clock}, median of {results['repeats']} turns, with quartiles. Contestants, the copy and the "
+        f"ms: {clock} median of {results['repeats']} turns, with quartiles. Contestants, the copy and the "
         "bare matrix products of a case take turns in rounds of changing order, warmed up: compiling is not timed.",
+        *([] if on_cpu else [host]),
         "train: loss and gradients of all operands and parameters, which the call allocates. no-grad: loss alone.",
         "floor: the longer of two times. Memory: operands and targets read once, gradients written once, at the "
         "bandwidth of a copy between two large buffers; data that fits in a cache can beat it. Products: the bare "
         "matrix products at the case's own shape (x W^T, and for train g W and g^T x) into tensors that exist.",
+        "share of copy: floor / ms, for given logits.",
         f"peak MiB: {peak} beyond operands, parameters and gradients.",
         "Contestants with the same function had the same loss and norms of gradients, or are marked as failed.",
         f"Logits and inputs are normal, of the given standard deviation; {environment['threads']} threads.",
@@ -101,8 +111,9 @@ def _floor(record: Mapping[str, Any]) -> str:
 
 def _rows(record: Mapping[str, Any], style: str) -> str:
     with_products = record["floor"]["products_ms"] is not None
-    headers = ["contestant", "by", "ms", "quartiles", "/ eager", "/ compiled", "floor ms", "/ floor"]
-    headers += [*(["/ products"] if with_products else []), "peak MiB"]
+    on_device = any(row["host_ms"] is not None for row in record["rows"])
+    headers = ["contestant", "by", "ms", "quartiles", *(["host ms"] if on_device else []), "/ eager", "/ compiled"]
+    headers += ["/ products" if with_products else "share of copy", "peak MiB"]
     body = []
     for row in record["rows"]:
         cells = [row["name"], row["backend"] or "-"]
@@ -112,20 +123,19 @@ def _rows(record: Mapping[str, Any], style: str) -> str:
             cells += [
                 _ms(row["median_ms"]),
                 f"{_ms(row['first_quartile_ms'])} - {_ms(row['third_quartile_ms'])}",
+                *([_ms(row["host_ms"])] if on_device else []),
                 _ratio(row["to_plain_eager"]),
                 _ratio(row["to_plain_compiled"]),
-                _ms(record["floor"]["ms"]),
-                _ratio(row["to_floor"]),
-                *([_ratio(row["to_products"])] if with_products else []),
+                _ratio(row["to_products"]) if with_products else f"{1 / row['to_floor']:.0%}",
                 "-" if row["peak_bytes"] is None else f"{max(0, row['peak_bytes']) / 2**20:,.1f}",
             ]
         body.append(cells)
     return _table(body, headers, style, text_columns=2)
 
 
-def _is_fused(row: Mapping[str, Any]) -> bool:
-    # What a fused backend says of itself is the same in every row: it is in the JSON.
-    return " fused" in str(row["name"])
+def _is_ours(row: Mapping[str, Any]) -> bool:
+    # The JSON has what a fused backend says of itself.
+    return row["backend"] in (*FUSED_BACKENDS, "reference")
 
 
 def _facts(environment: Mapping[str, Any]) -> str:

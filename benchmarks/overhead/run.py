@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import platform
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from .limits import is_out_of_memory, limit_allocations, one_line
 from .peers import Unavailable
 from .settings import Run
 from .targets import judge
-from .timing import WARM_UP_CALLS, Clock, summary, take_turns
+from .timing import ISSUED_CALLS, WARM_UP_CALLS, measure
 
 RESULTS, REPORT = "results.json", "report.md"
 #: Share of the free memory that a run leaves alone.
@@ -46,7 +47,6 @@ class Suite:
         torch.set_num_threads(run.threads)
         if run.device.type == "cpu":
             limit_allocations(round(machine.available_bytes() * (1 - _SPARE)))
-        self.clock = Clock(run.device)
         self.results: dict[str, Any] = {
             "complete": False,
             "arguments": list(run.arguments),
@@ -62,7 +62,9 @@ class Suite:
         plan = self.run.plan()
         try:
             for index, (case, contestants) in enumerate(plan.items(), 1):
+                started = time.perf_counter()
                 measured = self._measure(case, contestants, f"{index}/{len(plan)}")
+                measured["seconds"] = time.perf_counter() - started
                 self.results["cases"].append(measured)
                 tqdm.write(f"\n{report.case_table(measured, 'simple')}")
                 self._write()
@@ -92,13 +94,14 @@ class Suite:
         """One case, as it is in ``results.json``."""
         record: dict[str, Any] = {"case": case.to_json(), "name": str(case), "floor": None, "skipped": None, "rows": []}
         # Inputs and, at any one time, the gradients of one contestant.
-        needed = 2 * case.operand_bytes + floors.probe_bytes(case) + _OVERHEAD_BYTES
+        needed = 2 * case.operand_bytes + floors.probe_bytes(case, self.run.device) + _OVERHEAD_BYTES
         free = self._free_bytes()
         if needed > free:
             record["skipped"] = f"inputs, gradients and buffers take {_gib(needed)}, {_gib(free)} are free"
             return record
         rows: dict[str, dict[str, Any]] = {name: _row(name) for name in contestants}
-        bar = tqdm(desc=f"{position} {case}", total=len(rows) * (1 + self.run.repeats), leave=False, disable=None)
+        turns = 1 + self.run.repeats + (min(self.run.repeats, ISSUED_CALLS) if self.run.device.type == "cuda" else 0)
+        bar = tqdm(desc=f"{position} {case}", total=len(rows) * turns, leave=False, disable=None)
         with bar:
             try:
                 record["floor"] = self._time(case, rows, bar)
@@ -121,6 +124,7 @@ class Suite:
         actions: dict[str, Callable[[], object]] = {name: probe.action for name, probe in probes.items()}
         for action in actions.values():
             action()
+        resets: dict[str, Callable[[], object]] = {}
         known: dict[str, tuple[str, tuple[float, ...]]] = {}
         for name, row in rows.items():
             bar.set_postfix_str(f"warm-up {name}")
@@ -133,46 +137,49 @@ class Suite:
             try:
                 contestant = prepare(name, case, inputs)
                 row.update(backend=contestant.backend, note=contestant.note)
-                found = self._warm_up(case, contestant)
+                checked = self._warm_up(case, contestant)
             except Exception as error:
                 _record_failure(row, error)
                 continue
-            if not all(map(math.isfinite, found)):
+            if not all(map(math.isfinite, checked)):
                 row.update(status="failed", reason="its loss or a gradient is not finite")
                 continue
-            row["fingerprint"] = list(found)
-            expected = known.setdefault(same_function(name), (name, found))
-            difference = disagreement(case, found, expected[1])
+            row["fingerprint"] = list(checked)
+            expected = known.setdefault(same_function(name), (name, checked))
+            difference = disagreement(case, checked, expected[1])
             if difference is not None:
                 row.update(status="failed", reason=f"disagrees with {expected[0]}: {difference}")
                 continue
+            resets[name] = contestant.reset
             if self.run.with_memory and self.run.device.type == "cuda":
+                contestant.reset()
                 row["peak_bytes"] = memory.cuda_peak(contestant, self.run.device)
             actions[name] = contestant.step
 
         def turn(name: str) -> None:
             bar.set_postfix_str(name)
             bar.update(name in rows)
+            if name in resets:
+                resets[name]()
 
         def failed(name: str, error: Exception) -> None:
             if name in probes:
                 raise error
             _record_failure(rows[name], error)
 
-        samples = take_turns(actions, self.clock, self.run.repeats, failed, turn)
-        for name, seconds in samples.items():
-            if name in rows:
-                rows[name].update(status="measured", **summary(seconds))
-        summaries = {name: summary(samples[name]) for name in probes}
-        medians = {name: summaries[name]["median_ms"] / 1e3 for name in probes}
-        return {**floors.floor(case, medians), "probes": summaries}
+        found = measure(actions, self.run.device, self.run.repeats, failed, turn)
+        for name in rows.keys() & found.keys():
+            rows[name].update(status="measured", **found[name])
+        summaries = {name: found[name] for name in probes}
+        rates = {name: probe.work / (summaries[name]["median_ms"] / 1e3) for name, probe in probes.items()}
+        return {**floors.floor(case, rates), "probes": summaries}
 
     def _warm_up(self, case: Case, contestant: Contestant) -> tuple[float, ...]:
-        results = contestant.step()
         for _ in range(WARM_UP_CALLS - 1):
-            del results
-            results = contestant.step()
-        return fingerprint(case, results)
+            contestant.reset()
+            contestant.step()
+        contestant.reset()
+        return fingerprint(case, contestant.step())
 
     def _add_peaks(self, case: Case, rows: dict[str, dict[str, Any]]) -> None:
         measured = [name for name, row in rows.items() if row["status"] == "measured"]
@@ -219,10 +226,15 @@ def environment(run: Run) -> dict[str, Any]:
         "processor": machine.processor(),
         "instructions": found["cpu_capability"],
         "threads": run.threads,
-        "device": torch.cuda.get_device_name(run.device) if cuda else "cpu",
+        "device": device_name(run.device),
         "cuda": torch.version.cuda if cuda else None,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """The model of a GPU, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def use_device(device: torch.device) -> None:
@@ -245,6 +257,7 @@ def _row(name: str) -> dict[str, Any]:
         "note": "",
         "fingerprint": None,
         "median_ms": None,
+        "host_ms": None,
         "peak_bytes": None,
         "peak_problem": None,
     }

@@ -15,6 +15,7 @@ import torch
 
 from .cases import DTYPES, GROUPS, MODES, Case, Group, Mode
 from .contestants import names
+from .emulation import shrunk
 
 VOCABULARIES = (10_000, 32_000, 50_257, 128_000, 256_000)
 PIECES = (16, 64, 1024, 100_000)
@@ -38,6 +39,8 @@ class Sweep:
     pieces: tuple[int, ...] = (64,)
     #: Patterns of names of contestants.
     contestants: tuple[str, ...] = ("*",)
+    #: Whether there are contestants that only a GPU runs.
+    on_gpu: bool = False
 
     def cases(self) -> list[Case]:
         """The cases, those of one shape together."""
@@ -50,6 +53,23 @@ class Sweep:
         ]
 
 
+def _on_gpu(group: Group, modes: tuple[Mode, ...] = ("train",), **axes: Any) -> Sweep:
+    """The shape of a large language model's step on a GPU, but for ``axes``. Logits of a trained model are wider."""
+    shape: dict[str, Any] = {"rows": (8192,), "classes": (50_304,), "dtypes": ("bfloat16",), "stds": (2.0,)}
+    return Sweep(group, modes, **shape | axes, on_gpu=True)
+
+
+#: Each shape costs a GPU seconds for each contestant: those that say most.
+_BACKENDS = ("identity cuda", "identity triton", "plif-64 cuda", "plif-64 triton")
+_LOGITS = ("plain eager", "plain liger", *_BACKENDS)
+_HEAD = ("plain eager", "identity cuda", "plif-64 cuda", "plif-64 triton")
+#: With the choice of monosoftmax.backends.head_method.
+_HEAD_NO_GRAD = ("plain eager", "plif-64 cuda", "plif-64 triton chunked", "plif-64 triton recompute")
+_OTHER_TRANSFORMS = tuple(
+    f"{function} {backend}"
+    for function in ("temperature", "sigsoftmax", "gss", "soft_cap", "sigmoid_cap", "monotonic_mlp", "spline", "plif-*")
+    for backend in ("cuda", "triton")
+)
 _BOTH_STDS = (1.0, 20.0)
 _NARROW = ("bfloat16", "float16")
 _TYPES = ("float32", *_NARROW)
@@ -82,7 +102,21 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
         Sweep("head", MODES, rows=(128, 512, 2048, 8192), stds=_BOTH_STDS),
         Sweep("head", rows=(2048,), dims=(128, 280, 512, 1024, 2048, 4096), contestants=_CURVES),
     ),
+    "gpu": (
+        _on_gpu("logits", MODES, contestants=("plain *", *_BACKENDS)),
+        _on_gpu("logits", contestants=_OTHER_TRANSFORMS, pieces=(1000,)),
+        _on_gpu("logits", MODES, classes=(32_000, 50_257, 128_256, 151_936), contestants=_LOGITS),
+        _on_gpu("logits", classes=(128_256,), contestants=("plain compiled",)),
+        _on_gpu("logits", MODES, rows=(4096,), classes=(262_144,), contestants=_LOGITS),
+        _on_gpu("logits", rows=(4096,), dtypes=("float32",), contestants=_LOGITS),
+        _on_gpu("logits", rows=(64,), classes=(4096,), contestants=_LOGITS),
+        _on_gpu("head", dims=(2048,), contestants=("plain *", "identity triton")),
+        _on_gpu("head", classes=(50_304, 128_256), dims=(1024, 2048, 4096), contestants=_HEAD),
+        _on_gpu("head", ("no-grad",), classes=(50_304, 128_256), dims=(1024, 2048), contestants=_HEAD_NO_GRAD),
+    ),
 }
+#: Turns of each contestant, where --repeats does not say.
+_REPEATS, _REPEATS_ON_GPU, _REPEATS_EMULATED = 7, 10, 2
 
 
 @dataclass(frozen=True)
@@ -99,14 +133,16 @@ class Run:
     with_memory: bool
     folder: Path
     overwrite: bool
+    #: Whether emulators on the CPU stand in for a GPU, at shapes of their own.
+    emulated: bool
 
     def plan(self) -> dict[Case, list[str]]:
         """The cases with their contestants. A case of several sweeps is run once, with the contestants of all."""
         planned: dict[Case, list[str]] = {}
         for sweep in self.sweeps:
-            for case in sweep.cases():
+            for case in map(shrunk, sweep.cases()) if self.emulated else sweep.cases():
                 wanted = planned.setdefault(case, [])
-                found = names(case.group, case.dtype, sweep.pieces, sweep.contestants)
+                found = names(case.group, case.dtype, sweep.pieces, sweep.contestants, sweep.on_gpu)
                 wanted += [name for name in found if name not in wanted]
         return {case: wanted for case, wanted in planned.items() if wanted}
 
@@ -124,6 +160,11 @@ def parse(arguments: Sequence[str] | None = None) -> Run:
     sweeps = tuple(
         replace(sweep, **axes) for sweep in PRESETS[given.preset] if given.group is None or sweep.group in given.group
     )
+    if given.emulate and given.device.type != "cpu":
+        parser.error("argument --emulate: it takes the place of a --device")
+    if given.repeats is None:
+        on_gpu = any(sweep.on_gpu for sweep in sweeps)
+        given.repeats = _REPEATS_EMULATED if given.emulate else _REPEATS_ON_GPU if on_gpu else _REPEATS
     run = Run(
         words,
         given.preset,
@@ -131,9 +172,11 @@ def parse(arguments: Sequence[str] | None = None) -> Run:
         given.repeats,
         given.threads or torch.get_num_threads(),
         given.device,
-        not given.without_memory,
-        given.output or Path("results") / "overhead" / given.preset,
+        # Processes of their own would have no emulators.
+        not (given.without_memory or given.emulate),
+        given.output or Path("results") / "overhead" / f"{given.preset}{'-emulated' if given.emulate else ''}",
         given.overwrite,
+        given.emulate,
     )
     if not run.plan():
         parser.error("argument --contestants: none of the preset's cases has a contestant of such a name")
@@ -154,7 +197,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="quick", help="quick: minutes on 2 cores; must: the shapes of the targets")
+    about_presets = "quick: minutes on 2 cores; must: the shapes of the targets; gpu: minutes on an H100"
+    add("--preset", choices=PRESETS, default="quick", help=about_presets)
     axes = parser.add_argument_group("axes").add_argument
     axes("--group", type=_list_of(_one_of(GROUPS)), metavar="GROUP,...", help=", ".join(GROUPS))
     axes("--modes", type=_list_of(_one_of(MODES)), metavar="MODE,...", help=", ".join(MODES))
@@ -166,9 +210,10 @@ def _parser() -> argparse.ArgumentParser:
     axes("--pieces", type=_list_of(_whole), metavar="K,...", help="of PLIF")
     axes("--contestants", type=_list_of(str), metavar="PATTERN,...", help="such as 'plain *,plif-* fused'")
     how = parser.add_argument_group("how").add_argument
-    how("--repeats", type=_whole, default=7, help="turns of each contestant (7)")
+    how("--repeats", type=_whole, help="turns of each contestant (7; of the preset gpu, 10; emulated, 2)")
     how("--threads", type=_whole, help="of torch; by default as many as torch takes")
-    how("--device", type=_device, default=torch.device("cpu"), help="cpu, cuda or cuda:N")
+    how("--device", type=device_of, default=torch.device("cpu"), help="cpu, cuda or cuda:N")
+    how("--emulate", action="store_true", help="on the CPU at tiny shapes, to see a preset for a GPU run without one")
     how("--without-memory", action="store_true", help="do not measure peak memory, which takes processes of its own")
     where = parser.add_argument_group("results").add_argument
     where("--output", type=Path, metavar="DIR", help="folder (results/overhead/PRESET)")
@@ -209,7 +254,8 @@ def _positive(text: str) -> float:
     return value
 
 
-def _device(text: str) -> torch.device:
+def device_of(text: str) -> torch.device:
+    """The device of a command line."""
     kind, colon, index = text.partition(":")
     if (kind, bool(colon)) not in (("cpu", False), ("cuda", False), ("cuda", True)) or (
         colon and not index.isdecimal()

@@ -44,8 +44,11 @@ def test_overhead(benchmark: Any, case: Case, contestant_name: str, inputs: Inpu
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
 
+    def setup() -> None:
+        contestant.reset()
+
     try:
-        benchmark.pedantic(step, rounds=run.repeats, warmup_rounds=WARM_UP_CALLS)
+        benchmark.pedantic(step, setup=setup, rounds=run.repeats, warmup_rounds=WARM_UP_CALLS)
     except Exception as error:
         if is_out_of_memory(error):
             pytest.skip("out of memory")

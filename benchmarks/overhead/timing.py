@@ -1,4 +1,4 @@
-"""How a time is taken: contestants in turn, on a clock that waits for the device, medians with quartiles."""
+"""How a time is taken: contestants in turn, on a clock that fits the device, medians with quartiles."""
 
 from __future__ import annotations
 
@@ -12,40 +12,89 @@ from typing import Any
 import torch
 
 Action = Callable[[], object]
+#: Begins the turn of an action by name. The result gives its seconds once all turns of the round have begun.
+Clock = Callable[[str, Action], Callable[[], float]]
 #: Calls of each contestant before the first that counts: the first compiles, allocates and loads code.
 WARM_UP_CALLS = 2
+#: Calls of each contestant, at most, whose time to issue is taken on a CUDA device.
+ISSUED_CALLS = 5
+#: Bytes of the buffer that is written between two calls on a CUDA device, in sizes of its L2 cache.
+_FLUSHED_CACHES = 3
+#: The device waits longer than a call took to issue, by this factor and by these seconds, before it begins the call.
+_LEAD, _LEAD_SECONDS = 1.5, 100e-6
 
 
-class Clock:
-    """Seconds that an action takes: wall time on the CPU; on a CUDA device, the time between two events around it.
+def wall_clock(name: str, action: Action) -> Callable[[], float]:
+    """Wall time of the call, for the CPU."""
+    started = time.perf_counter()
+    result = action()
+    seconds = time.perf_counter() - started
+    del result  # Freeing the gradients is no part of computing them.
+    return lambda: seconds
 
-    The device is idle when the first event is recorded, so that its time includes waiting for the launches of the
-    action's own kernels, as in a program that is bound by them, but nothing of the action before.
-    """
+
+class IssueClock:
+    """CPU time that issuing the call to an idle CUDA device takes. A call that waits for the device is timed whole."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self._device = device
 
-    def __call__(self, action: Action) -> float:
-        if self.device.type == "cuda":
-            return self._device_seconds(action)
-        started = time.perf_counter()
-        result = action()
-        seconds = time.perf_counter() - started
-        del result  # Freeing the gradients is no part of computing them.
-        return seconds
+    def __call__(self, name: str, action: Action) -> Callable[[], float]:
+        torch.cuda.synchronize(self._device)
+        return wall_clock(name, action)
 
-    def _device_seconds(self, action: Action) -> float:
-        start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        stream = torch.cuda.current_stream(self.device)
-        torch.cuda.synchronize(self.device)
+
+class DeviceClock:
+    """Time between two CUDA events around the call, on a device that has work until all of the call is issued.
+
+    The device sleeps before each call for longer than the call takes to issue, so that the time holds no waiting for
+    launches. Then it overwrites its L2 cache. The host waits for nothing until the round ends.
+    """
+
+    def __init__(self, device: torch.device, issue_seconds: Mapping[str, float]) -> None:
+        """``issue_seconds``: what :class:`IssueClock` measured of each action."""
+        properties = torch.cuda.get_device_properties(device)
+        self._device, self._issue_seconds = device, issue_seconds
+        self._flush = torch.empty(_FLUSHED_CACHES * properties.L2_cache_size // 4, dtype=torch.int32, device=device)
+        self._hertz = _cycles_per_second(device)
+
+    def __call__(self, name: str, action: Action) -> Callable[[], float]:
+        start, end = _events()
+        stream = torch.cuda.current_stream(self._device)
+        _sleep(round(self._hertz * (_LEAD * self._issue_seconds[name] + _LEAD_SECONDS)))
+        self._flush.zero_()
         start.record(stream)
         result = action()
         end.record(stream)
-        end.synchronize()
         del result
-        return float(start.elapsed_time(end)) / 1e3
+
+        def seconds() -> float:
+            end.synchronize()
+            return float(start.elapsed_time(end)) / 1e3
+
+        return seconds
+
+
+def _events() -> tuple[Any, Any]:
+    one, other = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    return one, other
+
+
+def _sleep(cycles: int) -> None:
+    """Let the device wait for so many of its cycles."""
+    torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+
+
+def _cycles_per_second(device: torch.device) -> float:
+    """Cycles of :func:`_sleep` in a second, measured."""
+    cycles = 10_000_000
+    start, end = _events()
+    _sleep(cycles)
+    start.record(torch.cuda.current_stream(device))
+    _sleep(cycles)
+    end.record(torch.cuda.current_stream(device))
+    end.synchronize()
+    return 1e3 * cycles / float(start.elapsed_time(end))
 
 
 def take_turns(
@@ -77,17 +126,41 @@ def take_turns(
     gc.disable()
     try:
         for _ in range(repeats):
+            begun: dict[str, Callable[[], float]] = {}
             for name in order.sample(list(samples), len(samples)):
                 each(name)
                 try:
-                    samples[name].append(clock(actions[name]))
+                    begun[name] = clock(name, actions[name])
                 except Exception as error:
                     del samples[name]
                     failed(name, error)
+            for name, seconds in begun.items():
+                samples[name].append(seconds())
     finally:
         if collecting:
             gc.enable()
     return samples
+
+
+def measure(
+    actions: Mapping[str, Action],
+    device: torch.device,
+    repeats: int,
+    failed: Callable[[str, Exception], None],
+    each: Callable[[str], None] = lambda name: None,
+) -> dict[str, dict[str, Any]]:
+    """:func:`summary` of each action that never raised, with ``host_ms``: None on the CPU, else its time to issue."""
+    if device.type == "cpu":
+        samples = take_turns(actions, wall_clock, repeats, failed, each)
+        return {name: {**summary(seconds), "host_ms": None} for name, seconds in samples.items()}
+    issued = take_turns(actions, IssueClock(device), min(repeats, ISSUED_CALLS), failed, each)
+    # The longest: a device that wakes too early counts as a slow one.
+    clock = DeviceClock(device, {name: max(seconds) for name, seconds in issued.items()})
+    samples = take_turns({name: actions[name] for name in issued}, clock, repeats, failed, each)
+    return {
+        name: {**summary(seconds), "host_ms": 1e3 * statistics.median(issued[name])}
+        for name, seconds in samples.items()
+    }
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ The stages, each with a limit of its own and within what is left of ``--seconds`
 
     build      the extension in place for the GPU that is found, unless it is there
     tests      tests/gpu, and compute-sanitizer (memcheck, racecheck, synccheck) over launches of every kernel family
-    overhead   python -m benchmarks.overhead --preset gpu
     variants   python -m benchmarks.overhead.variants: other plans and tiles, to choose by measurement
     counters   ncu of the kernels that matter
-    more tests the tests of the kernels' own dimensions, with the time that is left
+    overhead   python -m benchmarks.overhead --preset gpu
+    more       the tests of the kernels' own dimensions, with the time that is left
 
 A stage that fails or runs out of time stops no other. What is finished lies in FOLDER, in eight files at most, whatever
 comes later: every line of tests.jsonl, every case of overhead.json and variants.json is written when it is known, and
@@ -50,6 +50,7 @@ from gpu_summary import summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
+STAGES = ("tests", "variants", "counters", "overhead", "more")
 #: Seconds between the friendly and the other signal to what has run out of time.
 _GRACE = 5.0
 _USABLE = """
@@ -320,6 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=540, help="for all of it (%(default)g)")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, under emulators")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to import from")
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, help="stages after the build")
     options = parser.parse_args(arguments)
     run = Run(options.folder.resolve(), options.seconds, options.dry_run)
     if not run.record["machine"]["gpus"] and not run.dry_run:
@@ -329,14 +331,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             import_from(options.wheels, Path(temporary) / "wheels")
         holds = build(run)
         if holds:
-            holds = set(run.execute(proofs(run)).values()) == {0}
-            run.execute(overhead(run, run.folder / "overhead"))
-            collect_overhead(run.folder)
-            run.execute(variants(run))
-            for stage in counters(run, Path(temporary)):
-                run.execute(stage)
-            # These need not come to their end.
-            holds = set(run.execute(more_tests(run)).values()) <= {0, None} and holds
+            if "tests" in options.only:
+                holds = set(run.execute(proofs(run)).values()) == {0}
+            if "variants" in options.only:
+                run.execute(variants(run))
+            if "counters" in options.only:
+                for stage in counters(run, Path(temporary)):
+                    run.execute(stage)
+            if "overhead" in options.only:
+                run.execute(overhead(run, run.folder / "overhead"))
+                collect_overhead(run.folder)
+            if "more" in options.only:
+                # These need not come to their end.
+                holds = set(run.execute(more_tests(run)).values()) <= {0, None} and holds
         run.close(holds)
     print((run.folder / "summary.md").read_text(encoding="utf-8"), end="")
     return 0 if holds else 1

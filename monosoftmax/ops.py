@@ -2,8 +2,8 @@
 
 Every operator has one overload for each fused backend, e.g. ``torch.ops.monosoftmax.cross_entropy.cpu``. An overload,
 not a dispatch key, names the backend because two of them may serve one device. The kernels are registered by the
-backends (``csrc/cpu/cross_entropy.cpp`` for ``cpu``, ``triton_kernels/operators.py`` for ``triton``,
-``csrc/cuda/operators.cpp`` for ``cuda``; the ``linear_`` ones, which are made of the others, by
+backends (``csrc/cpu/cross_entropy.cpp`` for ``cpu``, ``csrc/cuda/operators.cpp`` for ``cuda``; at the end of this file
+``triton_kernels/operators.py`` for ``triton``; the ``linear_`` ones, which are made of the others, by
 :mod:`monosoftmax.chunked_head`), the derivatives by :mod:`monosoftmax.autograd`.
 
 Common arguments: ``input`` [N, V], rows with any stride and columns with stride 1; ``target`` [N] int64, or, for the
@@ -17,7 +17,10 @@ forms add up to 1, and one next to 1 keeps its 1 - p. For the ``linear_`` operat
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -280,3 +283,26 @@ def operator(name: str, backend: str) -> torch._ops.OpOverload:
     """The overload of operator ``name`` for ``backend``."""
     overload: torch._ops.OpOverload = getattr(getattr(torch.ops.monosoftmax, name), backend)
     return overload
+
+
+@functools.cache
+def _triton_operators() -> ModuleType:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        raise ImportError(f"monosoftmax: triton does not load ({error}): pip install triton") from error
+    return importlib.import_module(f"{__package__}.triton_kernels.operators")
+
+
+def _triton_kernel(name: str) -> Callable[..., Any]:
+    def kernel(*arguments: Any) -> Any:
+        return getattr(_triton_operators(), name)(*arguments)
+
+    return kernel
+
+
+# The row operators of Triton, which is imported when one is called. CPU tensors are for its interpreter.
+for _name in SCHEMAS | ON_DEVICE:
+    if not _name.startswith("linear_"):
+        for _key in ("CUDA", "CPU"):
+            library.impl(operator(_name, "triton"), _triton_kernel(_name), _key)  # type: ignore[no-untyped-call]

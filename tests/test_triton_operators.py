@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -47,6 +49,27 @@ def test_refused_without_a_gpu() -> None:
     with pytest.raises(ValueError, match='backend="triton" cannot take this call: torch finds no GPU'):
         ms.cross_entropy(input, target, backend="triton")
     assert ms.backends.explain("cross_entropy", input).backend == "cpu"
+
+
+_BARE_CALL = """
+import sys, torch, monosoftmax
+assert "triton" not in sys.modules
+sys.modules.update(dict.fromkeys(sys.argv[1:]))
+arguments = torch.zeros(0, 7), torch.zeros(0, dtype=torch.int64), None, torch.zeros(0), "identity", []
+print(torch.ops.monosoftmax.cross_entropy.triton(*arguments, -100, 0.0, 0.0, False, None, False, False)[0])
+"""
+
+
+def test_a_bare_call_loads_triton() -> None:
+    """Importing the package registers the kernels, and imports Triton when one is called."""
+
+    def bare_call(*absent: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", _BARE_CALL, *absent], capture_output=True, text=True)
+
+    run = bare_call()
+    assert run.returncode == 0 and run.stdout == "tensor([])\n", run.stderr
+    run = bare_call("triton")
+    assert run.returncode != 0 and "triton does not load (" in run.stderr and "pip install triton" in run.stderr
 
 
 def test_explanations() -> None:
@@ -202,7 +225,7 @@ def test_parts_of_the_weight_gradient_are_float32_on_a_gpu() -> None:
 
 def test_rows_in_a_chunk_on_a_gpu() -> None:
     rows = functools.partial(chunked_head.chunk_rows, device="cuda")
-    assert [rows(classes, torch.bfloat16) for classes in (32000, 131072, 262144, 10**6)] == [4096, 4096, 2048, 2048]
+    assert [rows(classes, torch.bfloat16) for classes in (32000, 131072, 262144, 10**6)] == [8192, 4096, 2048, 2048]
 
 
 @contextmanager

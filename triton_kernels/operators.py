@@ -1,4 +1,4 @@
-"""The row operators of the ``triton`` backend (:data:`monosoftmax.ops.SCHEMAS`), registered when this is imported.
+"""The row operators of the ``triton`` backend (:data:`monosoftmax.ops.SCHEMAS`), imported at the first call of one.
 
 They take CUDA tensors (ROCm's are called so, too), and CPU tensors while Triton's interpreter stands in for a GPU.
 """
@@ -20,8 +20,6 @@ from .launch import (
     launch_token_statistics,
 )
 from .scaling import launch_scale
-
-DISPATCH_KEYS = ("CUDA", "CPU")
 
 
 def cross_entropy(
@@ -174,14 +172,3 @@ def log_softmax_backward(
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-# By name, as csrc/ does it: their schemas are defined above.
-_library = torch.library.Library("monosoftmax", "IMPL")
-
-for _function in (
-    cross_entropy, cross_entropy_, cross_entropy_backward, cross_entropy_backward_, cross_entropy_rescale_,
-    scale_, token_statistics, log_softmax, log_softmax_backward,
-):  # fmt: skip
-    for _key in DISPATCH_KEYS:
-        _library.impl(f"{_function.__name__}.triton", _function, _key)

@@ -3,10 +3,10 @@
 ``triton.jit`` looks at TRITON_INTERPRET when it decorates a function: that would be for a whole process. Here compiled
 functions stay what they are, and :func:`interpreting` replaces them while it lasts.
 
-The interpreter of Triton 3.7 is patched where it is silently wrong: floats given to a kernel stay Python floats (a GPU
-gets float32), float32 is truncated to bfloat16, maximum and minimum keep NaN where a GPU drops it, products of bfloat16
-are those of its bits. libdevice's functions are numpy's. Other arithmetic on bfloat16 itself stays wrong: the kernels
-convert to float32 first.
+The interpreter is patched where that of Triton 3.7 is silently wrong: floats given to a kernel stay Python floats (a
+GPU gets float32), float32 is truncated to bfloat16, maximum and minimum keep NaN where a GPU drops it, products of
+bfloat16 are those of its bits. libdevice's functions are numpy's. Other arithmetic on bfloat16 itself stays wrong: the
+kernels convert to float32 first. That of Triton 3.6 makes an index of an array in a way that numpy 2.4 no longer has.
 
 What only a GPU would suffer from is an error here: loads and stores outside the storages of the kernel's tensors, an
 address that two programs store to, or that one loads after another one has stored to it, and two lanes that store
@@ -78,6 +78,7 @@ def interpreting(*kernels: JITFunction) -> Iterator[None]:
         # Once here, and not at every call of a device function, which would also leave the language patched.
         scope = interpreter._patch_lang(_AnyModule)
         undo.append(scope.restore)
+        replace(tl.core.tensor, "__index__", lambda self: self.handle.data.item())
         replace(interpreter, "_patch_lang", lambda function: interpreter._LangPatchScope())
         with np.errstate(all="ignore"):  # a GPU does not warn of infinities either
             yield

@@ -11,16 +11,20 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CPP_FILES := $(sort $(wildcard $(foreach folder,csrc csrc/* csrc/*/*,$(addprefix $(folder)/*.,h cpp cu cuh))))
 EXTENSION_FILES := csrc/sources.txt $(filter-out csrc/tests/% csrc/cuda/host/%,$(CPP_FILES))
 
+# Without a GPU:  make gpu GPU_ARGUMENTS=--dry-run
+GPU_ARGUMENTS ?=
+
 # Fails where the disk is too small; where that is no failure:  make check-cuda CHECK_CUDA=--if-possible
 CHECK_CUDA ?=
 
-.PHONY: help demo smoke overhead codegen evidence report verify-evidence check-cuda test lint types test-cpp test-python test-slow install format clean
+.PHONY: help demo smoke overhead codegen gpu evidence report verify-evidence check-cuda test lint types test-cpp test-python test-slow install format clean
 
 help:
 	@echo 'make demo       train the demo language models and print the table (6 minutes on 2 cores)'
 	@echo 'make smoke      the same on a slice of the corpus (1 minute)'
 	@echo 'make overhead   time and memory of every loss and head beside the plain ones (10 minutes on 2 cores)'
 	@echo 'make codegen    what the Triton and CUDA kernels compile to, held against budgets (15 minutes on 2 cores)'
+	@echo 'make gpu        build, prove and time the kernels on the GPU of this machine (9 minutes), into results/gpu'
 	@echo 'make evidence   the experiments of benchmarks/results/REPORT.md, as far as their results are missing (hours)'
 	@echo 'make report     write benchmarks/results/REPORT.md from the results (1 minute)'
 	@echo 'make verify-evidence  run a small part of every experiment again and compare (minutes)'
@@ -43,6 +47,9 @@ overhead: install $(VENV)/.peers
 codegen: install $(VENV)/.peers
 	$(BIN)/python -m benchmarks.codegen triton --check
 	$(BIN)/python -m benchmarks.codegen cuda --check
+
+gpu: install $(VENV)/.peers
+	PYTHON=$(BIN)/python scripts/on_gpu.sh results/gpu $(GPU_ARGUMENTS)
 
 evidence: install $(VENV)/.data $(VENV)/.posthoc
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.synthetic

@@ -39,7 +39,7 @@ def test_loss_and_gradients(backend: Any, method: Any, name: str, dtype: torch.d
     plain = head_loss_and_gradients(operands, target, transform, "reference")
     got = head_loss_and_gradients(operands, target, transform, backend, **how)
     for key, wanted in truth.items():
-        slack = 1e-5 * wanted.norm().item() + 1e-6
+        slack = 2e-5 * wanted.norm().item() + 1e-6
         assert distance(got[key], wanted) <= 2 * distance(plain[key], wanted) + slack, key
     with torch.no_grad():
         loss = ms.linear_cross_entropy(

@@ -61,8 +61,16 @@ def _on_gpu(group: Group, modes: tuple[Mode, ...] = ("train",), **axes: Any) -> 
 
 #: Each shape costs a GPU seconds for each contestant: those that say most.
 _BACKENDS = ("identity cuda", "identity triton", "plif-64 cuda", "plif-64 triton")
-_LOGITS = ("plain eager", "plain liger", *_BACKENDS)
+_LOGITS = ("plain eager", *_BACKENDS)
 _HEAD = ("plain eager", "identity cuda", "plif-64 cuda", "plif-64 triton")
+_HEAD_PEERS = (
+    "plain eager",
+    "plain compiled",
+    "plain linear_cross_entropy",
+    "plain liger",
+    "plain cut-cross-entropy kernels",
+    "identity triton",
+)
 #: With the choice of monosoftmax.backends.head_method.
 _HEAD_NO_GRAD = ("plain eager", "plif-64 cuda", "plif-64 triton chunked", "plif-64 triton recompute")
 _OTHER_TRANSFORMS = tuple(
@@ -102,17 +110,19 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
         Sweep("head", MODES, rows=(128, 512, 2048, 8192), stds=_BOTH_STDS),
         Sweep("head", rows=(2048,), dims=(128, 280, 512, 1024, 2048, 4096), contestants=_CURVES),
     ),
+    # In the order of what they decide, in case the time is up.
     "gpu": (
         _on_gpu("logits", MODES, contestants=("plain *", *_BACKENDS)),
         _on_gpu("logits", contestants=_OTHER_TRANSFORMS, pieces=(1000,)),
-        _on_gpu("logits", MODES, classes=(32_000, 50_257, 128_256, 151_936), contestants=_LOGITS),
+        _on_gpu("logits", rows=(64,), classes=(4096,), contestants=("plain eager", "plain liger", *_BACKENDS)),
+        _on_gpu("head", dims=(2048,), contestants=_HEAD_PEERS),
+        _on_gpu("head", ("no-grad",), classes=(50_304, 128_256), dims=(1024, 2048), contestants=_HEAD_NO_GRAD),
+        _on_gpu("head", classes=(50_304, 128_256), dims=(1024, 2048, 4096), contestants=_HEAD),
         _on_gpu("logits", classes=(128_256,), contestants=("plain compiled",)),
+        _on_gpu("logits", MODES, classes=(32_000, 128_256), contestants=("plain liger",)),
+        _on_gpu("logits", MODES, classes=(32_000, 50_257, 128_256, 151_936), contestants=_LOGITS),
         _on_gpu("logits", MODES, rows=(4096,), classes=(262_144,), contestants=_LOGITS),
         _on_gpu("logits", rows=(4096,), dtypes=("float32",), contestants=_LOGITS),
-        _on_gpu("logits", rows=(64,), classes=(4096,), contestants=_LOGITS),
-        _on_gpu("head", dims=(2048,), contestants=("plain *", "identity triton")),
-        _on_gpu("head", classes=(50_304, 128_256), dims=(1024, 2048, 4096), contestants=_HEAD),
-        _on_gpu("head", ("no-grad",), classes=(50_304, 128_256), dims=(1024, 2048), contestants=_HEAD_NO_GRAD),
     ),
 }
 #: Turns of each contestant, where --repeats does not say.

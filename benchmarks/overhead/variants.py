@@ -77,7 +77,7 @@ class Group:
 @contextmanager
 def tuned_plans(**wishes: int) -> Iterator[None]:
     """While it lasts, the CUDA kernels are planned with ``wishes`` (``csrc/cuda/plan.h``, Tuning)."""
-    tune = tune_host if "cuda_host" in sys.modules else getattr(ms.backends.extension, "tune_plans", None)
+    tune = tune_host if "monosoftmax_cuda_host" in sys.modules else getattr(ms.backends.extension, "tune_plans", None)
     if tune is None:
         raise Unavailable("the extension has no CUDA kernels")
     tune(**wishes)

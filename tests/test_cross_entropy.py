@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from losses import TRANSFORMS, ErrorsBesideThoseOfPyTorch, disturbed, loss_and_gradients
+from losses import (
+    TRANSFORMS,
+    ErrorsBesideThoseOfPyTorch,
+    LossCase,
+    check_case,
+    disturbed,
+    loss_and_gradients,
+    loss_cases,
+)
 from torch.nn import functional as F
 
 import monosoftmax as ms
@@ -41,6 +49,12 @@ def test_identity_equals_torch(
     (gradient,) = torch.autograd.grad(loss, input, upstream)
     (wanted_gradient,) = torch.autograd.grad(wanted, input, upstream)
     torch.testing.assert_close(gradient, wanted_gradient)
+
+
+@pytest.mark.parametrize("case", loss_cases(), ids=str)
+def test_loss_cases(case: LossCase) -> None:
+    """The cases that tests/gpu has in full size, for the cpu backend: every transform, type, option and alignment."""
+    check_case(case.small(), "cpu", "cpu")
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

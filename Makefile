@@ -17,7 +17,7 @@ GPU_ARGUMENTS ?=
 # Fails where the disk is too small; where that is no failure:  make check-cuda CHECK_CUDA=--if-possible
 CHECK_CUDA ?=
 
-.PHONY: help demo smoke overhead codegen gpu evidence report verify-evidence check-cuda test lint types test-cpp test-python test-slow install format clean
+.PHONY: help demo smoke overhead codegen gpu evidence report verify-evidence check-cuda check-versions test lint types test-cpp test-python test-slow install format clean
 
 help:
 	@echo 'make demo       train the demo language models and print the table (6 minutes on 2 cores)'
@@ -29,6 +29,7 @@ help:
 	@echo 'make report     write benchmarks/results/REPORT.md from the results (1 minute)'
 	@echo 'make verify-evidence  run a small part of every experiment again and compare (minutes)'
 	@echo 'make check-cuda build the package with its CUDA kernels in a new environment (6 minutes on 2 cores, 12 GB)'
+	@echo 'make check-versions  the tests that depend on torch and Triton under every supported version (hours, 30 GB)'
 	@echo 'make test       lint, types, C++ tests, Python tests'
 	@echo 'make test-slow  the Python tests that take more than a few seconds, such as installing the package'
 	@echo 'make format     format the Python and C++ sources'
@@ -71,6 +72,9 @@ verify-evidence: install $(VENV)/.data $(VENV)/.posthoc
 
 check-cuda:
 	$(PYTHON) scripts/check_cuda_build.py $(CHECK_CUDA)
+
+check-versions:
+	$(PYTHON) scripts/check_versions.py
 
 test: lint types test-cpp test-python
 

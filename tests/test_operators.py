@@ -141,6 +141,21 @@ def test_compiled_training_step(compiler: str, exact: bool, backend: Any) -> Non
             torch.testing.assert_close(eager, other, rtol=2e-5, atol=1e-7)
 
 
+def test_compiled_tables_of_coefficients(batch: tuple[Tensor, Tensor]) -> None:
+    """Inductor of torch 2.9 to 2.11 loses the gradients of several look-ups (:func:`.transforms.base.of_pieces`)."""
+    transform, target = disturbed("spline"), batch[1]
+
+    def loss(z: Tensor) -> Tensor:
+        result: Tensor = ms.cross_entropy(z, target, transform, backend="reference")
+        return result
+
+    wanted = torch.autograd.grad(loss(batch[0]), [*transform.parameters()])
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(batch[0]), [*transform.parameters()])
+    for a, b in zip(got, wanted, strict=True):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_compiled_loss(batch: tuple[Tensor, Tensor], name: str) -> None:
     transform = disturbed(name)

@@ -50,7 +50,7 @@ def test_metadata_says_what_is_supported() -> None:
     assert metadata["Version"] == ms.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert "torch>=2.9" in metadata.get_all("Requires-Dist")
+    assert "torch>=2.10" in metadata.get_all("Requires-Dist")
     for minor in range(10, 14):
         assert f"Programming Language :: Python :: 3.{minor}" in metadata.get_all("Classifier")
 

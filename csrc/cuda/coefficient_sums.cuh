@@ -4,15 +4,13 @@
 //
 //   NoSums       nobody needs them, or there are none
 //   VectorSums   a few numbers: in the registers of each thread
-//   LaneSums     a table of each thread's own in shared memory, [entry][thread], so that threads that meet in a piece
-//   do
-//                not meet in memory: no atomics, no conflicts of banks, one order of additions. A logit takes a load,
-//                two additions and a store of 8 bytes.
+//   LaneSums     a table of each thread's own in shared memory, [entry][thread], so that threads that meet in a
+//                piece do not meet in memory: no atomics, no conflicts of banks, one order of additions. A logit takes
+//                a load, two additions and a store of 8 bytes.
 //   WarpSums     a table of each warp in global memory, for those that are too large for the above. Lanes of a warp
-//   that
-//                meet in a piece add up among themselves first, in the order of the lanes; the lowest adds to the
-//                table. Where that many tables would take too much memory there is one for all, added to by atomics, in
-//                an order that changes from run to run.
+//                that meet in a piece add up among themselves first, in the order of the lanes; the lowest adds to the
+//                table. Where that many tables would take too much memory there is one for all, in float64, added to
+//                by atomics in an order that changes from run to run.
 //
 // Lanes do meet: 2 to 4 in a piece, of 64 and normally distributed logits (tests/test_cuda_coefficient_sums.py).
 #pragma once

@@ -80,6 +80,21 @@ def test_targets_out_of_range_and_nan_logits_poison_their_row(backend: Any, devi
     assert got["loss"].cpu()[wrong].isnan().all() and got["input"].cpu()[wrong].isnan().all()
 
 
+@pytest.mark.emulated
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_class_probabilities_are_for_the_reference(backend: Any, device: torch.device) -> None:
+    """A named backend says so, and "auto" takes the one that can."""
+    input = torch.randn(5, 300, device=device)
+    target = torch.rand(5, 300, device=device).softmax(1)
+    transform = disturbed("gss").to(device)
+    with pytest.raises(ValueError, match="takes class indices"):
+        ms.cross_entropy(input, target, transform, backend=backend)
+    got = loss_and_gradients(input, target, transform, "auto")
+    wanted = loss_and_gradients(input, target.double(), transform, "reference", torch.float64)
+    for key, value in wanted.items():
+        assert distance(got[key], value) <= 1e-5 * value.norm().item() + 1e-6, key
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_than_two_to_the_31_logits(backend: Any) -> None:
     """Losses, gradients and sums of 8200 x 262144 logits are those of slices of them."""

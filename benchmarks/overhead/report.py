@@ -49,6 +49,20 @@ def targets_table(targets: Sequence[Mapping[str, Any]], style: str) -> str:
     return _table(body, ["case", "figure", "measured", "must be", "aim", "met"], style)
 
 
+def variants_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The variants of an operator, and below them why a figure is missing."""
+    body = []
+    for row in rows:
+        cells = [row["name"], row["status"], "", "", ""]
+        if row["status"] == "measured":
+            quartiles = f"{row['first_quartile_ms']:.4f} - {row['third_quartile_ms']:.4f}"
+            host = "-" if row["host_ms"] is None else f"{row['host_ms']:.3f}"
+            cells[1:] = [f"{row['median_ms']:.4f}", quartiles, host, f"{row['share_of_floor']:.1%}"]
+        body.append(cells)
+    table = _table(body, [rows[0]["group"], "ms", "quartiles", "host ms", "share of floor"], "simple", text_columns=1)
+    return "\n".join([table, *(f"- {row['name']}: {row['reason']}" for row in rows if row["reason"])])
+
+
 def markdown(results: Mapping[str, Any], pictures: Sequence[str]) -> str:
     """The report as a Markdown document with the plots."""
     parts = [f"# Overhead of the loss and the head: {results['preset']}"]

@@ -23,7 +23,6 @@ from typing import Any, Literal
 from unittest import mock
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
 import monosoftmax as ms
@@ -40,11 +39,11 @@ from .emulation import emulating, shrunk, tune_host
 from .floors import floor, probes
 from .limits import one_line
 from .peers import Unavailable
+from .report import variants_table
 from .run import RunError, device_name, use_device
 from .settings import device_of
 from .timing import Action, measure
 
-Backend = Literal["cuda", "triton"]
 Wishes = Mapping[str, int]
 
 
@@ -62,7 +61,7 @@ class Variant:
 class Group:
     """An operator on one shape, and its variants."""
 
-    backend: Backend
+    backend: Literal["cuda", "triton"]
     function: str
     #: loss, dz or all.
     work: str
@@ -145,10 +144,7 @@ def _of_the_head() -> list[Variant]:
     return [
         *(Variant(f"chunk_rows={rows}", chunk_rows=rows) for rows in (2048, 4096, 8192)),
         *(Variant(f"block={classes}", partial(block, classes)) for classes in (2048, 8192, 65_536)),
-        *(
-            Variant(f"addmm into float32 chunk_rows={rows}", in_the_product, chunk_rows=rows)
-            for rows in (2048, 4096, 8192)
-        ),
+        *(Variant(f"addmm into float32 chunk_rows={rows}", in_the_product, rows) for rows in (2048, 4096, 8192)),
     ]
 
 
@@ -220,21 +216,6 @@ def time_group(group: Group, device: torch.device, repeats: int) -> list[dict[st
     return list(rows.values())
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of a group, and below them why a figure is missing."""
-    body = []
-    for row in rows:
-        cells = [row["name"], row["status"], "", "", ""]
-        if row["status"] == "measured":
-            quartiles = f"{row['first_quartile_ms']:.4f} - {row['third_quartile_ms']:.4f}"
-            host = "-" if row["host_ms"] is None else f"{row['host_ms']:.3f}"
-            cells[1:] = [f"{row['median_ms']:.4f}", quartiles, host, f"{row['share_of_floor']:.1%}"]
-        body.append(cells)
-    headers = [rows[0]["group"], "ms", "quartiles", "host ms", "share of floor"]
-    lines = [str(tabulate(body, headers, disable_numparse=True))]
-    return "\n".join(lines + [f"- {row['name']}: {row['reason']}" for row in rows if row["reason"]])
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Time what is asked for; returns the exit code: 1 where there is no such device or a variant failed."""
     parser = argparse.ArgumentParser("python -m benchmarks.overhead.variants", allow_abbrev=False)
@@ -261,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results["rows"] += rows
             results["complete"] = group is wanted[-1]
             write_json(given.output, results)
-            print(f"{table(rows)}\n", flush=True)
+            print(f"{variants_table(rows)}\n", flush=True)
     return 1 if any(row["status"] == "failed" for row in results["rows"]) else 0
 
 

@@ -126,7 +126,7 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
     ),
 }
 #: Turns of each contestant, where --repeats does not say.
-_REPEATS, _REPEATS_ON_GPU, _REPEATS_EMULATED = 7, 10, 2
+_REPEATS, _REPEATS_ON_GPU, _REPEATS_EMULATED = 7, 10, 1
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     axes("--pieces", type=_list_of(_whole), metavar="K,...", help="of PLIF")
     axes("--contestants", type=_list_of(str), metavar="PATTERN,...", help="such as 'plain *,plif-* fused'")
     how = parser.add_argument_group("how").add_argument
-    how("--repeats", type=_whole, help="turns of each contestant (7; of the preset gpu, 10; emulated, 2)")
+    how("--repeats", type=_whole, help="turns of each contestant (7; of the preset gpu, 10; emulated, 1)")
     how("--threads", type=_whole, help="of torch; by default as many as torch takes")
     how("--device", type=device_of, default=torch.device("cpu"), help="cpu, cuda or cuda:N")
     how("--emulate", action="store_true", help="on the CPU at tiny shapes, to see a preset for a GPU run without one")

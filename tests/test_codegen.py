@@ -26,6 +26,7 @@ from benchmarks.codegen.configurations import (
     LOSS_INPUT,
     QUICK,
     SHIFTED,
+    SLICED,
     STATISTICS,
     TRANSFORMS,
     Configuration,
@@ -165,6 +166,15 @@ def test_configurations_differ() -> None:
     found = configurations()
     assert len(set(found)) == len(found) and set(QUICK) <= set(found)
     assert {each.transform for each in found if each.operator == LOSS} >= {"identity", "plif-1000", "mlp-8"}
+
+
+@pytest.mark.parametrize("configuration", SLICED, ids=str)
+def test_sliced_logits_are_compiled_for_what_they_are(configuration: Configuration) -> None:
+    values = configuration.launch("sm_90").values
+    logits, gradient = values["input"], values["grad_input"]
+    assert logits.shape[1] == ALIGNED and logits.data_ptr() % 16 == 2 and values["ALIGNMENT"] == "shifted"
+    in_place = gradient.data_ptr() == logits.data_ptr()
+    assert in_place == (configuration.operator != LOSS_ALL) and values["OUT_ALIGNED"] == in_place
 
 
 def test_every_launch_is_taken_down() -> None:

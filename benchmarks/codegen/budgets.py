@@ -19,6 +19,7 @@ from .configurations import (
     LOG_SOFTMAX_BACKWARD,
     LOSS,
     LOSS_ALL,
+    LOSS_IN_PLACE,
     LOSS_INPUT,
     SHIFTED,
     STATISTICS,
@@ -31,7 +32,8 @@ from .verdict import Verdict
 _CLOSED_FORMS = ("temperature", "sigsoftmax", "gss", "soft_cap", "sigmoid_cap")
 _PLIF = ("plif-4", "plif-50", "plif-64")
 _BUT_THE_SPLINE = ("identity", *_CLOSED_FORMS, *_PLIF, "plif-1000", "mlp-8")
-_TRAINING = (LOSS, LOSS_INPUT, LOSS_ALL, BACKWARD)
+_GRADIENTS = (LOSS_INPUT, LOSS_ALL, LOSS_IN_PLACE, BACKWARD)
+_TRAINING = (LOSS, *_GRADIENTS)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Budget:
     #: None: all, of which the worst counts.
     target: str | None = MAIN_TARGET
     with_options: bool = False
+    #: Those of sliced logits among them.
+    sliced: bool = True
     at_least: bool = False
 
     def takes(self, measurement: Measurement) -> bool:
@@ -62,6 +66,7 @@ class Budget:
                 not self.dtypes or one.dtype in self.dtypes,
                 self.target in (None, measurement.target),
                 self.with_options or not (one.all_options or one.deterministic),
+                self.sliced or not one.sliced,
             )
         )
 
@@ -123,11 +128,19 @@ _INSTRUCTIONS = (
         48,
         "PLIF: two sweeps of a row, with a look-up each, and the sums of two tables",
         _main,
-        (LOSS_ALL,),
+        (LOSS_ALL, LOSS_IN_PLACE),
         _PLIF,
     ),
-    # Where the whole row keeps the limit of the main loops too, that is held.
-    Budget("instructions per element of the row", 11, "as of the main loops", _whole, (LOSS,), ("identity",)),
+    # Where the whole row keeps the limit of the main loops too, that is held; of rows that begin anywhere see below.
+    Budget(
+        "instructions per element of the row",
+        11,
+        "as of the main loops",
+        _whole,
+        (LOSS,),
+        ("identity",),
+        sliced=False,
+    ),
     Budget(
         "instructions per element of the row",
         16,
@@ -135,9 +148,10 @@ _INSTRUCTIONS = (
         _whole,
         (LOSS,),
         ("temperature", "sigsoftmax", "soft_cap", "sigmoid_cap"),
+        sliced=False,
     ),
-    Budget("instructions per element of the row", 20, "as of the main loops", _whole, (LOSS,), _PLIF),
-    Budget("instructions per element of the row", 48, "as of the main loops", _whole, (LOSS_ALL,), _PLIF),
+    Budget("instructions per element of the row", 20, "as of the main loops", _whole, (LOSS,), _PLIF, sliced=False),
+    Budget("instructions per element of the row", 48, "as of the main loops", _whole, (LOSS_ALL,), _PLIF, sliced=False),
 )
 
 #: A little above what is there: what needs more has lost something. Up to 64 registers leave 1024 threads to each
@@ -168,7 +182,7 @@ _REGISTERS = (
         128,
         "gradients of all but the spline: the limit that the launcher sets",
         _registers,
-        (LOSS_INPUT, LOSS_ALL, BACKWARD, LOG_SOFTMAX_BACKWARD),
+        (*_GRADIENTS, LOG_SOFTMAX_BACKWARD),
         _BUT_THE_SPLINE,
         (),
     ),
@@ -177,7 +191,7 @@ _REGISTERS = (
         232,
         "gradients of the spline, six rows of a table: below the 255 that there are",
         _registers,
-        (LOSS_INPUT, LOSS_ALL, BACKWARD, LOG_SOFTMAX_BACKWARD),
+        (*_GRADIENTS, LOG_SOFTMAX_BACKWARD),
         ("spline-16",),
         (),
     ),
@@ -187,6 +201,9 @@ BUDGETS: tuple[Budget, ...] = (_SPILLS, _LOADS, *_INSTRUCTIONS, *_REGISTERS)
 
 #: Rows of any alignment against aligned ones, whole rows: the edges of a shifted row are two masked tiles, not one.
 SHIFTED_RATIO = 1.10
+#: The same where the gradient has memory of its own, and its rows begin elsewhere than those of the logits: the threads
+#: change places by way of shared memory, and store 4 or 8 bytes at once.
+SLICED_RATIO = 1.20
 
 #: The instructions of each target's matrix units: mma.sync, wgmma and tcgen05 in PTX, MFMA.
 PRODUCTS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "v_mfma"}
@@ -222,17 +239,20 @@ def _shifted(measurements: Sequence[Measurement]) -> Iterator[Verdict]:
         if isinstance(each.configuration, Configuration)
     }
     for (one, target), shifted in known.items():
-        if one.classes != SHIFTED or target != MAIN_TARGET or one.operator not in (LOSS, LOSS_ALL) or one.all_options:
+        of_interest = one.sliced or (one.classes == SHIFTED and one.operator in (LOSS, LOSS_ALL))
+        if not of_interest or target != MAIN_TARGET or one.all_options:
             continue
-        aligned = known.get((Configuration(one.transform, one.operator, ALIGNED, one.dtype), target))
+        # In place nothing else is compiled, where rows are aligned.
+        operator = LOSS_ALL if one.operator == LOSS_IN_PLACE else one.operator
+        aligned = known.get((Configuration(one.transform, operator, ALIGNED, one.dtype), target))
         if aligned is None or shifted.whole is None or aligned.whole is None:
             continue
         yield Verdict(
-            f"instructions per element of the row, to those of V={ALIGNED}",
+            "instructions per element of the row, to those of aligned rows",
             _subject(shifted),
             shifted.whole / aligned.whole,
-            SHIFTED_RATIO,
-            "vocabularies of any size",
+            SLICED_RATIO if one.sliced and one.operator == LOSS_ALL else SHIFTED_RATIO,
+            "logits that lie anywhere" if one.sliced else "vocabularies of any size",
         )
 
 

@@ -26,6 +26,8 @@ from .triton_targets import TARGETS
 #: Rows that begin at multiples of 16 bytes, and rows that do not.
 ALIGNED, SHIFTED = 50304, 50257
 ROWS = 2
+#: Columns that the matrix of a slice has more: a multiple of 16 bytes.
+_WIDER = 8
 
 #: The transforms with coefficients that are learned, by what the report calls them: registered name and settings.
 TRANSFORMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,6 +49,7 @@ _WITHOUT_COEFFICIENTS = ("identity", "sigsoftmax")
 LOSS = "loss"
 LOSS_INPUT = "loss, d logits"
 LOSS_ALL = "loss, d logits, d coefficients"
+LOSS_IN_PLACE = "loss, d logits in place, d coefficients"
 BACKWARD = "backward"
 STATISTICS = "token statistics"
 LOG_SOFTMAX = "log_softmax"
@@ -75,11 +78,18 @@ class Configuration:
     deterministic: bool = False
     #: Which of the launches of the operator.
     number: int = 0
+    #: The logits are the columns after the first one of a larger matrix: even their pointer is no multiple of 16 bytes.
+    sliced: bool = False
+
+    @property
+    def what(self) -> str:
+        """The operator, with what is special about the call."""
+        extras = [", all options"] * self.all_options + [", deterministic"] * self.deterministic
+        extras += [", sliced"] * self.sliced + [f", launch {self.number + 1}"] * (self.number > 0)
+        return f"{self.operator}{''.join(extras)}"
 
     def __str__(self) -> str:
-        extras = [", all options"] * self.all_options + [", deterministic"] * self.deterministic
-        part = f", launch {self.number + 1}" if self.number else ""
-        return f"{self.transform}: {self.operator}{''.join(extras)}{part} ({self.dtype}, V={self.classes})"
+        return f"{self.transform}: {self.what} ({self.dtype}, V={self.classes})"
 
     def launch(self, target: str) -> Launch:
         """The launch, as it is made on ``target``."""
@@ -106,7 +116,9 @@ class Configuration:
         f = (transform.coefficients().detach().contiguous(), name, list(transform.constants()))
         if self.operator in (HEAD_LOSS, HEAD_BACKWARD):
             return self._head_call(*f)
-        logits = torch.empty(ROWS, self.classes, dtype=_DTYPES[self.dtype])
+        logits = torch.empty(ROWS, self.classes + (_WIDER if self.sliced else 0), dtype=_DTYPES[self.dtype])
+        if self.sliced:
+            logits = logits[:, 1 : self.classes + 1]
         target = torch.zeros(ROWS, dtype=torch.int64)
         stats = torch.empty(2, ROWS)
         weight: Tensor | None = torch.ones(self.classes) if self.all_options else None
@@ -117,6 +129,11 @@ class Configuration:
             return partial(
                 operators.cross_entropy, logits, target, weight, *f, *how, self.all_options, scale,
                 self.operator != LOSS, self.operator == LOSS_ALL and coefficients,
+            )  # fmt: skip
+        if self.operator == LOSS_IN_PLACE:
+            return partial(
+                operators.cross_entropy_, logits, target, weight, *f, *how, self.all_options, torch.ones(()),
+                coefficients,
             )  # fmt: skip
         if self.operator == BACKWARD:
             upstream = torch.ones(ROWS), torch.ones(ROWS) if self.all_options else None
@@ -186,6 +203,7 @@ def configurations() -> list[Configuration]:
         for transform in ("identity", "plif-64", "mlp-8")
         if (transform, classes) != ("mlp-8", SHIFTED)
     ]
+    found += SLICED
     # Contributions that are written for PyTorch to add up: the second launch.
     found.append(Configuration("plif-1000", LOSS_ALL, deterministic=True, number=1))
     found += [
@@ -208,6 +226,13 @@ def _is_of_its_own(transform: str, operator: str, classes: int) -> bool:
     return transform != "plif-50" or (operator, classes) == (LOSS_ALL, ALIGNED)
 
 
+#: Not even the logits' pointer is aligned. A gradient that has memory of its own lies otherwise than they do.
+SLICED = [
+    Configuration(transform, operator, sliced=True)
+    for operator in (LOSS, LOSS_ALL, LOSS_IN_PLACE)
+    for transform in ("identity", "plif-64")
+]
+
 #: What the ordinary tests compile.
 QUICK = [
     Configuration(transform, operator, classes)
@@ -220,3 +245,4 @@ QUICK = [
     )
     for classes in (ALIGNED, SHIFTED)
 ]
+QUICK += [each for each in SLICED if each.transform == "identity"]

@@ -34,7 +34,8 @@ test-slow` all of it.
 row*: all thread instructions of a row, per element, with masked tiles and what is around the loops
 (`benchmarks/codegen/figures.py`). *load*, *store*, *loop load*: bytes that a thread accesses at once, at most; in the
 narrowest of the loops over full tiles. V = {ALIGNED}, with rows that begin at multiples of 16 bytes, where nothing else
-is said; rows of V = {SHIFTED} begin anywhere.
+is said; rows of V = {SHIFTED} begin anywhere, as *sliced* ones do, the columns after the first one of a larger matrix,
+whose very pointer is no multiple of 16 bytes.
 """
 
 
@@ -136,9 +137,7 @@ def peer_lines(measurements: Sequence[Measurement]) -> list[str]:
 
 
 def _names(one: Configuration) -> tuple[str, str, str]:
-    extras = [", all options"] * one.all_options + [", deterministic"] * one.deterministic
-    part = f", launch {one.number + 1}" if one.number else ""
-    return one.transform, f"{one.operator}{''.join(extras)}{part}", one.dtype
+    return one.transform, one.what, one.dtype
 
 
 def _spills(ours: Sequence[Measurement], spilling: Sequence[Measurement], targets: Sequence[str]) -> str:

@@ -237,7 +237,8 @@ def _triton_refusal(call: Call) -> str | None:
 
 def _triton_how(call: Call) -> str:
     if call.operation == "cross_entropy":
-        return f"one fused Triton kernel; a table of coefficients adds buffers for the sums of its gradient{_order(call)}"
+        sums = f"a table of coefficients adds buffers for the sums of its gradient{_order(call)}"
+        return f"one fused Triton kernel; {sums}"
     if call.operation == "log_softmax":
         return "one fused Triton kernel each way"
     if call.method == "recompute":

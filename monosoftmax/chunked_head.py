@@ -39,9 +39,9 @@ def chunk_rows(classes: int, dtype: torch.dtype, device: str = "cpu") -> int:
     """Rows in a chunk. Not a function of N, so that memory beyond inputs and gradients is not one either.
 
     On a GPU 2048 to 8192, as many as 1 GiB of logits holds: its products want that many rows to be bound by arithmetic
-    (2 V d of them for each read of V d weights), and each chunk adds V d numbers to the gradient of the weight. Loss and
-    gradients of 8192 rows, d = 2048, V = 50304, bfloat16, took an H100 12.8 ms in chunks of 1024, 9.4 of 4096, 8.7 of
-    8192 (PLIF-64; ``benchmarks/results/gpu/h100_80gb_hbm3``).
+    (2 V d of them for each read of V d weights), and each chunk adds V d numbers to the gradient of the weight. Loss
+    and gradients of 8192 rows, d = 2048, V = 50304, bfloat16, took an H100 12.8 ms in chunks of 1024, 9.4 of 4096, 8.7
+    of 8192 (PLIF-64; ``benchmarks/results/gpu/h100_80gb_hbm3``).
 
     On the CPU, by the caches:
 

@@ -38,11 +38,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles of 32 lanes, 128 or 256 logits; two programs keep sums."""
-    monkeypatch.setattr(launch, "_LANES", 32)
-    monkeypatch.setattr(launch, "_LANES_WITH_TABLES", 32)
-    monkeypatch.setattr(launch, "_PROGRAMS", 2)
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
-    with interpreting() if DEVICE == "cpu" else nullcontext():
+    tiles = launch.tuned(lanes=32, lanes_with_tables=32, programs=2)
+    with tiles, interpreting() if DEVICE == "cpu" else nullcontext():
         yield
 
 
@@ -146,12 +144,12 @@ def test_every_way_of_summing(pieces: int, deterministic: bool, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("name", ["plif", "spline", "monotonic_mlp"])
-def test_sums_do_not_depend_on_the_programs_beyond_rounding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_do_not_depend_on_the_programs_beyond_rounding(name: str) -> None:
     input, target, transform = _rows(300, torch.float32), _target(300), disturbed(name).to(DEVICE)
     results = []
     for programs in (1, 2, 5, 7):
-        monkeypatch.setattr(launch, "_PROGRAMS", programs)
-        results.append(loss_and_gradients(input, target, transform, "triton"))
+        with launch.tuned(programs=programs):
+            results.append(loss_and_gradients(input, target, transform, "triton"))
     for result in results[1:]:
         for key, wanted in results[0].items():
             torch.testing.assert_close(result[key], wanted, rtol=1e-4, atol=1e-6)
@@ -208,7 +206,7 @@ def test_gradient_ahead_is_rounded_once_whatever_comes_later(
     factor: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where values cannot be looked at, as on a GPU: the device decides whether the gradient is computed again."""
-    monkeypatch.setattr(autograd, "_tells_values", lambda tensor: False)
+    monkeypatch.setattr(autograd, "tells_values", lambda tensor: False)
     calls = []
     rescale = operators.launch_cross_entropy
     monkeypatch.setattr(operators, "launch_cross_entropy", lambda *a, **k: (calls.append(k), rescale(*a, **k)))
@@ -224,7 +222,7 @@ def test_gradient_ahead_is_rounded_once_whatever_comes_later(
 
 
 def test_batched_upstream_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autograd, "_tells_values", lambda tensor: False)
+    monkeypatch.setattr(autograd, "tells_values", lambda tensor: False)
     upstream = torch.tensor([1.0, -2.0], device=DEVICE)
     for dtype in (torch.bfloat16, torch.float32):
         leaf = _rows(9, dtype).clone().requires_grad_()
@@ -238,7 +236,7 @@ def test_batched_upstream_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("factor", [1.0, 0.3])
 @pytest.mark.parametrize("head", [False, True])
 def test_gradients_ahead_are_scaled_on_the_device(factor: float, head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autograd, "_tells_values", lambda tensor: False)
+    monkeypatch.setattr(autograd, "tells_values", lambda tensor: False)
     scaled = []
     scale = operators.launch_scale
     monkeypatch.setattr(operators, "launch_scale", lambda *a: (scaled.append(a[0].shape), scale(*a)))

@@ -23,12 +23,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-#: torch, with the Triton that it is released with, and a numpy; the pinned ones come from requirements/dev.txt.
+#: torch, with the Triton that it is released with, a numpy, and what it asks for in another version than
+#: requirements/dev.txt pins; the pinned ones come from there.
 VERSIONS = {
     "2.10.0": ("triton==3.6.0", "numpy==2.3.5"),
-    "2.11.0": ("triton==3.6.0", "numpy==2.4.6"),
+    "2.11.0": ("triton==3.6.0", "numpy==2.4.6", "setuptools==81.0.0"),
     "2.14.1": ("triton==3.8.0", "numpy==2.4.6"),
 }
+
+#: What the build and the tests need besides.
+TOOLS = ("setuptools", "ninja", "hypothesis", "pytest", "matplotlib", "tabulate", "tqdm")
 
 #: What is run, and the expression that selects from it.
 TESTS = (
@@ -76,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     outcomes: dict[str, Outcome] = {}
     for version in options.only or versions:
-        outcome = outcomes[version] = Outcome(" ".join(versions[version]))
+        outcome = outcomes[version] = Outcome(" ".join(each.partition(";")[0] for each in versions[version][:2]))
         start = time.monotonic()
         try:
             check(version, versions[version], options.folder.resolve() / version, outcome)
@@ -108,8 +112,9 @@ def check(version: str, packages: Sequence[str], folder: Path, outcome: Outcome)
     """Everything for one version."""
     folder.mkdir(parents=True, exist_ok=True)
     python = folder / "env/bin/python"
-    tools = pins("setuptools", "ninja", "hypothesis", "pytest", "matplotlib", "tabulate", "tqdm")
-    wanted = "\n".join((f"torch=={version}", *packages, *tools))
+    named = [each.partition("==")[0] for each in packages]
+    tools = [each for each in TOOLS if each not in named]
+    wanted = "\n".join((f"torch=={version}", *packages, *pins(*tools)))
     stamp = folder / "installed.txt"
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
         say(version, "an environment")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -229,32 +228,6 @@ def test_a_loss_that_is_not_finite_is_a_failure(
     monkeypatch.setattr(run, "prepare", prepare)
     assert command.main([*arguments, "--group", "logits", "--rows", "4", "--classes", "50"]) == 1
     assert {row["reason"] for row in results()["cases"][0]["rows"]} == {"its loss or a gradient is not finite"}
-
-
-@pytest.mark.slow
-def test_the_preset_gpu_runs_emulated(folder: Path, results: Results) -> None:
-    assert command.main(["--preset", "gpu", "--emulate", "--repeats", "1", "--output", str(folder)]) == 0
-    rows = [row for record in results()["cases"] for row in record["rows"]]
-    absent = {row["name"] for row in rows if row["status"] == "not available"} - {"plain cut-cross-entropy kernels"}
-    assert all(_is_missing(name) for name in absent)
-    assert {row["backend"] for row in rows if row["name"].startswith("plif-64 ")} == {"cuda", "triton"}
-
-
-def _is_missing(name: str) -> bool:
-    package = {"plain liger": "liger_kernel", "plain cut-cross-entropy": "cut_cross_entropy"}.get(name)
-    return package is not None and importlib.util.find_spec(package) is None
-
-
-@pytest.mark.slow
-def test_all_variants_run_emulated(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    variants = importlib.import_module("benchmarks.overhead.variants")
-    file = tmp_path / "variants.json"
-    assert variants.main(["--small", "--output", str(file)]) == 0
-    found = json.loads(file.read_text())
-    assert found["complete"]
-    other = {row["name"] for row in found["rows"] if row["status"] != "measured"}
-    assert all(name.startswith("addmm") for name in other)
 
 
 @pytest.mark.gpu

@@ -24,7 +24,7 @@ help:
 	@echo 'make smoke      the same on a slice of the corpus (1 minute)'
 	@echo 'make overhead   time and memory of every loss and head beside the plain ones (10 minutes on 2 cores)'
 	@echo 'make codegen    what the Triton and CUDA kernels compile to, held against budgets (15 minutes on 2 cores)'
-	@echo 'make gpu        build, prove and time the kernels on the GPU of this machine (9 minutes), into results/gpu'
+	@echo 'make gpu        build, prove and time the kernels on the GPU of this machine (at most 9 minutes), into results/gpu'
 	@echo 'make evidence   the experiments of benchmarks/results/REPORT.md, as far as their results are missing (hours)'
 	@echo 'make report     write benchmarks/results/REPORT.md from the results (1 minute)'
 	@echo 'make verify-evidence  run a small part of every experiment again and compare (minutes)'

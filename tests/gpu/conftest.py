@@ -1,6 +1,6 @@
 """The tests of this folder run on a GPU, and with ``--emulate`` on the CPU: the same code, on small shapes.
 
-    python -m pytest tests/gpu -n 16            on a machine with a GPU, about 2 minutes
+    python -m pytest tests/gpu -n 16            on a machine with a GPU
     python -m pytest tests/gpu --emulate        anywhere: Triton's interpreter, the host execution of the CUDA kernels
 
 Tests marked ``emulated`` run in both ways; the others ask for what only a device has.

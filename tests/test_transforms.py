@@ -470,24 +470,21 @@ def test_laws_of_the_spline(bins, bound, scale, seed):
 REPRS = {
     "identity": "Identity()",
     "temperature_fixed": "Temperature(tau=0.7, learnable=False)",
-    "plif_7": "PLIF(num_pieces=7, bound=4, min_slope=0.01, init='identity')",
+    "plif_7": "PLIF(num_pieces=7, bound=4.0, min_slope=0.01, init='identity', init_std=1.0)",
     "sigsoftmax": "SigSoftmax()",
     "gss_published": "GSS(k=2.5, c=-1.5, learnable=False)",
-    "soft_cap": "SoftCap(cap=30, learnable=False)",
-    "sigmoid_cap_learned": "SigmoidCap(a=23, b=5, c=7.5, learnable=True)",
-    "monotonic_mlp_1": "MonotonicMLP(num_units=1, bound=3)",
-    "spline_5": "RationalQuadraticSpline(num_bins=5, bound=4)",
+    "soft_cap": "SoftCap(cap=30.0, learnable=False)",
+    "sigmoid_cap_learned": "SigmoidCap(a=23.0, b=5.0, c=7.5, learnable=True)",
+    "monotonic_mlp_1": "MonotonicMLP(num_units=1, bound=3.0)",
+    "spline_5": "RationalQuadraticSpline(num_bins=5, bound=4.0)",
 }
 
 
 @pytest.mark.parametrize(("case", "expected"), REPRS.items())
-def test_repr(case, expected):
-    assert repr(CASES[case]()) == expected
-
-
-def test_repr_of_a_random_start_and_on_the_meta_device():
-    assert repr(PLIF(3, init="random", init_std=0.5)).endswith("init='random', init_std=0.5)")
-    assert repr(GSS(device="meta")) == "GSS(k, c, learnable=True)"
+def test_repr_is_the_call_that_built_it(case, expected):
+    assert repr(perturbed(case)) == expected
+    assert repr(CASES[case]().to("meta")) == expected
+    assert repr(eval(expected)) == expected
 
 
 @every_case
@@ -529,19 +526,6 @@ def test_half_precision_input_is_computed_in_float32_and_rounded_once(case, dtyp
         result = function(z)
         assert result.dtype == dtype
         assert torch.equal(result, function(z.float()).to(dtype))
-
-
-@every_case
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_module_cast_to_half_precision_still_computes_coefficients_in_float32(case, dtype):
-    transform = perturbed(case, torch.float32).to(dtype)
-    widened = copy.deepcopy(transform).float()
-    assert all(value.dtype == dtype for value in transform.state_dict().values())
-    z = torch.linspace(-40, 40, 501)
-    assert torch.equal(transform(z), widened(z))
-    if list(transform.parameters()):
-        (transform(z.to(dtype)).float() * z).mean().backward()
-        assert all(torch.isfinite(p.grad).all() and p.grad.dtype == dtype for p in transform.parameters())
 
 
 @every_case
@@ -646,7 +630,7 @@ def test_bad_scale(kind, name, value):
 @pytest.mark.parametrize(("kind", "name"), SCALES)
 @pytest.mark.parametrize("value", [1e-4, 1e4])
 def test_scales_at_their_limits_are_taken(kind, name, value):
-    scalars = kind(**{name: value})._scalars()
+    scalars = kind(**{name: value}).scalars()
     assert scalars[name].item() == pytest.approx(value, rel=1e-5)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import MonotonicTransform
+from .base import REGISTRY, MonotonicTransform, settings_of
 from .gss import GSS
 from .identity import Identity
 from .monotonic_mlp import MonotonicMLP
@@ -15,18 +15,20 @@ from .soft_cap import SoftCap
 from .spline import RationalQuadraticSpline
 from .temperature import Temperature
 
-#: The transforms by the name that kernels and command lines use for them. A new transform adds its row here.
-REGISTRY: dict[str, type[MonotonicTransform]] = {
-    "identity": Identity,
-    "temperature": Temperature,
-    "plif": PLIF,
-    "sigsoftmax": SigSoftmax,
-    "gss": GSS,
-    "soft_cap": SoftCap,
-    "sigmoid_cap": SigmoidCap,
-    "monotonic_mlp": MonotonicMLP,
-    "spline": RationalQuadraticSpline,
-}
+# A new transform adds its row here.
+REGISTRY.update(
+    {
+        "identity": Identity,
+        "temperature": Temperature,
+        "plif": PLIF,
+        "sigsoftmax": SigSoftmax,
+        "gss": GSS,
+        "soft_cap": SoftCap,
+        "sigmoid_cap": SigmoidCap,
+        "monotonic_mlp": MonotonicMLP,
+        "spline": RationalQuadraticSpline,
+    }
+)
 
 
 def make(name: str, **settings: Any) -> MonotonicTransform:
@@ -38,6 +40,30 @@ def make(name: str, **settings: Any) -> MonotonicTransform:
     if name not in REGISTRY:
         raise ValueError(f"name must be one of {', '.join(REGISTRY)}, got {name!r}")
     return REGISTRY[name](**settings)
+
+
+def from_dict(config: dict[str, Any]) -> MonotonicTransform:
+    """The transform that :meth:`MonotonicTransform.to_dict` gave ``config`` for, as it was built.
+
+    Raises:
+        TypeError: ``config`` is no dict, or has names that are no arguments of the transform.
+        ValueError: it has no ``"type"``, or one that no transform has. Whatever the transform's constructor raises.
+    """
+    if not isinstance(config, dict):
+        raise TypeError(f"config must be a dict, got {type(config).__name__}")
+    if "type" not in config:
+        raise ValueError(f'config must have a "type", one of {", ".join(REGISTRY)}')
+    name = config["type"]
+    if not isinstance(name, str) or name not in REGISTRY:
+        raise ValueError(f'config["type"] must be one of {", ".join(REGISTRY)}, got {name!r}')
+    arguments = {key: value for key, value in config.items() if key != "type"}
+    known = settings_of(REGISTRY[name])
+    unknown = [key for key in arguments if key not in known]
+    if unknown:
+        raise TypeError(
+            f"{name} has no {', '.join(map(str, unknown))}: its arguments are {', '.join(known) or 'none at all'}"
+        )
+    return REGISTRY[name](**arguments)
 
 
 __all__ = [
@@ -52,5 +78,6 @@ __all__ = [
     "SigmoidCap",
     "SoftCap",
     "Temperature",
+    "from_dict",
     "make",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,14 @@ SHIFT_LIMIT = 1e4
 MOST_PIECES = 2**24
 
 
+#: The transforms by the name that kernels, command lines and :meth:`MonotonicTransform.to_dict` use for them.
+#: ``transforms/__init__.py`` fills it; a class from elsewhere adds its row there itself.
+REGISTRY: dict[str, type[MonotonicTransform]] = {}
+
+#: Arguments of constructors that say where a transform lives or how it was drawn, not which function it is.
+_NO_SETTINGS = ("device", "dtype", "generator")
+
+
 class MonotonicTransform(nn.Module):
     r"""An increasing, pointwise function :math:`f: \mathbb{R} \to \mathbb{R}` on logits.
 
@@ -27,7 +37,29 @@ class MonotonicTransform(nn.Module):
     terms of both and is the plain PyTorch mathematics that every kernel is tested against.
 
     Subclasses outside the package need :meth:`coefficients`, :meth:`evaluate` and :meth:`evaluate_derivative` only:
-    with ``kernel = None`` the reference backend takes them.
+    with ``kernel = None`` the reference backend takes them. With parameters or buffers they define
+    :meth:`reset_parameters` too, and with arguments :meth:`arguments`.
+
+    **Hooks.** Called without an input, a transform returns its coefficients. Losses get them by that call, because
+    pruning, the old ``weight_norm`` and ``fully_shard`` prepare the parameters in hooks that run before a call of the
+    module, and in no other method. So hooks on a transform see two kinds of calls: with logits and without arguments.
+
+    **FSDP.** ``fully_shard(transform)`` needs no more. Where f belongs to the group of a module around it, its
+    parameters are whole only while that module's ``forward`` runs; elsewhere they are DTensors, which every method
+    refuses: a shard would pass for the whole.
+
+    **Precision.** Raw parameters are float32 or float64, never half. Around 0.54, where the raw slopes of a
+    :class:`~monosoftmax.transforms.PLIF` start, bfloat16 numbers lie 1/256 apart, so that a step of 1e-3, such as
+    AdamW takes, rounds to no step at all. Therefore ``model.bfloat16()``, ``.half()`` and ``.to(dtype)`` leave a
+    transform in float32, with its values unrounded, and a half-precision default dtype is widened; it costs nothing
+    that shows, because coefficients are computed in float32 in any case and there are few. FSDP with mixed precision
+    keeps the sharded parameters that the optimiser steps in float32, but the forward pass sees them rounded to
+    ``param_dtype``. ``fully_shard(transform)`` of its own, without a policy and before the modules around it, avoids
+    the rounding. In a model whose other parameters are half that is needed anyway, since FSDP wants one dtype in a
+    group.
+
+    Raises:
+        NotImplementedError: (when called) parameters are DTensors.
     """
 
     #: Name of the fused mathematics of this transform (``csrc/transforms``, ``triton_kernels/transforms``).
@@ -35,8 +67,16 @@ class MonotonicTransform(nn.Module):
     #: True where f(-inf) is finite, so that a logit of -inf keeps some probability.
     bounded_below: ClassVar[bool] = False
 
+    def __init__(self) -> None:
+        # Without arguments, unlike nn.Module, so that to_dict() can tell what a subclass without __init__ takes.
+        super().__init__()
+
     def coefficients(self) -> Tensor:
-        """What the kernels see: a vector [P] with P <= 64, or a table [R, K] of R coefficients for each of K pieces."""
+        """What the kernels see: a vector [P] with P <= 64, or a table [R, K] of R coefficients for each of K pieces.
+
+        A subclass defines it, from the attributes that its raw parameters are; callers call the transform instead,
+        ``transform()``, for the hooks.
+        """
         raise NotImplementedError
 
     def constants(self) -> tuple[float, ...]:
@@ -60,13 +100,82 @@ class MonotonicTransform(nn.Module):
         """z with f(z) = y, for y and coefficients of one floating-point type."""
         raise NotImplementedError(f"{type(self).__name__} has no inverse in closed form")
 
-    def forward(self, input: Tensor) -> Tensor:
-        """f(input), elementwise. float16 and bfloat16 are computed in float32 and rounded once."""
-        return self._call(self.evaluate, input, "input")
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that the constructor was called with, as values of JSON; ``device``, ``dtype``, ``generator``
+        aside. A subclass whose constructor takes others defines it.
+        """
+        return {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What f was built with, ``{"type": name, **arguments}``, for :func:`monosoftmax.transforms.from_dict`.
+
+        What f has learned since is not in it: that is in ``state_dict()``.
+
+        Raises:
+            ValueError: the class is not in ``monosoftmax.transforms.REGISTRY``.
+            NotImplementedError: :meth:`arguments` does not return the arguments that the constructor takes.
+        """
+        # Past the classes that torch derives on the fly, such as ParametrizedPLIF and FSDPPLIF.
+        kind = next(each for each in type(self).__mro__ if not each.__module__.startswith("torch."))
+        name = next((name for name, registered in REGISTRY.items() if registered is kind), None)
+        if name is None:
+            raise ValueError(
+                f"{kind.__name__} has no name to be saved under: add a row to monosoftmax.transforms.REGISTRY, "
+                f'such as REGISTRY["{kind.__name__.lower()}"] = {kind.__name__}'
+            )
+        arguments = self.arguments()
+        odd = set(arguments).symmetric_difference(settings_of(kind))
+        if odd:
+            raise NotImplementedError(
+                f"{kind.__name__}.arguments() must return the arguments of {kind.__name__}.__init__, they differ in "
+                f"{', '.join(sorted(odd))}"
+            )
+        return {"type": name, **arguments}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.arguments().items())
+
+    def reset_parameters(self) -> None:
+        """Restore what f was built with, also on a device that ``to_empty`` brought it to.
+
+        Raises:
+            NotImplementedError: the subclass has parameters or buffers and does not define this method.
+        """
+        if self._parameters or self._buffers:
+            raise NotImplementedError(
+                f"{type(self).__name__} has parameters or buffers and must define reset_parameters()"
+            )
+
+    def _raw(self, name: str) -> Tensor:
+        """The parameter or buffer ``name``, to be written to."""
+        raw = self._parameters.get(name, self._buffers.get(name))
+        if raw is None:
+            # What the attribute is then was computed from other parameters: writing to it would change nothing.
+            raise RuntimeError(
+                f"{name} is not a parameter or buffer of this {type(self).__name__}: "
+                "remove its parametrization, pruning or weight norm before reset_parameters()"
+            )
+        return raw
+
+    def forward(self, input: Tensor | None = None) -> Tensor:
+        """f(input), elementwise; without an input, the coefficients.
+
+        float16 and bfloat16 are computed in float32 and rounded once.
+        """
+        # Told by what they can do: an import of torch.distributed takes a second, and some builds have none.
+        sharded = [name for name, raw in self.named_parameters() if hasattr(raw, "full_tensor")]
+        if sharded:
+            raise NotImplementedError(
+                f"transform has parameters that are DTensors ({', '.join(sharded)}), as those of fully_shard(module) "
+                "are outside of module.forward. Call module itself; or, for another of its methods, apply torch."
+                'distributed.fsdp.register_fsdp_forward_method(module, "<method>") or call module.unshard() before'
+            )
+        coefficients = self.coefficients()
+        return coefficients if input is None else _elementwise(self.evaluate, input, "input", coefficients)
 
     def derivative(self, input: Tensor) -> Tensor:
         """f'(input), elementwise, in the dtype of ``input``."""
-        return self._call(self.evaluate_derivative, input, "input")
+        return _elementwise(self.evaluate_derivative, input, "input", self())
 
     def inverse(self, output: Tensor) -> Tensor:
         """The z with f(z) = ``output``, elementwise; NaN outside the range of f.
@@ -74,16 +183,75 @@ class MonotonicTransform(nn.Module):
         Raises:
             NotImplementedError: f has no inverse in closed form or by table.
         """
-        return self._call(self.evaluate_inverse, output, "output")
+        return _elementwise(self.evaluate_inverse, output, "output", self())
 
-    def _call(self, function, argument: Tensor, name: str) -> Tensor:  # type: ignore[no-untyped-def]
-        if not isinstance(argument, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(argument).__name__}")
-        if not argument.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {argument.dtype}")
-        compute = arithmetic_dtype(argument.dtype)
-        result: Tensor = function(argument.to(compute), self.coefficients().to(argument.device, compute))
-        return result.to(argument.dtype)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MonotonicTransform:
+        def unless_half(raw: Tensor) -> Tensor:
+            changed = fn(raw)
+            if changed.is_floating_point() and changed.dtype != arithmetic_dtype(changed.dtype):
+                # From the values before the cast, which has rounded them.
+                return raw.to(changed.device, arithmetic_dtype(raw.dtype))
+            return changed
+
+        super()._apply(unless_half, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Written to, as hooks of torch write to it: load_state_dict() hands out copies of the caller's dict.
+        for name, raw in [*self._parameters.items(), *self._buffers.items()]:
+            entry = state_dict.get(prefix + name)
+            if raw is None or not isinstance(entry, Tensor):
+                continue
+            if entry.dim() == 0 and raw.shape == (1,):  # as scalars were saved once
+                state_dict[prefix + name] = entry = entry.detach().reshape(1)
+            if entry.dtype in (torch.float16, torch.bfloat16):  # which assign=True would put in the parameter's place
+                state_dict[prefix + name] = entry.detach().float()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def __prepare_scriptable__(self) -> MonotonicTransform:
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot be scripted: TorchScript lacks much of Python. Use torch.compile"
+        )
+
+
+def _elementwise(
+    function: Callable[[Tensor, Tensor], Tensor], argument: Tensor, name: str, coefficients: Tensor
+) -> Tensor:
+    if not isinstance(argument, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(argument).__name__}")
+    if not argument.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {argument.dtype}")
+    compute = arithmetic_dtype(argument.dtype)
+    return function(argument.to(compute), coefficients.to(argument.device, compute)).to(argument.dtype)
+
+
+def settings_of(kind: type[MonotonicTransform]) -> list[str]:
+    """The names of the arguments that choose f; a constructor that takes ``**kwargs`` takes those of its base class."""
+    names: list[str] = []
+    for each in kind.__mro__:
+        if "__init__" in vars(each):
+            parameters = [*inspect.signature(vars(each)["__init__"]).parameters.values()][1:]
+            variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+            names += [parameter.name for parameter in parameters if parameter.kind not in variable]
+            if not any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+                break
+    return [name for name in names if name not in _NO_SETTINGS]
+
+
+def raw_tensor(size: int, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    """Memory for a raw parameter [size], by default of the default dtype, but never less than float32.
+
+    Raises:
+        ValueError: ``dtype`` is not float32 or float64.
+    """
+    if dtype is None:
+        dtype = arithmetic_dtype(torch.get_default_dtype())
+    elif dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"dtype must be torch.float32 or torch.float64, got {dtype}: an optimiser's steps are lost to rounding in "
+            "parameters of half precision. Logits may be of any floating-point type"
+        )
+    return torch.empty(size, device=device, dtype=dtype)
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -92,7 +260,7 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def widened(raw: Tensor) -> Tensor:
-    """A raw parameter in the type that coefficients are computed in, also where a model was cast to half precision."""
+    """A raw parameter in the type that coefficients are computed in, also where FSDP hands it out in half precision."""
     return raw.to(arithmetic_dtype(raw.dtype))
 
 
@@ -158,41 +326,54 @@ class ScalarTransform(MonotonicTransform):
     """A transform with a few scalar coefficients, each of them a positive scale (kept as its logarithm) or a shift.
 
     The raw values are parameters where they are learned and persistent buffers where they are fixed, under the same
-    names, so that a state_dict carries them in both cases.
+    names, so that a state_dict carries them in both cases. They have the shape (1,), since FSDP takes no scalars.
     """
 
-    def _add_scale(
-        self, name: str, value: float, learnable: bool, device: torch.device | str | None, dtype: torch.dtype | None
+    def __init__(
+        self,
+        values: dict[str, float],
+        learnable: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ) -> None:
-        self._add(f"log_{name}", math.log(require_positive(name, value)), learnable, device, dtype)
-
-    def _add_shift(
-        self, name: str, value: float, learnable: bool, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
-        self._add(f"raw_{name}", require_shift(name, value), learnable, device, dtype)
-
-    def _add(
-        self, name: str, value: float, learnable: bool, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+        """``values`` of the coefficients, in order, by the names of their raw tensors: ``log_`` and the name of the
+        argument for a scale, ``raw_`` and the name for a shift.
+        """
+        super().__init__()
         if not isinstance(learnable, bool):
             raise TypeError(f"learnable must be a bool, got {type(learnable).__name__}")
-        raw = torch.tensor(value, device=device, dtype=dtype)
-        if learnable:
-            self.register_parameter(name, nn.Parameter(raw))
-        else:
-            self.register_buffer(name, raw)
+        #: Whether the constants of this transform are parameters.
+        self.learnable = learnable
+        self._initial = {
+            raw_name: (require_positive if _is_scale(raw_name) else require_shift)(raw_name[4:], value)
+            for raw_name, value in values.items()
+        }
+        for raw_name in values:
+            raw = raw_tensor(1, device, dtype)
+            if learnable:
+                self.register_parameter(raw_name, nn.Parameter(raw))
+            else:
+                self.register_buffer(raw_name, raw)
+        self.reset_parameters()
 
-    def _scalars(self) -> dict[str, Tensor]:
-        raws = [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]
-        return {name[4:]: bounded_exp(raw) if name.startswith("log_") else bounded_shift(raw) for name, raw in raws}
+    def reset_parameters(self) -> None:
+        """Restore the values that f was built with."""
+        with torch.no_grad():
+            for raw_name, value in self._initial.items():
+                self._raw(raw_name).fill_(math.log(value) if _is_scale(raw_name) else value)
 
-    @property
-    def learnable(self) -> bool:
-        """Whether the constants of this transform are parameters."""
-        return next(self.parameters(recurse=False), None) is not None
+    def arguments(self) -> dict[str, Any]:
+        return {**{raw_name[4:]: value for raw_name, value in self._initial.items()}, "learnable": self.learnable}
 
-    def extra_repr(self) -> str:
-        scalars = ", ".join(
-            name if value.is_meta else f"{name}={value.item():.4g}" for name, value in self._scalars().items()
-        )
-        return f"{scalars}, learnable={self.learnable}"
+    def coefficients(self) -> Tensor:
+        """[P]: the scalars, in the order of the constructor's arguments."""
+        raws = {raw_name: getattr(self, raw_name) for raw_name in self._initial}
+        return torch.cat([(bounded_exp if _is_scale(name) else bounded_shift)(raw) for name, raw in raws.items()])
+
+    def scalars(self) -> dict[str, Tensor]:
+        """The present values, differentiable 0-dim tensors, by the names of the constructor's arguments."""
+        return dict(zip((raw_name[4:] for raw_name in self._initial), self().unbind(), strict=True))
+
+
+def _is_scale(raw_name: str) -> bool:
+    return raw_name.startswith("log_")

@@ -37,13 +37,7 @@ class GSS(ScalarTransform):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self._add_scale("k", k, learnable, device, dtype)
-        self._add_shift("c", c, learnable, device, dtype)
-
-    def coefficients(self) -> Tensor:
-        scalars = self._scalars()
-        return torch.stack([scalars["k"], scalars["c"]])
+        super().__init__({"log_k": k, "raw_c": c}, learnable, device, dtype)
 
     def evaluate(self, z: Tensor, coefficients: Tensor) -> Tensor:
         k, c = coefficients.unbind()

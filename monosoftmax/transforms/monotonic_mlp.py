@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from .base import SCALE_LIMIT, MonotonicTransform, bounded_exp, bounded_shift, require_count, require_positive, widened
+from .base import (
+    SCALE_LIMIT,
+    MonotonicTransform,
+    bounded_exp,
+    bounded_shift,
+    raw_tensor,
+    require_count,
+    require_positive,
+    widened,
+)
 
 #: Smallest amplitude of a unit. Amplitudes start here, so that f starts as the identity to rounding.
 MIN_AMPLITUDE = 1e-7
@@ -41,31 +53,35 @@ class MonotonicMLP(MonotonicTransform):
         super().__init__()
         self.num_units = require_count("num_units", num_units, largest=21)
         self.bound = require_positive("bound", bound)
-        self.log_linear = nn.Parameter(torch.empty((), device=device, dtype=dtype))
-        self.raw_amplitude = nn.Parameter(torch.empty(num_units, device=device, dtype=dtype))
-        self.log_steepness = nn.Parameter(torch.empty(num_units, device=device, dtype=dtype))
-        self.raw_shift = nn.Parameter(torch.empty(num_units, device=device, dtype=dtype))
+        self.log_linear = nn.Parameter(raw_tensor(1, device, dtype))
+        self.raw_amplitude = nn.Parameter(raw_tensor(num_units, device, dtype))
+        self.log_steepness = nn.Parameter(raw_tensor(num_units, device, dtype))
+        self.raw_shift = nn.Parameter(raw_tensor(num_units, device, dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set f to the identity."""
         with torch.no_grad():
-            self.log_linear.zero_()
-            self.raw_amplitude.fill_(MIN_AMPLITUDE)
+            self._raw("log_linear").zero_()
+            self._raw("raw_amplitude").fill_(MIN_AMPLITUDE)
             # A unit rises over about 4 / b: neighbours overlap. One unit sits at 0.
             spacing = 2 * self.bound / self.num_units
             steepness = 4 / (2 * spacing)
-            self.log_steepness.fill_(steepness).log_()
-            places = torch.arange(self.num_units, device=self.raw_shift.device, dtype=torch.float64)
-            centres = (places + 0.5) * spacing - self.bound
-            self.raw_shift.copy_(-steepness * centres)
+            self._raw("log_steepness").fill_(math.log(steepness))
+            # Places 1, 2, ... as a sum and not by arange(), whose result is no DTensor where the parameter is one.
+            shift = self._raw("raw_shift")
+            places = torch.ones_like(shift, dtype=torch.float64).cumsum(0)
+            shift.copy_(-steepness * ((places - 0.5) * spacing - self.bound))
+
+    def arguments(self) -> dict[str, Any]:
+        return {"num_units": self.num_units, "bound": self.bound}
 
     def coefficients(self) -> Tensor:
         """[3H + 1]: w_0, then all a, all b, all c."""
         raw = widened(self.raw_amplitude)
         amplitude = torch.hypot(raw, torch.full_like(raw, MIN_AMPLITUDE)).clamp(max=SCALE_LIMIT)
-        linear = bounded_exp(self.log_linear).reshape(1)
-        return torch.cat([linear, amplitude, bounded_exp(self.log_steepness), bounded_shift(self.raw_shift)])
+        linear, steepness = bounded_exp(self.log_linear), bounded_exp(self.log_steepness)
+        return torch.cat([linear, amplitude, steepness, bounded_shift(self.raw_shift)])
 
     def evaluate(self, z: Tensor, coefficients: Tensor) -> Tensor:
         result = coefficients[0] * z
@@ -84,6 +100,3 @@ class MonotonicMLP(MonotonicTransform):
     def _units(self, coefficients: Tensor) -> zip[tuple[Tensor, Tensor, Tensor]]:
         a, b, c = coefficients[1:].reshape(3, self.num_units).unbind()
         return zip(a.unbind(), b.unbind(), c.unbind(), strict=True)
-
-    def extra_repr(self) -> str:
-        return f"num_units={self.num_units}, bound={self.bound:g}"

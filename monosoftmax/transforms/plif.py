@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from .base import (
     SCALE_LIMIT,
     MonotonicTransform,
     of_pieces,
+    raw_tensor,
     require_count,
     require_finite,
     require_positive,
@@ -82,16 +83,26 @@ class PLIF(MonotonicTransform):
         self.init_std = require_finite("init_std", init_std)
         if self.init_std < 0:
             raise ValueError(f"init_std must not be negative, got {init_std}")
-        self.raw_slope = nn.Parameter(torch.empty(num_pieces, device=device, dtype=dtype))
+        self.raw_slope = nn.Parameter(raw_tensor(num_pieces, device, dtype))
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Set the slopes to their initial values."""
+        """Set the slopes to their initial values; those of ``init="random"`` are drawn anew."""
+        raw = self._raw("raw_slope")
         with torch.no_grad():
             if self.init == "random":
-                self.raw_slope.normal_(_RAW_OF_UNIT_SLOPE, self.init_std, generator=generator)
+                raw.normal_(_RAW_OF_UNIT_SLOPE, self.init_std, generator=generator)
             else:
-                self.raw_slope.fill_(_RAW_OF_UNIT_SLOPE)
+                raw.fill_(_RAW_OF_UNIT_SLOPE)
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "num_pieces": self.num_pieces,
+            "bound": self.bound,
+            "min_slope": self.min_slope,
+            "init": self.init,
+            "init_std": self.init_std,
+        }
 
     @property
     def width(self) -> float:
@@ -100,8 +111,8 @@ class PLIF(MonotonicTransform):
 
     def slopes(self) -> Tensor:
         """The K slopes, in [min_slope, 1e4]."""
-        raw = widened(self.raw_slope)
-        return (self.min_slope + (1 - self.min_slope) * F.softplus(raw)).clamp(max=SCALE_LIMIT)
+        slopes: Tensor = self()[0]
+        return slopes
 
     @property
     def table_size(self) -> int:
@@ -109,7 +120,8 @@ class PLIF(MonotonicTransform):
 
     def coefficients(self) -> Tensor:
         """[2, K]: the slopes, and the values at the left ends of the pieces."""
-        slopes = self.slopes()
+        raw = widened(self.raw_slope)
+        slopes = (self.min_slope + (1 - self.min_slope) * F.softplus(raw)).clamp(max=SCALE_LIMIT)
         # Sums over up to 10^5 slopes: in float64, so that f is continuous to the last bit that float32 can show.
         rises = slopes.double() * self.width
         # 0 lies in piece `centre`, `inside` to the right of its left end.
@@ -143,9 +155,3 @@ class PLIF(MonotonicTransform):
         # floor() has derivative zero, so the index carries no gradient. NaN must not reach the conversion to int.
         piece = torch.floor((z.detach() - lo) * inverse_width).clamp(0, self.num_pieces - 1).nan_to_num(nan=0.0)
         return piece.long(), z - (lo + piece * width)
-
-    def extra_repr(self) -> str:
-        return (
-            f"num_pieces={self.num_pieces}, bound={self.bound:g}, min_slope={self.min_slope:g}, init={self.init!r}"
-            + (f", init_std={self.init_std:g}" if self.init == "random" else "")
-        )

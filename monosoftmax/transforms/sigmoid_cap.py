@@ -36,14 +36,7 @@ class SigmoidCap(ScalarTransform):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self._add_scale("a", a, learnable, device, dtype)
-        self._add_shift("b", b, learnable, device, dtype)
-        self._add_scale("c", c, learnable, device, dtype)
-
-    def coefficients(self) -> Tensor:
-        scalars = self._scalars()
-        return torch.stack([scalars["a"], scalars["b"], scalars["c"]])
+        super().__init__({"log_a": a, "raw_b": b, "log_c": c}, learnable, device, dtype)
 
     def evaluate(self, z: Tensor, coefficients: Tensor) -> Tensor:
         a, b, c = coefficients.unbind()

@@ -19,7 +19,7 @@ class SigSoftmax(MonotonicTransform):
     kernel = "sigsoftmax"
 
     def coefficients(self) -> Tensor:
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32, device="cpu")  # whatever the defaults are
 
     def evaluate(self, z: Tensor, coefficients: Tensor) -> Tensor:
         return z + F.logsigmoid(z)

@@ -36,11 +36,7 @@ class SoftCap(ScalarTransform):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self._add_scale("cap", cap, learnable, device, dtype)
-
-    def coefficients(self) -> Tensor:
-        return self._scalars()["cap"].reshape(1)
+        super().__init__({"log_cap": cap}, learnable, device, dtype)
 
     def evaluate(self, z: Tensor, coefficients: Tensor) -> Tensor:
         cap = coefficients[0]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from .base import MOST_PIECES, MonotonicTransform, bounded_exp, of_pieces, require_count, require_positive
+from .base import MOST_PIECES, MonotonicTransform, bounded_exp, of_pieces, raw_tensor, require_count, require_positive
 
 #: Widths, heights and derivatives stay within this factor of their initial values: the square of a slope then still
 #: fits float32 with room to spare.
@@ -46,17 +48,19 @@ class RationalQuadraticSpline(MonotonicTransform):
         super().__init__()
         self.num_bins = require_count("num_bins", num_bins, largest=MOST_PIECES)
         self.bound = require_positive("bound", bound)
-        self.log_width = nn.Parameter(torch.empty(num_bins, device=device, dtype=dtype))
-        self.log_height = nn.Parameter(torch.empty(num_bins, device=device, dtype=dtype))
-        self.log_derivative = nn.Parameter(torch.empty(num_bins + 1, device=device, dtype=dtype))
+        self.log_width = nn.Parameter(raw_tensor(num_bins, device, dtype))
+        self.log_height = nn.Parameter(raw_tensor(num_bins, device, dtype))
+        self.log_derivative = nn.Parameter(raw_tensor(num_bins + 1, device, dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set f to the identity."""
         with torch.no_grad():
-            self.log_width.zero_()
-            self.log_height.zero_()
-            self.log_derivative.zero_()
+            for name in ("log_width", "log_height", "log_derivative"):
+                self._raw(name).zero_()
+
+    def arguments(self) -> dict[str, Any]:
+        return {"num_bins": self.num_bins, "bound": self.bound}
 
     @property
     def table_size(self) -> int:
@@ -124,6 +128,3 @@ class RationalQuadraticSpline(MonotonicTransform):
         knots = coefficients[0, 1:].detach().contiguous()
         piece = torch.searchsorted(knots, z.detach().contiguous(), right=True)
         return of_pieces(coefficients, piece)
-
-    def extra_repr(self) -> str:
-        return f"num_bins={self.num_bins}, bound={self.bound:g}"

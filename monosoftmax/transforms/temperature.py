@@ -31,11 +31,7 @@ class Temperature(ScalarTransform):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self._add_scale("tau", tau, learnable, device, dtype)
-
-    def coefficients(self) -> Tensor:
-        return self._scalars()["tau"].reshape(1)
+        super().__init__({"log_tau": tau}, learnable, device, dtype)
 
     def evaluate(self, z: Tensor, coefficients: Tensor) -> Tensor:
         return z / coefficients[0]

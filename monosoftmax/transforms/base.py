@@ -197,10 +197,11 @@ class MonotonicTransform(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # Written to, as hooks of torch write to it: load_state_dict() hands out copies of the caller's dict.
-        for name, raw in [*self._parameters.items(), *self._buffers.items()]:
+        # Written to, as hooks of torch write to it: load_state_dict() hands out copies of the caller's dict. What is
+        # written for modules below, such as parametrizations, goes on to them.
+        for name, raw in [*self.named_parameters(), *self.named_buffers()]:
             entry = state_dict.get(prefix + name)
-            if raw is None or not isinstance(entry, Tensor):
+            if not isinstance(entry, Tensor):
                 continue
             if entry.dim() == 0 and raw.shape == (1,):  # as scalars were saved once
                 state_dict[prefix + name] = entry = entry.detach().reshape(1)

@@ -28,3 +28,9 @@ def tells_values(tensor: Tensor) -> bool:
 def within_functorch() -> bool:
     """Whether ``torch.func.grad`` or another transform of functions is running."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that is running was asked to retain the graph, so that another one may follow."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined,no-any-return]
+

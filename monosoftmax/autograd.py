@@ -8,15 +8,15 @@ cannot be applied inside a dispatcher kernel, so its single-level base class is:
 are tested on every supported version of torch by ``tests/test_operators.py``. Such a function switches gradients off
 while its forward runs, where the levels of nested ``torch.func`` transforms below want them as the caller had them.
 
-The losses compute the gradients of ``total``, their scaled sum, while the logits are at hand in the forward pass:
-the backward pass scales them by total's upstream gradient and hands them out. It computes them from the logits again
-where something else has a gradient too (the losses of the rows, lse), where they were handed out before, and where they
-may be differentiated in turn.
+The losses compute the gradients of ``total``, their scaled sum, while the logits are at hand in the forward pass, as far
+as :mod:`monosoftmax.gradients_ahead` lets them wait: each backward pass scales them by total's upstream gradient and
+hands them out. It computes them from the logits again where something else has a gradient too (the losses of the rows,
+lse), and where they may be differentiated in turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
 )
 from torch.autograd.function import _SingleLevelFunction
 
-from ._dispatch import has_values, tells_values, within_functorch
+from . import gradients_ahead
+from ._dispatch import has_values, keeps_graph, tells_values, within_functorch
+from .backends import head_method
 from .float16 import float16_shift
 from .ops import FUSED_BACKENDS, library, operator
 from .transforms.base import MonotonicTransform, arithmetic_dtype
@@ -90,16 +92,27 @@ def linear_cross_entropy(
     method: str,
     chunk_rows: int,
     filter_eps: float,
+    grad_in_forward: bool | None,
+    return_log_prob: bool,
     return_lse: bool,
     scale: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`cross_entropy` of the logits input @ linear_weight.T + linear_bias, which exist in chunks only."""
-    loss, lse, _, total, *_ = operator("linear_cross_entropy", backend)(
-        input, linear_weight, linear_bias, target, weight, *_kernel_arguments(input, transform),
-        ignore_index, label_smoothing, z_loss, method, chunk_rows, filter_eps, return_lse, scale,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`cross_entropy` of the logits input @ linear_weight.T + linear_bias, which exist in chunks only.
+
+    The third is log p of the target [N], whatever the options of the loss are; empty unless ``return_log_prob``.
+    """
+    of_transform = _kernel_arguments(input, transform)
+    if method == "auto":
+        operands = (input, linear_weight, linear_bias, of_transform[0])
+        needs_gradient = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in operands)
+        chunked = return_log_prob or chunk_rows > 0
+        method = "chunked" if chunked else head_method(backend, input.shape[1], input.dtype, needs_gradient)
+    loss, lse, _, log_prob, total, *_ = operator("linear_cross_entropy", backend)(
+        input, linear_weight, linear_bias, target, weight, *of_transform, ignore_index, label_smoothing, z_loss,
+        method, chunk_rows, filter_eps, grad_in_forward, return_log_prob, return_lse, scale,
         False, False, False, False,
     )  # fmt: skip
-    return loss, lse, total
+    return loss, lse, log_prob, total
 
 
 def linear_token_statistics(
@@ -126,160 +139,159 @@ def log_softmax(backend: str, input: Tensor, transform: MonotonicTransform, dtyp
 
 def _kernel_arguments(input: Tensor, transform: MonotonicTransform) -> tuple[Tensor, str, list[float]]:
     assert transform.kernel is not None  # backends.choose() has made sure
-    coefficients = transform.coefficients().to(input.device, arithmetic_dtype(input.dtype))
+    coefficients = transform().to(input.device, arithmetic_dtype(input.dtype))
     return coefficients, transform.kernel, list(transform.constants())
 
 
-class _Ahead:
-    """The gradients of total that the forward pass computed, until the backward pass takes them."""
+class _Fused(_SingleLevelFunction):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            "the fused backends have no forward-mode derivatives (jvp, jacfwd, hessian), and no second ones: use "
+            'backend="reference"'
+        )
 
-    def __init__(
-        self,
-        gradients: Sequence[Tensor],
-        shift: Tensor | None,
-        scalable: bool,
-        scale_operator: torch._ops.OpOverload | None,
-    ) -> None:
-        self.gradients, self._shift, self._scalable, self._scale_operator = gradients, shift, scalable, scale_operator
 
-    def times(self, grad_total: Tensor) -> Sequence[Tensor] | None:
-        """The gradients times ``grad_total``, in place: what autograd gets it can keep, without a copy.
+class _Operator:
+    """An operator that is called by the names of its schema."""
 
-        None where that would round a result for the second time.
-        """
-        factor = grad_total if self._shift is None else grad_total / self._shift
-        if within_functorch() or not has_values(factor):
-            if not self._scalable:
-                return None
-            return [(each.to(factor.dtype) * factor).to(each.dtype) for each in self.gradients]
-        if tells_values(factor) and factor.item() == 1:
-            return self.gradients
-        if not self._scalable:
-            return None
-        if self._scale_operator is None or tells_values(factor):
-            return [each.mul_(factor) for each in self.gradients]
-        for each in self.gradients:
-            self._scale_operator(each, factor)
-        return self.gradients
+    def __init__(self, overload: torch._ops.OpOverload) -> None:
+        self.overload = overload
+        self.arguments = [each.name for each in overload._schema.arguments]
+        self.results = [each.name for each in overload._schema.returns]
+
+    def __call__(self, named: Mapping[str, Any]) -> Any:
+        return self.overload(*(named[name] for name in self.arguments))
 
 
 def _loss_function(
-    forward_operator: torch._ops.OpOverload,
-    backward_operator: torch._ops.OpOverload,
-    rescale_operator: torch._ops.OpOverload | None,
+    forward_operator: _Operator,
+    backward_operator: _Operator,
+    rescale_operator: _Operator | None,
     scale_operator: torch._ops.OpOverload | None,
-    tensor_names: Sequence[str],
 ) -> type[_SingleLevelFunction]:
-    """The derivative of a loss whose first arguments are the tensors ``tensor_names``.
+    """The derivative of a loss: of the arguments that its schema has a ``need_`` for, and the results that are asked for.
 
     The last two operators (:data:`.ops.ON_DEVICE`) are those of backends for devices that do not tell values.
     """
-    count = len(tensor_names)
-    differentiable = [i for i, name in enumerate(tensor_names) if name not in ("target", "weight")]
-    target_at, weight_at = tensor_names.index("target"), tensor_names.index("weight")
-    linear = "linear_weight" in tensor_names
+    differentiable = [name.removeprefix("need_") for name in forward_operator.arguments if name.startswith("need_")]
+    linear = "linear_weight" in differentiable
+    # What the backward pass is given once more, tensors and others.
+    kept = [name for name in forward_operator.arguments if name in backward_operator.arguments]
+    kept = [name for name in kept if not name.startswith("need_")]
 
-    class Loss(_SingleLevelFunction):
+    def needed_later(ctx: Any, named: Mapping[str, Any], **changes: Any) -> list[Tensor]:
+        """The gradients that are needed, computed now."""
+        wanted = {f"need_{name}": name in ctx.needed for name in differentiable}
+        gradients = backward_operator({"grad_loss": None, "grad_lse": None} | dict(named) | wanted | changes)
+        return [each for each, name in zip(gradients, differentiable, strict=True) if name in ctx.needed]
+
+    class Loss(_Fused):
         @staticmethod
         def forward(ctx: Any, grad_enabled: bool, *arguments: Any) -> Any:
-            tensors, (transform, constants, *options, return_lse, scale) = (
-                arguments[:count],
-                arguments[count : -len(differentiable)],
-            )
-            if grad_enabled and ctx.needs_input_grad[1 + target_at]:
-                raise ValueError(f"target must not require a gradient: {forward_operator} has none for it")
-            asked = arguments[-len(differentiable) :]
-            needs = [grad_enabled and ctx.needs_input_grad[1 + place] for place in differentiable]
-            input, shift = tensors[0], None
+            named = dict(zip(forward_operator.arguments, arguments, strict=True))
+            differentiated = dict(zip(forward_operator.arguments, ctx.needs_input_grad[1:], strict=True))
+            if grad_enabled and differentiated["target"]:
+                raise ValueError(f"target must not require a gradient: {forward_operator.overload} has none for it")
+            ctx.needed = [name for name in differentiable if grad_enabled and differentiated[name]]
+            ctx.dtypes = [named[name].dtype for name in ctx.needed]
+            scale, shift = named["scale"], None
             # Gradients that the caller asks for stay his own.
-            ahead = (
-                scale is not None
-                and any(needs)
-                and not any(asked)
-                and _may_compute_ahead(input, linear, rescale_operator)
-            )
-            ahead = ahead and "recompute" not in options
-            with _below_autograd(), torch.set_grad_enabled(grad_enabled):
-                scale_of_gradients = scale
-                if ahead and linear and input.dtype == torch.float16:
-                    shift = float16_shift(scale, tensors[target_at], tensors[weight_at], options[0])
-                    scale_of_gradients = scale * shift
-                loss, lse, row_stats, total, *gradients = forward_operator(
-                    *arguments[: -len(asked) - 1], scale_of_gradients, *(needs if ahead else asked)
-                )
-                if shift is not None:
-                    total = total / shift
-            ctx.ahead = None
+            asked = any(named[f"need_{name}"] for name in differentiable)
+            ahead = scale is not None and not asked and _may_compute_ahead(named, ctx.needed, rescale_operator)
+            computed = dict(named)
             if ahead:
-                needed = [each for each, need in zip(gradients, needs, strict=True) if need]
-                ctx.ahead = _Ahead(needed, shift, linear or input.dtype not in _HALF, scale_operator)
-                gradients = [each.new_empty(0) for each in gradients]
-            ctx.needs, ctx.arguments = needs, (transform, constants, options)
-            ctx.dtypes = [tensors[place].dtype for place, need in zip(differentiable, needs, strict=True) if need]
-            ctx.save_for_backward(*tensors, row_stats, scale)
-            ctx.mark_non_differentiable(
-                row_stats, *gradients, *(() if return_lse else (lse,)), *(() if scale is not None else (total,))
+                computed |= {f"need_{name}": True for name in ctx.needed}
+                if linear and named["input"].dtype == torch.float16:
+                    shift = float16_shift(scale, named["target"], named["weight"], named["ignore_index"])
+                    computed["scale"] = scale * shift
+            with _below_autograd(), torch.set_grad_enabled(grad_enabled):
+                results = dict(zip(forward_operator.results, forward_operator(computed), strict=True))
+                if shift is not None:
+                    results["total"] = results["total"] / shift
+            gradients = []
+            if ahead:
+                gradients = [results[f"grad_{name}"] for name in ctx.needed]
+                gradients_ahead.let_wait(gradients)
+                results |= {f"grad_{name}": results[f"grad_{name}"].new_empty(0) for name in ctx.needed}
+            ctx.tensors = [name for name in kept if isinstance(named[name], Tensor)]
+            ctx.others = {name: named[name] for name in kept if not isinstance(named[name], Tensor)}
+            # All of them here and none on ctx, so that checkpoints, saved-tensor hooks and compiled autograd see them.
+            ctx.save_for_backward(
+                *(named[name] for name in ctx.tensors), results["row_stats"], scale, shift, *gradients
             )
+            asked_for = {"loss": True, "lse": named["return_lse"], "total": scale is not None}
+            asked_for["log_prob"] = named.get("return_log_prob", False)
+            ctx.mark_non_differentiable(*(each for name, each in results.items() if not asked_for.get(name)))
             ctx.set_materialize_grads(False)
-            return loss, lse, row_stats, total, *gradients
+            return tuple(results.values())
 
         @staticmethod
-        def backward(
-            ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, _: None, grad_total: Tensor | None, *__: None
-        ) -> Any:
-            ahead, ctx.ahead = ctx.ahead, None
-            results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-            if grad_loss is None and grad_lse is None and grad_total is None:
-                return tuple(results)
-            gradients: Sequence[Tensor] | None = None
+        def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+            grads = dict(zip(forward_operator.results, upstream, strict=True))
+            loss, lse, total, log_prob = (grads.get(name) for name in ("loss", "lse", "total", "log_prob"))
+            places: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+            if loss is None and lse is None and total is None and log_prob is None:
+                return tuple(places)
+            tensors = ctx.saved_tensors
+            row_stats, scale, shift, *ahead = tensors[len(ctx.tensors) :]
+            named = dict(zip(ctx.tensors, tensors, strict=False)) | ctx.others | {"row_stats": row_stats}
+            parts: list[Sequence[Tensor]] = []
             # With gradients enabled, these may be differentiated: that must end in an error, not in zeros.
-            if ahead is not None and grad_loss is None and grad_lse is None and not torch.is_grad_enabled():
-                assert grad_total is not None  # what else would there be a gradient of
-                gradients = ahead.times(grad_total)
-                if gradients is None and rescale_operator and not within_functorch() and has_values(grad_total):
-                    gradients = _rescaled(ctx, ahead.gradients, grad_total, rescale_operator)
-            del ahead
-            if gradients is None:
-                *tensors, row_stats, scale = ctx.saved_tensors
-                if grad_total is not None:
-                    of_rows = (grad_total * scale).expand(row_stats.shape[1:])
-                    grad_loss = of_rows if grad_loss is None else grad_loss + of_rows
-                transform, constants, options = ctx.arguments
-                computed = backward_operator(
-                    grad_loss, grad_lse, *tensors, transform, constants, row_stats, *options, *ctx.needs
+            if ahead and total is not None and loss is None and lse is None and not torch.is_grad_enabled():
+                in_place = not keeps_graph()
+                part = gradients_ahead.scaled(
+                    ahead,
+                    total if shift is None else total / shift,
+                    rounded=not linear and named["input"].dtype in _HALF,
+                    in_place=in_place,
+                    scale_operator=scale_operator,
                 )
-                gradients = [each for each, need in zip(computed, ctx.needs, strict=True) if need]
-            places = [place for place, need in zip(differentiable, ctx.needs, strict=True) if need]
-            for place, gradient, dtype in zip(places, gradients, ctx.dtypes, strict=True):
-                results[1 + place] = gradient.to(dtype)
-            return tuple(results)
+                if part is None and rescale_operator and not within_functorch() and has_values(total):
+                    own = ahead if in_place else [each.clone() for each in ahead]
+                    part = _rescaled(own, total, rescale_operator, named | {"scale": scale})
+                if part is not None:
+                    parts, total = [part], None
+            if total is not None:
+                of_rows = (total * scale).expand(row_stats.shape[1:])
+                loss = of_rows if loss is None else loss + of_rows
+            if loss is not None or lse is not None:
+                parts.append(needed_later(ctx, named, grad_loss=loss, grad_lse=lse))
+            if log_prob is not None:
+                plain = {"weight": None, "label_smoothing": 0.0, "z_loss": 0.0}
+                parts.append(needed_later(ctx, named, grad_loss=-log_prob, **plain))
+            for name, dtype, *gradients in zip(ctx.needed, ctx.dtypes, *parts, strict=True):
+                first, *more = gradients
+                gradient = first + more[0] if more else first
+                places[1 + forward_operator.arguments.index(name)] = gradient.to(dtype)
+            return tuple(places)
 
     return Loss
 
 
 def _rescaled(
-    ctx: Any, gradients: Sequence[Tensor], grad_total: Tensor, rescale_operator: torch._ops.OpOverload
+    gradients: Sequence[Tensor], grad_total: Tensor, rescale_operator: _Operator, named: Mapping[str, Any]
 ) -> list[Tensor]:
     """The gradients of a half precision input and of coefficients times ``grad_total``, decided on the device."""
-    *tensors, row_stats, scale = ctx.saved_tensors
-    transform, constants, options = ctx.arguments
-    rescaled = list(gradients)
-    for i, each in enumerate(rescaled):
+    for each in gradients:
         if each.dtype in _HALF:
-            rescale_operator(each, grad_total, scale, *tensors, transform, constants, row_stats, *options)
+            rescale_operator({"grad_input": each, "factor": grad_total, **named})
         else:
-            rescaled[i] = each.mul_(grad_total)
-    return rescaled
+            each.mul_(grad_total)
+    return list(gradients)
 
 
-def _may_compute_ahead(input: Tensor, linear: bool, rescale_operator: torch._ops.OpOverload | None) -> bool:
-    if within_functorch():
-        return False  # func.grad asks for gradients that it can differentiate
-    if linear or input.dtype not in _HALF:
-        return True
+def _may_compute_ahead(named: Mapping[str, Any], needed: Sequence[str], rescale_operator: _Operator | None) -> bool:
+    input, wish = named["input"], named.get("grad_in_forward")
+    # func.grad asks for gradients that it can differentiate.
+    if not needed or wish is False or within_functorch() or named.get("method") == "recompute":
+        return False
     # A gradient in half precision is scaled by 1 or computed again, so as not to be rounded twice. The CPU says which
     # without waiting; elsewhere an operator decides on the device.
-    return tells_values(input) or (rescale_operator is not None and has_values(input))
+    if "linear_weight" not in named and input.dtype in _HALF:
+        if not tells_values(input) and (rescale_operator is None or not has_values(input)):
+            return False
+    return bool(wish) or gradients_ahead.may_wait([named[name] for name in needed])
 
 
 def _register(backend: str) -> None:
@@ -287,7 +299,7 @@ def _register(backend: str) -> None:
     forward_log = operator("log_softmax", backend)
     backward_log = operator("log_softmax_backward", backend)
 
-    class LogSoftmax(_SingleLevelFunction):
+    class LogSoftmax(_Fused):
         @staticmethod
         def forward(ctx: Any, grad_enabled: bool, *arguments: Any) -> Any:
             with _below_autograd(), torch.set_grad_enabled(grad_enabled):
@@ -313,7 +325,7 @@ def _register(backend: str) -> None:
     def without_derivative(name: str, reason: str) -> None:
         overload = operator(name, backend)
 
-        class Once(_SingleLevelFunction):
+        class Once(_Fused):
             @staticmethod
             def forward(ctx: Any, grad_enabled: bool, *arguments: Any) -> Any:
                 ctx.save_for_backward(*(each if isinstance(each, Tensor) else None for each in arguments))
@@ -330,18 +342,18 @@ def _register(backend: str) -> None:
 
         _implement(overload, Once)
 
-    losses: dict[str, tuple[str, ...]] = {
-        "cross_entropy": ("input", "target", "weight", "coefficients"),
-        "linear_cross_entropy": ("input", "linear_weight", "linear_bias", "target", "weight", "coefficients"),
-    }
-    if backend == "cpu":
-        losses["cross_entropy_of_probabilities"] = losses["cross_entropy"]
-    for name, tensors in losses.items():
-        overload = operator(name, backend)
+    losses = [
+        "cross_entropy",
+        "linear_cross_entropy",
+        *(["cross_entropy_of_probabilities"] if backend == "cpu" else []),
+    ]
+    for name in losses:
+        forward, backward = _Operator(operator(name, backend)), _Operator(operator(f"{name}_backward", backend))
         scale = None if backend == "cpu" else operator("scale_", backend)
-        rescale = operator("cross_entropy_rescale_", backend) if scale and name == "cross_entropy" else None
-        function = _loss_function(overload, operator(f"{name}_backward", backend), rescale, scale, tensors)
-        _implement(overload, function)
+        rescale = None
+        if scale and name == "cross_entropy":
+            rescale = _Operator(operator("cross_entropy_rescale_", backend))
+        _implement(forward.overload, _loss_function(forward, backward, rescale, scale))
     _implement(forward_log, LogSoftmax)
     for name in (*(f"{each}_backward" for each in losses), "log_softmax_backward"):
         without_derivative(name, f'the {backend} backend does not support double backward; use backend="reference"')

@@ -19,6 +19,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from . import _installation
 from .transforms import Identity, MonotonicTransform
 
 BackendName = Literal["auto", "reference", "cpu", "triton", "cuda"]
@@ -30,28 +31,25 @@ TargetKind = Literal["indices", "probabilities", "differentiated probabilities"]
 
 def _load_extension() -> tuple[ModuleType | None, str]:
     """The compiled extension, or the reason why it cannot be used."""
-    name = f"{__package__}._C"
     try:
-        module = importlib.import_module(name)
+        module = _installation.import_extension()
     except ModuleNotFoundError as error:
-        if error.name != name:
+        if error.name != f"{__package__}._C":
             raise
-        return None, (
-            "the C++ extension is not built: with a C++ compiler on PATH, pip install --no-build-isolation monosoftmax"
-        )
+        return None, _installation.missing_extension()
     except ImportError as error:
-        return None, f"the C++ extension does not load: {error}"
+        return None, f"the C++ extension does not load ({error}): {_installation.command()}"
     built, running = module.build_info()["torch"].split("+")[0], torch.__version__.split("+")[0]
     if built.rsplit(".", 1)[0] != running.rsplit(".", 1)[0]:
         return None, (
-            f"the C++ extension was built against torch {built}, this is torch {running}: "
-            "pip install --no-build-isolation --force-reinstall --no-deps monosoftmax"
+            f"the C++ extension was built against torch {built}, this is torch {running}: {_installation.command()}"
         )
     return module, ""
 
 
 #: The compiled extension ``monosoftmax._C``, or None; and why it is None.
 extension, _extension_problem = _load_extension()
+_installation.find_triton_kernels()
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,10 @@ class Call:
     device: str
     dtype: torch.dtype
     transform: MonotonicTransform
-    #: Of the head: what is asked for, and whether the size of a chunk is.
+    #: Of the head: what is asked for, and whether the size of a chunk and the time of the gradients are.
     method: str = "auto"
     has_chunk_rows: bool = False
+    has_grad_in_forward: bool = False
     #: Of cross_entropy.
     target_kind: TargetKind = "indices"
     #: Logits of the shape in question, where someone asks how they are dealt with.
@@ -128,6 +127,8 @@ def _reference_refusal(call: Call) -> str | None:
         return f'it holds the logits in full, and has no method="{call.method}"'
     if call.has_chunk_rows:
         return "it holds the logits in full, and has no use for chunk_rows"
+    if call.has_grad_in_forward:
+        return "autograd computes its gradients, and it has no use for grad_in_forward"
     return None
 
 
@@ -305,7 +306,8 @@ def _cuda_problem() -> str | None:
     gpu = torch.cuda.get_device_capability()
     if not any(_runs_on(gpu, each) for each in build["cuda_architectures"].split()):
         wanted = f"{gpu[0]}.{gpu[1]}"
-        return f"{kernels}, but this GPU is {wanted}: install again with TORCH_CUDA_ARCH_LIST={wanted}"
+        again = f"TORCH_CUDA_ARCH_LIST={wanted} {_installation.command()}"
+        return f"{kernels}, but this GPU is {wanted}: install again with {again}"
     return None
 
 

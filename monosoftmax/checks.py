@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+import operator
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .transforms import Identity, MonotonicTransform
 from .transforms.base import require_count
@@ -21,20 +22,45 @@ IDENTITY = Identity()
 IGNORE_INDEX = -100
 
 
-def check_transform(transform: MonotonicTransform | None) -> MonotonicTransform:
+def check_transform(transform: nn.Module | None) -> MonotonicTransform:
+    """The transform that ``transform`` is or wraps; the identity for None."""
     if transform is None:
         return IDENTITY
-    if not isinstance(transform, MonotonicTransform):
-        raise TypeError(f"transform must be a monosoftmax transform or None, got {type(transform).__name__}")
-    return transform
+    found = _unwrapped(transform)
+    if not isinstance(found, MonotonicTransform):
+        raise TypeError(
+            f"transform must be a monosoftmax transform or None, got {type(transform).__name__}"
+            + (": wrap the module that owns the transform instead" if isinstance(transform, nn.Module) else "")
+        )
+    return found
+
+
+def _unwrapped(module: Any) -> Any:
+    """What a wrapper around a transform calls: that of ``torch.compile``, and PEFT's ModulesToSaveWrapper."""
+    while not isinstance(module, MonotonicTransform):
+        copies, original = getattr(module, "modules_to_save", None), getattr(module, "original_module", None)
+        if isinstance(copies, nn.ModuleDict) and original is not None:
+            names = getattr(module, "active_adapters", None) or module.active_adapter
+            names = [names] if isinstance(names, str) else list(names)
+            in_use = names and not module.disable_adapters and all(name in copies for name in names)
+            module = copies[names[0]] if in_use else original
+        elif hasattr(module, "_orig_mod"):
+            module = module._orig_mod
+        else:
+            break
+    return module
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     if hasattr(tensor, "full_tensor"):  # a DTensor, without the price of importing torch.distributed.tensor
+        # Not to_local(), the loss over a part of the vocabulary, nor full_tensor(), whose gradient nobody reduces.
         raise NotImplementedError(
-            f"{name} is a DTensor, which is not supported: pass its full_tensor(), or its to_local() shard of rows"
+            f"{name} is a DTensor, which is not supported. Where fully_shard made it one, call the module that owns it "
+            "instead of reading its parameters; or call module.unshard() before; or let "
+            'torch.distributed.fsdp.register_fsdp_forward_method(module, "method") gather for a method that is not '
+            "forward"
         )
     if tensor.layout != torch.strided:
         raise NotImplementedError(f"{name} must be a dense tensor, got layout {tensor.layout}")
@@ -46,17 +72,20 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
 
-def check_target(target: Tensor, device: torch.device) -> None:
+def check_target(target: Tensor, device: torch.device, shape: torch.Size) -> Tensor:
+    """``target`` as int64, and without a dimension where ``shape`` has none: as PyTorch takes uint8 and (1,)."""
     check_tensor("target", target)
     if target.is_floating_point():
         raise NotImplementedError(
             f"target must be int64 class indices, got {target.dtype}: class probabilities are not supported here, "
             "where nothing of the size of the logits is held; monosoftmax.cross_entropy takes them"
         )
-    if target.dtype != torch.int64:
-        raise TypeError(f"target must be int64 class indices, got {target.dtype}")
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(f"target must be int64 or uint8 class indices, got {target.dtype}")
     if target.device != device:
         raise ValueError(f"target must be on {device} like input, got {target.device}")
+    target = target.long()
+    return target.reshape(shape) if len(shape) == 0 and target.shape == (1,) else target
 
 
 def check_class_probabilities(target: Tensor, input: Tensor, ignore_index: int) -> None:
@@ -76,10 +105,11 @@ def check_class_probabilities(target: Tensor, input: Tensor, ignore_index: int) 
         )
 
 
-def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor) -> None:
+def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor) -> Tensor:
+    """``target`` as :func:`check_target` returns it."""
     check_floating("input", input)
     check_floating("linear_weight", linear_weight)
-    check_target(target, input.device)
+    target = check_target(target, input.device, input.shape[:-1])
     if input.dim() == 0 or linear_weight.dim() != 2 or input.shape[-1] != linear_weight.shape[1]:
         raise ValueError(
             f"input (..., d) and linear_weight (V, d) must agree in d, got {tuple(input.shape)} and "
@@ -97,13 +127,19 @@ def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None,
         if linear_bias.shape != (classes,):
             raise ValueError(f"linear_bias must have shape ({classes},), got {tuple(linear_bias.shape)}")
         operands["linear_bias"] = linear_bias
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = autocast_enabled(input.device.type)
     for name, operand in operands.items():
         if operand.device != input.device:
             raise ValueError(f"{name} must be on {input.device} like input, got {operand.device}")
         if operand.dtype != input.dtype and not autocast:
             raise TypeError(f"{name} must have the dtype of input, {input.dtype}, got {operand.dtype}")
     check_classes(classes)
+    return target
+
+
+def autocast_enabled(device: str) -> bool:
+    """``torch.is_autocast_enabled``, for the meta device, too."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def check_classes(classes: int) -> None:
@@ -111,16 +147,20 @@ def check_classes(classes: int) -> None:
         raise ValueError("input must have at least 1 class, got 0")
 
 
-def check_ignore_index(ignore_index: int) -> None:
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+def check_ignore_index(ignore_index: int) -> int:
+    """``ignore_index`` as an int, which a tensor or an array of one integer is, too."""
+    if not isinstance(ignore_index, bool):
+        try:
+            return operator.index(ignore_index)
+        except TypeError:
+            pass  # the error below says it in our words
+    raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
 
 
 def check_loss_options(
     classes: int,
     device: torch.device,
     weight: Tensor | None,
-    ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     reduction: Reduction,
@@ -134,7 +174,6 @@ def check_loss_options(
             raise ValueError(f"weight must be on {device} like input, got {weight.device}")
         if weight.requires_grad:
             raise ValueError("weight must not require a gradient: the loss is not differentiated with respect to it")
-    check_ignore_index(ignore_index)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
     if not 0 <= z_loss < math.inf:
@@ -143,7 +182,9 @@ def check_loss_options(
         raise ValueError(f'reduction must be "none", "mean" or "sum", got {reduction!r}')
 
 
-def check_head_options(method: HeadMethod, chunk_rows: int | None, filter_eps: float) -> None:
+def check_head_options(
+    method: HeadMethod, chunk_rows: int | None, filter_eps: float, grad_in_forward: bool | None, reduction: Reduction
+) -> None:
     if method not in get_args(HeadMethod):
         raise ValueError(f"method must be one of {', '.join(get_args(HeadMethod))}, got {method!r}")
     if chunk_rows is not None:
@@ -154,6 +195,13 @@ def check_head_options(method: HeadMethod, chunk_rows: int | None, filter_eps: f
         raise ValueError(f"filter_eps must be at least 0 and less than 1, got {filter_eps}")
     if filter_eps > 0 and method != "recompute":
         raise ValueError(f'filter_eps needs method="recompute", got method={method!r}')
+    if grad_in_forward is None:
+        return
+    if not isinstance(grad_in_forward, bool):
+        raise TypeError(f"grad_in_forward must be a bool or None, got {type(grad_in_forward).__name__}")
+    for name, value in (("method", method), ("reduction", reduction)):
+        if grad_in_forward and value in ("recompute", "none"):
+            raise ValueError(f'grad_in_forward must not be True for {name}="{value}", got True')
 
 
 def check_device(name: str, transform: MonotonicTransform, device: torch.device) -> None:

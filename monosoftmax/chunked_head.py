@@ -71,7 +71,9 @@ class _Head:
         need_bias: bool = False,
         rows_in_chunk: int = 0,
     ) -> None:
-        self.input, self.weight, self.bias = input, linear_weight, linear_bias
+        # oneDNN reads a bias as if it were contiguous, whatever its stride is.
+        bias = None if linear_bias is None else linear_bias.contiguous()
+        self.input, self.weight, self.bias = input, linear_weight, bias
         self.need_input, self.need_weight, self.need_bias = need_input, need_weight, need_bias
         self.needs_logit_gradient = need_input or need_weight or need_bias
         rows, (classes, features) = input.shape[0], linear_weight.shape
@@ -189,28 +191,42 @@ def _onednn_product(input: Tensor) -> Callable[..., Tensor] | None:
 def _linear_cross_entropy(
     backend: str, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor,
     weight: Tensor | None, coefficients: Tensor, transform: str, constants: list[float], ignore_index: int,
-    label_smoothing: float, z_loss: float, method: str, chunk_rows: int, filter_eps: float, return_lse: bool,
-    scale: Tensor | None, need_input: bool, need_linear_weight: bool, need_linear_bias: bool, need_coefficients: bool,
+    label_smoothing: float, z_loss: float, method: str, chunk_rows: int, filter_eps: float,
+    grad_in_forward: bool | None, return_log_prob: bool, return_lse: bool, scale: Tensor | None,
+    need_input: bool, need_linear_weight: bool, need_linear_bias: bool, need_coefficients: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     _check_targets(target, linear_weight.shape[0], ignore_index)
+    of_transform = coefficients, transform, constants
     if method == "recompute":
-        results: tuple[Tensor, ...] = recompute_head(backend).linear_cross_entropy(
-            input, linear_weight, linear_bias, target, weight, coefficients, transform, constants, ignore_index,
-            label_smoothing, z_loss, return_lse, scale, need_input, need_linear_weight, need_linear_bias,
-            need_coefficients,
-        )  # fmt: skip
-        return results
+        forward = recompute_head(backend).linear_cross_entropy
+        needs = need_input, need_linear_weight, need_linear_bias, need_coefficients
+        operands = input, linear_weight, linear_bias, target
+        options = ignore_index, label_smoothing, z_loss, return_lse, scale
+        *of_rows, total, grad_input, grad_weight, grad_bias, grad_coefficients = forward(
+            *operands, weight, *of_transform, *options, *needs
+        )
+        log_prob = of_rows[0].new_empty(0)
+        if return_log_prob:  # by a second product: this method has no logits to look at twice
+            plain = forward(*operands, None, *of_transform, ignore_index, 0.0, 0.0, False, None, *(False,) * len(needs))
+            log_prob = plain[0].neg_()
+        return *of_rows, log_prob, total, grad_input, grad_weight, grad_bias, grad_coefficients
     head = _Head(input, linear_weight, linear_bias, need_input, need_linear_weight, need_linear_bias, chunk_rows)
     if scale is None and (head.needs_logit_gradient or need_coefficients):
         raise ValueError("monosoftmax: gradients need a scale")
     row_operator = operator("cross_entropy_" if head.needs_logit_gradient else "cross_entropy", backend)
     dtype, rows = arithmetic_dtype(input.dtype), input.shape[0]
     loss, lse, row_stats = (input.new_empty(shape, dtype=dtype) for shape in ((rows,), (rows,), (2, rows)))
+    log_prob = loss.new_empty(rows if return_log_prob else 0)
     sums = _CoefficientSums(coefficients, need_coefficients)
     for chunk, logits in head:
+        if return_log_prob:
+            # Before the gradient is written over the logits.
+            plain = operator("cross_entropy", backend)(
+                logits, target[chunk], None, *of_transform, ignore_index, 0.0, 0.0, False, None, False, False
+            )
+            log_prob[chunk] = plain[0].neg_()
         arguments = (
-            logits, target[chunk], weight, coefficients, transform, constants, ignore_index, label_smoothing, z_loss,
-            return_lse, scale,
+            logits, target[chunk], weight, *of_transform, ignore_index, label_smoothing, z_loss, return_lse, scale
         )  # fmt: skip
         if head.needs_logit_gradient:
             *of_rows, grad_coefficients = row_operator(*arguments, need_coefficients)
@@ -221,7 +237,7 @@ def _linear_cross_entropy(
         sums.add(grad_coefficients)
         del logits, arguments
     total = loss.new_empty(0) if scale is None else loss.sum() * scale
-    return loss, lse, row_stats, total, head.grad_input, head.grad_weight, head.grad_bias, sums.total()
+    return loss, lse, row_stats, log_prob, total, head.grad_input, head.grad_weight, head.grad_bias, sums.total()
 
 
 def _linear_cross_entropy_backward(

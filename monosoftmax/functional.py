@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import autograd, reference
-from .backends import BackendName, Call, choose, head_method, target_kind
+from .backends import BackendName, Call, choose, target_kind
 from .checks import (
     FLOATING_DTYPES,
     HeadMethod,
     Reduction,
+    autocast_enabled,
     check_class_probabilities,
     check_device,
     check_floating,
@@ -30,11 +32,16 @@ from .transforms.base import arithmetic_dtype
 
 
 class Losses(NamedTuple):
-    """The losses of the rows and lse, both of the shape of class indices, and their mean or sum, None for "none"."""
+    """The losses of the rows and lse, both of the shape of class indices, and their mean or sum, None for "none".
+
+    ``log_prob`` is log p of the targets, 0 where they are ignored, whatever the options of the loss are; None where it
+    was not asked for.
+    """
 
     rows: Tensor
     lse: Tensor
     total: Tensor | None
+    log_prob: Tensor | None = None
 
     def result(self, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
         loss = self.rows if self.total is None else self.total
@@ -110,7 +117,7 @@ def cross_entropy(
 
     Args:
         input: logits z, (V,), (N, V) or (N, V, d1, ...); float32, bfloat16, float16 or float64.
-        target: class indices, int64, of the shape of ``input`` without V; or class probabilities, of any floating dtype
+        target: class indices, int64 or uint8, of the shape of ``input`` without V; or class probabilities, of any floating dtype
             listed for ``input`` and of the shape of ``input``. The reference and cpu backends take probabilities. The
             reference backend differentiates with respect to them, and ``"auto"`` chooses it where they require a
             gradient.
@@ -149,22 +156,23 @@ def cross_entropy(
     if probabilities:
         check_class_probabilities(target, input, ignore_index)
     else:
-        check_target(target, input.device)
+        target = check_target(target, input.device, without_classes)
         if target.shape != without_classes:
             raise ValueError(
                 f"target must have the shape of input without its class dimension, {tuple(without_classes)} for input "
                 f"{tuple(input.shape)}, got {tuple(target.shape)}"
             )
-    check_loss_options(classes, input.device, weight, ignore_index, label_smoothing, z_loss, reduction)
+    ignore_index = check_ignore_index(ignore_index)
+    check_loss_options(classes, input.device, weight, label_smoothing, z_loss, reduction)
     check_device("transform", transform, input.device)
 
     call = Call(
         "cross_entropy", input.device.type, input.dtype, transform, target_kind=target_kind(target), classes=classes
     )
     chosen = choose(call, backend)
-    rows = input.movedim(class_dim, -1).reshape(-1, classes)
+    rows = _rows_of(input.movedim(class_dim, -1))
     if probabilities:
-        target = target.movedim(class_dim, -1).reshape(-1, classes)
+        target = _rows_of(target.movedim(class_dim, -1))
         loss, lse, total = _losses_of_probabilities(
             rows, target, transform, weight, label_smoothing, z_loss, reduction, return_lse, chosen
         )
@@ -193,6 +201,7 @@ def linear_cross_entropy(
     method: HeadMethod = ...,
     chunk_rows: int | None = ...,
     filter_eps: float = ...,
+    grad_in_forward: bool | None = ...,
 ) -> Tensor: ...
 @overload
 def linear_cross_entropy(
@@ -212,6 +221,7 @@ def linear_cross_entropy(
     method: HeadMethod = ...,
     chunk_rows: int | None = ...,
     filter_eps: float = ...,
+    grad_in_forward: bool | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def linear_cross_entropy(
     input: Tensor,
@@ -230,6 +240,7 @@ def linear_cross_entropy(
     method: HeadMethod = "auto",
     chunk_rows: int | None = None,
     filter_eps: float = 0.0,
+    grad_in_forward: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r""":func:`cross_entropy` of the logits :math:`z = \text{input}\,\text{linear\_weight}^T + \text{linear\_bias}`.
 
@@ -238,8 +249,8 @@ def linear_cross_entropy(
     in place and the two products of it; the backward pass scales what is there. That makes three products in all, one
     under ``torch.no_grad()``, and none for what needs no gradient. Gradients that depend on more than one number, those
     of ``reduction="none"`` and of lse, cannot be computed ahead: the backward pass then computes the logits again (four
-    products), and so it does for a second backward pass through a retained graph and under ``torch.func.grad``. In
-    bfloat16 and float16 the logits and their gradient are rounded to that type, as they are by PyTorch, and the
+    products), and so it does under ``torch.func.grad``. What is computed ahead waits, a gradient of the weight in
+    float32, until the backward pass: see ``grad_in_forward``. In bfloat16 and float16 the logits and their gradient are rounded to that type, as they are by PyTorch, and the
     gradients of ``linear_weight`` and ``linear_bias`` are summed over the chunks in float32 and rounded at the end;
     that of ``input`` is rounded twice where the upstream gradient of a mean or sum is not a power of two. The reference
     backend holds the logits in full.
@@ -247,7 +258,7 @@ def linear_cross_entropy(
     Args:
         input: (..., d).
         linear_weight: (V, d), of the dtype of ``input`` (or any, under autocast).
-        target: class indices, int64, of the shape of ``input`` without d.
+        target: class indices, int64 or uint8, of the shape of ``input`` without d.
         linear_bias: (V,).
         transform, weight, ignore_index, label_smoothing, z_loss, reduction, return_lse, backend: as in
             :func:`cross_entropy`.
@@ -259,6 +270,12 @@ def linear_cross_entropy(
         filter_eps: with ``"recompute"``, tiles of logits in which no :math:`|\partial \ell_i / \partial z_{ij}|`
             exceeds ``filter_eps`` add nothing to the gradients of ``input`` and ``linear_weight``; 0 leaves nothing
             out.
+        grad_in_forward: whether the gradients of a mean or sum are computed in the forward pass: True for three
+            products, and gradients that wait for the backward pass; False for four products, and nothing that waits.
+            None computes them ahead for one loss at a time, and for more as long as all that waits on the device is
+            at most 64 MiB (:data:`monosoftmax.gradients_ahead.BESIDES_ONE`), so that many losses before one backward
+            pass do not hold a gradient of the weight each (``torch.compile``, which cannot tell, takes True). Within ``torch.utils.checkpoint``, which drops what waits,
+            False saves a product.
 
     Returns:
         As :func:`cross_entropy`.
@@ -271,7 +288,7 @@ def linear_cross_entropy(
     """
     losses = linear_losses(
         input, linear_weight, target, transform, linear_bias, weight, ignore_index, label_smoothing, z_loss,
-        reduction, return_lse, backend, method, chunk_rows, filter_eps,
+        reduction, return_lse, backend, method, chunk_rows, filter_eps, grad_in_forward,
     )  # fmt: skip
     return losses.result(return_lse)
 
@@ -292,13 +309,16 @@ def linear_losses(
     method: HeadMethod = "auto",
     chunk_rows: int | None = None,
     filter_eps: float = 0.0,
+    grad_in_forward: bool | None = None,
+    return_log_prob: bool = False,
 ) -> Losses:
-    """:func:`linear_cross_entropy`, with the losses of the rows and their mean or sum both."""
+    """:func:`linear_cross_entropy`: the losses of the rows and their mean or sum both, and log p of the targets."""
     transform = check_transform(transform)
-    check_head(input, linear_weight, linear_bias, target)
-    check_loss_options(linear_weight.shape[0], input.device, weight, ignore_index, label_smoothing, z_loss, reduction)
+    target = check_head(input, linear_weight, linear_bias, target)
+    ignore_index = check_ignore_index(ignore_index)
+    check_loss_options(linear_weight.shape[0], input.device, weight, label_smoothing, z_loss, reduction)
     check_device("transform", transform, input.device)
-    check_head_options(method, chunk_rows, filter_eps)
+    check_head_options(method, chunk_rows, filter_eps, grad_in_forward, reduction)
     call = Call(
         "linear_cross_entropy",
         input.device.type,
@@ -306,27 +326,34 @@ def linear_losses(
         transform,
         method,
         chunk_rows is not None,
+        has_grad_in_forward=grad_in_forward is not None,
         classes=linear_weight.shape[0],
     )
     chosen = choose(call, backend)
-    rows = input.reshape(-1, input.shape[-1])
+    rows = _rows_of(input)
     if chosen == "reference":
         logits = F.linear(rows, linear_weight, linear_bias)
-        return _losses_of_rows(
+        losses = _losses_of_rows(
             logits, target, transform, weight, ignore_index, label_smoothing, z_loss, reduction, return_lse, chosen
         )
+        if return_log_prob:
+            plain = _losses_of_rows(logits, target, transform, None, ignore_index, 0.0, 0.0, "none", False, chosen)
+            losses = losses._replace(log_prob=-plain.rows)
+        return losses
     rows, linear_weight, linear_bias = _operands(rows, linear_weight, linear_bias)
     row_target, weight = target.reshape(-1), _class_weight(weight, rows)
     normalizer = _normalizer(row_target, weight, ignore_index, linear_weight.shape[0], reduction, rows.dtype)
-    if method == "auto":
-        leaves = (rows, linear_weight, linear_bias, *transform.parameters())
-        needs_gradient = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in leaves)
-        method = "chunked" if chunk_rows else head_method(chosen, rows.shape[1], rows.dtype, needs_gradient)
-    loss, lse, total = autograd.linear_cross_entropy(
+    loss, lse, log_prob, total = autograd.linear_cross_entropy(
         chosen, rows, linear_weight, linear_bias, row_target, transform, weight, ignore_index, label_smoothing, z_loss,
-        method, chunk_rows or 0, filter_eps, return_lse, None if normalizer is None else normalizer.reciprocal(),
+        method, chunk_rows or 0, filter_eps, grad_in_forward, return_log_prob, return_lse,
+        None if normalizer is None else normalizer.reciprocal(),
     )  # fmt: skip
-    return Losses(loss.reshape(target.shape), lse.reshape(target.shape), None if normalizer is None else total)
+    return Losses(
+        loss.reshape(target.shape),
+        lse.reshape(target.shape),
+        None if normalizer is None else total,
+        log_prob.reshape(target.shape) if return_log_prob else None,
+    )
 
 
 def linear_token_statistics(
@@ -366,15 +393,15 @@ def linear_token_statistics(
         TypeError, ValueError, NotImplementedError, IndexError: as in :func:`cross_entropy`.
     """
     transform = check_transform(transform)
-    check_head(input, linear_weight, linear_bias, target)
-    check_ignore_index(ignore_index)
+    target = check_head(input, linear_weight, linear_bias, target)
+    ignore_index = check_ignore_index(ignore_index)
     check_device("transform", transform, input.device)
     classes = linear_weight.shape[0]
     call = Call("linear_token_statistics", input.device.type, input.dtype, transform, classes=classes)
     chosen = choose(call, backend)
     row_target = target.reshape(-1)
     with torch.no_grad():
-        rows, linear_weight, linear_bias = _operands(input.reshape(-1, input.shape[-1]), linear_weight, linear_bias)
+        rows, linear_weight, linear_bias = _operands(_rows_of(input), linear_weight, linear_bias)
         head = rows.detach(), linear_weight.detach(), None if linear_bias is None else linear_bias.detach()
         statistics: tuple[Tensor, ...]
         if chosen == "reference":
@@ -420,7 +447,7 @@ def log_softmax(
     check_device("transform", transform, input.device)
     call = Call("log_softmax", input.device.type, input.dtype, transform, classes=classes, result_dtype=dtype)
     chosen = choose(call, backend)
-    rows = input.reshape(-1, classes)
+    rows = _rows_of(input)
     if chosen == "reference":
         output = reference.log_softmax(rows, transform, dtype)
     else:
@@ -514,7 +541,7 @@ def _class_weight(weight: Tensor | None, rows: Tensor) -> Tensor | None:
 def _operands(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The operands of the head in the type that torch.nn.functional.linear would multiply them in."""
     device = input.device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocast_enabled(device):
         return input, linear_weight, linear_bias
     dtype = torch.get_autocast_dtype(device)
     return (
@@ -526,6 +553,11 @@ def _operands(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) 
 
 def _autocast(operand: Tensor, dtype: torch.dtype) -> Tensor:
     return operand if operand.dtype == torch.float64 else operand.to(dtype)
+
+
+def _rows_of(input: Tensor) -> Tensor:
+    """``input`` (..., V) as [N, V]. V may be 0, from which reshape() could not tell N."""
+    return input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
 
 
 def _rows_for_kernel(rows: Tensor) -> Tensor:

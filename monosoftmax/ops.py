@@ -70,10 +70,13 @@ SCHEMAS = {
         "(Tensor log_prob, Tensor entropy, Tensor argmax, Tensor lse, Tensor rank)"
     ),
     # The same of the logits input @ linear_weight.T + linear_bias, which exist for one chunk of rows at a time. The
-    # gradients of linear_weight and linear_bias are sums over the chunks, in the arithmetic type.
+    # gradients of linear_weight and linear_bias are sums over the chunks, in the arithmetic type. grad_in_forward says
+    # whether the derivative computes them ahead; None leaves it to monosoftmax.gradients_ahead. log_prob is log p of
+    # the target, 0 in ignored rows, whatever weight, label_smoothing and z_loss are; empty unless return_log_prob.
     "linear_cross_entropy": (
-        f"({_LINEAR_LOSS}, {_LINEAR_OPTIONS}, bool return_lse, Tensor? scale, {_LINEAR_NEEDS}) -> "
-        f"(Tensor loss, Tensor lse, Tensor row_stats, Tensor total, {_LINEAR_GRADIENTS})"
+        f"({_LINEAR_LOSS}, {_LINEAR_OPTIONS}, bool? grad_in_forward, bool return_log_prob, bool return_lse, "
+        f"Tensor? scale, {_LINEAR_NEEDS}) -> "
+        f"(Tensor loss, Tensor lse, Tensor row_stats, Tensor log_prob, Tensor total, {_LINEAR_GRADIENTS})"
     ),
     "linear_cross_entropy_backward": (
         f"(Tensor? grad_loss, Tensor? grad_lse, {_LINEAR_LOSS}, Tensor row_stats, {_LINEAR_OPTIONS}, "
@@ -207,9 +210,13 @@ def _linear_gradients(
 
 def _fake_linear_cross_entropy(  # type: ignore[no-untyped-def]
     input, linear_weight, linear_bias, target, weight, coefficients, transform, constants,
-    ignore_index, label_smoothing, z_loss, method, chunk_rows, filter_eps, return_lse, scale, *needs,
+    ignore_index, label_smoothing, z_loss, method, chunk_rows, filter_eps, grad_in_forward, return_log_prob,
+    return_lse, scale, *needs,
 ):  # fmt: skip
-    return *_row_results(input), _total(scale, input), *_linear_gradients(input, linear_weight, coefficients, *needs)
+    loss, lse, row_stats = _row_results(input)
+    log_prob = loss.new_empty(loss.shape if return_log_prob else (0,))
+    gradients = _linear_gradients(input, linear_weight, coefficients, *needs)
+    return loss, lse, row_stats, log_prob, _total(scale, input), *gradients
 
 
 def _fake_linear_cross_entropy_backward(  # type: ignore[no-untyped-def]

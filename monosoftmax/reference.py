@@ -135,7 +135,7 @@ def transformed(input: Tensor, transform: MonotonicTransform) -> Tensor:
     """f(input) in the type of the arithmetic, with gradients that stay finite at logits of -inf."""
     compute = arithmetic_dtype(input.dtype)
     z = input.to(compute)
-    coefficients = transform.coefficients().to(z.device, compute)
+    coefficients = transform().to(z.device, compute)
     if transform.bounded_below:
         return transform.evaluate(z, coefficients)
     # Where f(-inf) = -inf the probability is 0, but autograd would form 0 * inf for the gradients of f's parameters.

@@ -75,16 +75,17 @@ def test_opcheck_linear_cross_entropy(name: str, options: tuple[Any, ...], bias:
     leaves = [None if each is None else each.clone().requires_grad_() for each in head]
     weight = torch.rand(CLASSES) if options[1] else None
     coefficients, *rest = _arguments(name)
-    options = (*options[:3], "chunked", 0, 0.0, options[3])
-    arguments = (*leaves, target, weight, coefficients, *rest, *options)
+    return_lse, options = options[3], (*options[:3], "chunked", 0, 0.0)
+    wishes = (None, return_lse, return_lse)  # when gradients are computed, log_prob, lse
+    arguments = (*leaves, target, weight, coefficients, *rest, *options, *wishes)
     _opcheck("linear_cross_entropy", (*arguments, None, *(False,) * 4))
     _opcheck("linear_cross_entropy", (*arguments, torch.tensor(0.3), *(False,) * 4))
     row_stats = ops.operator("linear_cross_entropy", "cpu")(*arguments, None, *(False,) * 4)[2].detach()
-    upstream = torch.rand(ROWS), torch.rand(ROWS) if options[-1] else None
+    upstream = torch.rand(ROWS), torch.rand(ROWS) if return_lse else None
     below = (*head, target, weight, coefficients.detach(), *rest)
     for needs in [(True, True, bias, True), (False, True, False, False), (False, False, False, True)]:
-        _opcheck("linear_cross_entropy", (*below, *options, torch.tensor(0.3), *needs))
-        _opcheck("linear_cross_entropy_backward", (*upstream, *below, row_stats, *options[:-1], *needs))
+        _opcheck("linear_cross_entropy", (*below, *options, *wishes, torch.tensor(0.3), *needs))
+        _opcheck("linear_cross_entropy_backward", (*upstream, *below, row_stats, *options, *needs))
     _opcheck("linear_token_statistics", (*head, target, coefficients.detach(), *rest, -100))
 
 
@@ -243,13 +244,14 @@ def test_autocast() -> None:
 
 
 def test_saved_tensors_and_checkpoint(batch: tuple[Tensor, Tensor]) -> None:
-    """Nothing of the size of the logits is saved but the logits themselves."""
+    """Nothing of the size of the logits is saved but the logits themselves and their gradient."""
     input, target = batch[0].requires_grad_(), batch[1]
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         loss = ms.cross_entropy(input, target, ms.transforms.PLIF(), backend="cpu")
     large = {t.data_ptr() for t in saved if t.numel() >= input.numel()}
-    assert large == {input.data_ptr()}
+    gradient = loss.grad_fn.saved_tensors[-2]  # type: ignore[union-attr]
+    assert gradient.shape == input.shape and large == {input.data_ptr(), gradient.data_ptr()}
     loss.backward()
     first = input.grad.clone()  # type: ignore[union-attr]
     input.grad = None

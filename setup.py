@@ -351,7 +351,7 @@ class BuildKernels(BuildExtension):
             self.extensions = []
             BuildKernels.outcome = (
                 f"monosoftmax is installed WITHOUT its C++ extension: {missing}. Calls on the CPU will use the slow "
-                "reference backend; see `python -m monosoftmax.info`."
+                "reference backend; `python -m monosoftmax.info` says how to install it again."
             )
             return
         self.openmp = not clang

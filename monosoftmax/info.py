@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends
+from . import __version__, _installation, backends
 
 #: Packages that parts of monosoftmax or its benchmarks use where they are installed.
 _OPTIONAL = ("triton", "numpy", "matplotlib", "tabulate", "tqdm")
@@ -23,14 +23,15 @@ _OPTIONAL = ("triton", "numpy", "matplotlib", "tabulate", "tqdm")
 def collect() -> dict[str, Any]:
     """All that the command prints, as values that ``json`` can write.
 
-    ``extension`` is what the C++ extension was built with, or None where it is missing or cannot be used;
-    ``backends`` says why. ``kernels`` says of its kernels which of them run here. ``compiler`` is the path of the C++
-    compiler that a build would use now, or None.
+    ``folder`` is that of the package. ``extension`` is what the C++ extension was built with, or None where it is
+    missing or cannot be used; ``backends`` says why, ``extension_file`` where it is. ``kernels`` says of its kernels
+    which of them run here. ``compiler`` is the path of the C++ compiler that a build would use now, or None.
     """
     extension = backends.extension
     built = None if extension is None else dict(extension.build_info())
     return {
         "monosoftmax": __version__,
+        "folder": str(_installation.FOLDER),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
@@ -40,6 +41,7 @@ def collect() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _OPTIONAL},
         "compiler": shutil.which(_compiler()),
         "extension": built,
+        "extension_file": None if extension is None else extension.__file__,
         "kernels": {
             "cuda": _cuda_kernels(built),
             "cpu": "not built" if extension is None else extension.cpu_capability(),
@@ -57,8 +59,11 @@ def render(info: Mapping[str, Any]) -> str:
     built = "not in use, see the cpu backend"
     if extension is not None:
         built = _pairs({name: value for name, value in extension.items() if not name.startswith("cuda")})
+        folder = os.path.dirname(info["extension_file"])
+        if folder != info["folder"]:
+            built += f", of the package in {folder}, which has the same Python files"
     rows = {
-        "monosoftmax": info["monosoftmax"],
+        "monosoftmax": f"{info['monosoftmax']} in {info['folder']}",
         "Python": info["python"],
         "torch": info["torch"],
         "platform": info["platform"],

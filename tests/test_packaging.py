@@ -10,6 +10,8 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from setuptools.errors import SetupError
 import monosoftmax as ms
 import monosoftmax.info
 import monosoftmax.triton_kernels
+from monosoftmax import _installation
 
 ROOT = Path(__file__).parents[1]
 LOSS = "import torch, monosoftmax as ms; print(ms.cross_entropy(torch.zeros(1, 2), torch.tensor([0])).item())"
@@ -124,6 +127,163 @@ def test_info_says_what_is_missing() -> None:
     assert "not found: there is no /nonexistent/c++" in text
 
 
+INSTALL = "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps"
+
+
+@pytest.mark.parametrize(
+    ("origin", "source"),
+    [
+        (None, "monosoftmax"),
+        ({"url": "file:///home/me/a%20b", "dir_info": {}}, "file:///home/me/a%20b"),
+        ({"url": "https://example.org/monosoftmax-0.1.0.tar.gz", "archive_info": {}}, None),
+        (
+            {"url": "https://example.org/monosoftmax", "vcs_info": {"vcs": "git", "commit_id": "0a1b"}},
+            "git+https://example.org/monosoftmax@0a1b",
+        ),
+        (
+            {"url": "file:///tmp/monosoftmax-0.1.0-cp311-cp311-linux_x86_64.whl", "archive_info": {}},
+            "SOURCES, where SOURCES is a checkout or source distribution of monosoftmax",
+        ),
+    ],
+)
+def test_advice_names_what_was_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, origin: dict[str, object] | None, source: str | None
+) -> None:
+    fake_metadata(tmp_path, origin)
+    monkeypatch.setattr(_installation, "FOLDER", tmp_path / "monosoftmax")
+    assert _installation.checkout() is None
+    assert _installation.command() == f"{INSTALL} {source or origin['url']}"
+
+
+def fake_metadata(site: Path, origin: dict[str, object] | None) -> None:
+    """What pip notes in ``site`` about a package that came from ``origin``; None stands for an index."""
+    folder = site / f"monosoftmax-{ms.__version__}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: monosoftmax\nVersion: {ms.__version__}\n")
+    if origin is not None:
+        (folder / "direct_url.json").write_text(json.dumps(origin))
+
+
+def test_advice_in_a_checkout_keeps_a_development_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert _installation.command() == f"{INSTALL} {shlex.quote(str(ROOT))}"
+    fake_metadata(tmp_path, {"url": ROOT.as_uri(), "dir_info": {"editable": True}})
+    assert _installation.command() == f"{INSTALL} --editable {shlex.quote(str(ROOT))}"
+
+
+def test_advice_is_one() -> None:
+    assert f"{INSTALL} ." in (ROOT / "README.md").read_text(encoding="utf-8")
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "setup.py", *ROOT.glob("monosoftmax/**/*.py"))]
+    assert sum(text.count("--force-reinstall") for text in texts) == 1
+
+
+def test_extension_that_cannot_be_used_is_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> ModuleType:
+        raise ImportError("undefined symbol: _ZN3c10")
+
+    monkeypatch.setattr(_installation, "import_extension", refuse)
+    module, problem = ms.backends._load_extension()
+    assert module is None
+    assert problem == f"the C++ extension does not load (undefined symbol: _ZN3c10): {_installation.command()}"
+    old = SimpleNamespace(build_info=lambda: {"torch": "1.2.3+cu92"})
+    monkeypatch.setattr(_installation, "import_extension", lambda: old)
+    module, problem = ms.backends._load_extension()
+    assert module is None
+    running = torch.__version__.partition("+")[0]
+    expected = f"the C++ extension was built against torch 1.2.3, this is torch {running}: {_installation.command()}"
+    assert problem == expected
+
+
+def test_kernels_for_other_gpus_are_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = {"cuda": "13.0", "cuda_architectures": "9.0"}
+    monkeypatch.setattr(ms.backends, "extension", SimpleNamespace(build_info=lambda: built))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    expected = f"this GPU is 7.5: install again with TORCH_CUDA_ARCH_LIST=7.5 {_installation.command()}"
+    assert ms.backends._cuda_problem().endswith(expected)
+
+
+def test_readme_installs_what_the_build_requires() -> None:
+    """An environment may come with a setuptools that is too old."""
+    settings, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "README.md"))
+    setuptools_, ninja = re.search(r'^requires = \["(setuptools.*?)", "(ninja)"', settings, re.MULTILINE).groups()
+    assert f'pip install "{setuptools_}" {ninja}\n' in readme
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """The root of a checkout, with Python files and nothing that was built."""
+    root = tmp_path / "a checkout"
+    copy_python(ROOT / "monosoftmax", root / "monosoftmax")
+    copy_python(ROOT / "triton_kernels", root / "triton_kernels")
+    (root / "csrc").mkdir()
+    for name in ("csrc/sources.txt", "setup.py"):
+        shutil.copy(ROOT / name, root / name)
+    return root
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder with the package as pip installs it, with the extension of this environment."""
+    if ms.backends.extension is None:
+        pytest.skip("the extension is not built")
+    package = tmp_path / "site/monosoftmax"
+    copy_python(ROOT / "monosoftmax", package)
+    copy_python(ROOT / "triton_kernels", package / "triton_kernels")
+    extension = Path(ms.backends.extension.__file__)
+    (package / extension.name).symlink_to(extension)
+    # Of an earlier version, in build/.
+    (package / "of_yore.py").write_text("")
+    return package.parent
+
+
+def copy_python(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+
+
+def test_checkout_works_with_what_is_installed(sources: Path, site: Path) -> None:
+    # What another environment built in the checkout is not for this one.
+    name = Path(ms.backends.extension.__file__).name
+    (sources / "monosoftmax" / name).write_text("not an extension")
+    info = json.loads(run_with(site, "-m", "monosoftmax.info", "--json", cwd=sources))
+    assert info["folder"] == str(sources / "monosoftmax")
+    assert info["extension_file"] == str(site / "monosoftmax" / name)
+    assert info["backends"]["cpu"]["available"], info
+    text = run_with(site, "-m", "monosoftmax.info", cwd=sources)
+    assert f"of the package in {site}/monosoftmax, which has the same Python files" in text
+    code = f"import monosoftmax.triton_kernels.transforms as kernels; print(kernels.__file__); {LOSS}"
+    output = run_with(site, "-W", "error::UserWarning", "-c", code, cwd=sources)
+    assert output.startswith(f"{sources}/triton_kernels/transforms/__init__.py\n0.693")
+
+
+@pytest.mark.parametrize("file", ["monosoftmax/ops.py", "triton_kernels/transforms/plif.py"])
+def test_checkout_that_differs_from_what_is_installed(sources: Path, site: Path, file: str) -> None:
+    with open(sources / file, "a") as stream:
+        stream.write("# another version\n")
+    text = run_with(site, "-m", "monosoftmax.info", cwd=sources)
+    assert (
+        f"not available  the C++ extension is not built in {sources}/monosoftmax, the sources of a checkout, whose "
+        f"{file.removeprefix('monosoftmax/')} is not that of the package installed in {site}/monosoftmax: run Python "
+        f"in another folder for that one, or install the checkout again: {INSTALL} '{sources}'\n"
+    ) in text
+    assert "UserWarning: monosoftmax runs the slow reference backend" in run_with(site, "-c", LOSS, cwd=sources)
+    assert run_with(site, "-W", "error::UserWarning", "-c", LOSS, cwd=site.parent).startswith("0.693")
+
+
+def test_checkout_without_an_installation(sources: Path) -> None:
+    code = "import monosoftmax as ms; print(ms.triton_kernels.__file__, ms.backends.available()['cpu'].detail)"
+    expected = (
+        f"{sources}/triton_kernels/__init__.py the C++ extension is not built: with a C++ compiler on PATH, {INSTALL}"
+    )
+    assert run_with(sources, "-c", code, cwd=sources) == f"{expected} '{sources}'\n"
+
+
+def run_with(site: Path, *command: str, cwd: Path, **environment: str) -> str:
+    """What ``python *command`` prints with the packages in ``site``, blind to a development install."""
+    path = os.pathsep.join((str(site), sysconfig.get_path("purelib")))
+    return run("-S", *command, cwd=cwd, PYTHONPATH=path, **environment)
+
+
 @pytest.mark.skipif(ms.backends.extension is None, reason="the extension is not built")
 def test_build_info_says_whether_cuda_is_built_in() -> None:
     built = ms.backends.extension.build_info()
@@ -144,7 +304,9 @@ def test_build_info_says_whether_cuda_is_built_in() -> None:
 def test_info_says_which_kernels_run_here(
     monkeypatch: pytest.MonkeyPatch, built: dict[str, str | None], gpu: bool, expected: str
 ) -> None:
-    extension = SimpleNamespace(build_info=lambda: built, cpu_capability=lambda: "avx2")
+    extension = SimpleNamespace(
+        build_info=lambda: built, cpu_capability=lambda: "avx2", __file__="/site/monosoftmax/_C"
+    )
     monkeypatch.setattr(ms.backends, "extension", extension)
     monkeypatch.setattr(ms.backends, "available", dict)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
@@ -404,9 +566,8 @@ def install(source: Path, site: Path, succeeds: bool = True, **environment: str)
 
 
 def run_installed(site: Path, *command: str, **environment: str) -> str:
-    """What ``python *command`` prints with the package in ``site``, blind to a development install."""
-    path = os.pathsep.join((str(site), sysconfig.get_path("purelib")))
-    return run("-S", *command, cwd=site.parent, PYTHONPATH=path, **environment)
+    """What ``python *command`` prints with the package in ``site``, away from a checkout."""
+    return run_with(site, *command, cwd=site.parent, **environment)
 
 
 @pytest.mark.slow
@@ -429,6 +590,26 @@ def test_sdist_installs_with_the_extension(tree: Path, tmp_path: Path) -> None:
     where = "import monosoftmax.triton_kernels as module; print(module.__file__)"
     assert run_installed(site, "-c", where).startswith(str(site))
     assert run_installed(site, "-W", "error::UserWarning", "-c", LOSS).startswith("0.693")
+
+
+@pytest.mark.slow
+def test_advice_builds_again_what_pip_has_in_its_cache(tree: Path, tmp_path: Path) -> None:
+    run("-c", f"import setuptools.build_meta as backend; backend.build_sdist({str(tmp_path)!r})", cwd=tree)
+    site = tmp_path / "site"
+    settings = {"CACHE_DIR": str(tmp_path / "cache"), "FIND_LINKS": str(tmp_path), "NO_INDEX": "1"}
+    settings |= {"TARGET": str(site), "UPGRADE": "1"}
+    settings = {f"PIP_{name}": value for name, value in settings.items()}
+    first = ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "monosoftmax")
+    run(*first, cwd=tmp_path, MONOSOFTMAX_CPP="0", **settings)
+    info = json.loads(run_installed(site, "-m", "monosoftmax.info", "--json"))
+    advice = info["backends"]["cpu"]["detail"].partition("PATH, ")[2]
+    assert advice == f"{INSTALL} monosoftmax"
+    # A build would fail.
+    settings |= {"CXX": "/nonexistent/c++", "MONOSOFTMAX_CPP": "1"}
+    words = ["-m", *shlex.split(advice)]
+    run(*(word for word in words if word != "--no-cache-dir"), cwd=tmp_path, **settings)
+    output = run(*words, cwd=tmp_path, succeeds=False, **settings)
+    assert "MONOSOFTMAX_CPP=1, but the C++ extension cannot be built: there is no C++ compiler" in output
 
 
 @pytest.mark.slow

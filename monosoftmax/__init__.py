@@ -10,11 +10,13 @@ from . import (
 )
 from .functional import TokenStatistics, cross_entropy, linear_cross_entropy, linear_token_statistics, log_softmax
 from .mixtures import MixtureOfContexts, MixtureOfSoftmaxes
-from .modules import MonotonicCrossEntropyLoss, MonotonicSoftmax, OutputAndLoss, parameter_groups
+from .modules import MonotonicCrossEntropyLoss, MonotonicSoftmax, OutputAndLoss
+from .training import GradientNorms, clip_grad_norm_, parameter_groups
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GradientNorms",
     "MixtureOfContexts",
     "MixtureOfSoftmaxes",
     "MonotonicCrossEntropyLoss",
@@ -23,6 +25,7 @@ __all__ = [
     "TokenStatistics",
     "analysis",
     "backends",
+    "clip_grad_norm_",
     "cross_entropy",
     "linear_cross_entropy",
     "linear_token_statistics",

@@ -1,19 +1,26 @@
-"""nn.Modules around the functions: a loss, an output layer, and the optimiser groups that their transforms want."""
+"""nn.Modules around the functions: a loss, and an output layer."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backends import BackendName
-from .checks import Reduction, check_transform
+from .checks import (
+    Reduction,
+    check_floating,
+    check_ignore_index,
+    check_loss_options,
+    check_tensor,
+    check_transform,
+)
 from .functional import cross_entropy, linear_losses, log_softmax
 from .transforms import Identity, MonotonicTransform
-from .transforms.base import arithmetic_dtype, require_count
+from .transforms.base import require_count
 
 
 class MonotonicCrossEntropyLoss(nn.Module):
@@ -45,11 +52,21 @@ class MonotonicCrossEntropyLoss(nn.Module):
         super().__init__()
         self.transform = Identity() if transform is None else check_transform(transform)
         self.register_buffer("weight", weight)
+        self._initial_weight = _copy(weight)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
         self.reduction: Reduction = reduction
         self.backend: BackendName = backend
+
+    def reset_parameters(self) -> None:
+        """Set the transform to its initial values and ``weight`` to those that were given.
+
+        Raises:
+            RuntimeError: ``weight`` was given on the meta device, so that nobody knows its values.
+        """
+        check_transform(self.transform).reset_parameters()  # of what a wrapper wraps, too
+        _restore("weight", self.weight, self._initial_weight)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(
@@ -72,7 +89,12 @@ class MonotonicCrossEntropyLoss(nn.Module):
 
 
 class OutputAndLoss(NamedTuple):
-    """What an output layer returns: log p(target) for each row, and the mean loss."""
+    """What an output layer returns: log p(target) of each row, and the loss, reduced as the layer says.
+
+    ``output`` has the shape of the targets and is 0 where they are ignored. It is the log-probability alone, whatever
+    class weights, label smoothing and z-loss make of ``loss``. ``loss`` is a scalar, or of the shape of the targets
+    where the reduction is "none".
+    """
 
     output: Tensor
     loss: Tensor
@@ -85,20 +107,29 @@ class MonotonicSoftmax(nn.Module):
     matrix products of :func:`monosoftmax.linear_cross_entropy`; ``output`` is differentiable too, and where it is
     differentiated the backward pass computes the logits again and does without what the forward pass computed.
 
+    >>> layer = MonotonicSoftmax(64, 10_000, PLIF())
+    >>> log_p_of_target, loss = layer(torch.randn(32, 64), torch.randint(10_000, (32,)))
+
     Args:
         in_features: d.
         n_classes: V.
         transform: f; ``None`` is Linear-Softmax.
         bias: whether there is a b.
-        ignore_index, label_smoothing, z_loss, backend: as in :func:`monosoftmax.linear_cross_entropy`.
+        weight: weight of each class in the loss, (V,), kept as the buffer ``class_weight`` beside the matrix of the
+            layer, which is called ``weight``; it goes to ``device``.
+        ignore_index, label_smoothing, z_loss, reduction, backend: as in :func:`monosoftmax.linear_cross_entropy`.
 
-    Shapes: weight (V, d), bias (V,).
+    Shapes: weight (V, d), bias (V,), class_weight (V,).
 
     Raises:
-        TypeError, ValueError: ``in_features`` or ``n_classes`` is not an int >= 1, or ``transform`` is no transform.
+        TypeError, ValueError: ``in_features`` or ``n_classes`` is not an int >= 1, ``transform`` is no transform, or an
+            option is out of range or has the wrong type or shape.
 
     Source: Ganea et al., ICML 2019.
     """
+
+    bias: nn.Parameter | None
+    class_weight: Tensor | None
 
     def __init__(
         self,
@@ -107,9 +138,11 @@ class MonotonicSoftmax(nn.Module):
         transform: MonotonicTransform | None = None,
         bias: bool = True,
         *,
+        weight: Tensor | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        reduction: Reduction = "mean",
         backend: BackendName = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -118,16 +151,46 @@ class MonotonicSoftmax(nn.Module):
         self.in_features = require_count("in_features", in_features)
         self.n_classes = require_count("n_classes", n_classes)
         self.transform = Identity() if transform is None else check_transform(transform)
-        self.ignore_index = ignore_index
+        self.ignore_index = check_ignore_index(ignore_index)
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
+        self.reduction: Reduction = reduction
         self.backend: BackendName = backend
         self.weight = nn.Parameter(torch.empty(n_classes, in_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(n_classes, device=device, dtype=dtype)) if bias else None
-        self.reset_parameters()
+        # Registered without one, too, as torch.nn.Linear does.
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(n_classes, device=device, dtype=dtype)) if bias else None
+        )
+        class_weight = weight
+        if weight is not None:
+            check_tensor("weight", weight)
+            class_weight = weight if weight.is_meta else weight.to(self.weight.device)
+        check_loss_options(n_classes, self.weight.device, class_weight, label_smoothing, z_loss, reduction)
+        self.register_buffer("class_weight", class_weight)
+        self._initial_class_weight = _copy(weight)
+        self._reset_linear()
 
     def reset_parameters(self) -> None:
-        """Initialise weight and bias as :class:`torch.nn.Linear` does. The transform is left as it is."""
+        """Set everything to the values of a new layer: weight and bias as those of :class:`torch.nn.Linear`, too.
+
+        Weight, bias and a transform with random values are drawn in the order in which a new transform and a new layer
+        draw them. A weight that is tied is the embedding's and is drawn anew as well: reset the embedding after this.
+
+        Raises:
+            RuntimeError: the class weights were given on the meta device, so that nobody knows their values; or weight
+                or bias is computed from other parameters, so that setting it would change nothing.
+        """
+        for name in ("weight", "bias"):
+            if name not in self._parameters:
+                raise RuntimeError(
+                    f"{name} is computed from other parameters: remove its parametrization, pruning or weight norm "
+                    "before reset_parameters()"
+                )
+        check_transform(self.transform).reset_parameters()  # of what a wrapper wraps, too
+        _restore("class_weight", self.class_weight, self._initial_class_weight)
+        self._reset_linear()
+
+    def _reset_linear(self) -> None:
         bound = 1 / math.sqrt(self.in_features)
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
@@ -136,42 +199,77 @@ class MonotonicSoftmax(nn.Module):
     def tie_weights(self, embedding: nn.Embedding) -> MonotonicSoftmax:
         """Use the weight of ``embedding`` (V, d) as that of this layer; returns the layer.
 
+        Tie before the model is sharded, and once more after ``to_empty`` has brought it from the meta device: that
+        makes two parameters of one.
+
+        >>> embedding = nn.Embedding(10_000, 64)
+        >>> layer = MonotonicSoftmax(64, 10_000).tie_weights(embedding)
+
         Raises:
-            ValueError: the shapes differ.
+            TypeError: ``embedding`` is no ``nn.Embedding``, its weight is quantised, or its weight or that of this
+                layer is no parameter but computed from others, as by ``torch.nn.utils.parametrize`` or ``prune``.
+            ValueError: the weight has another shape than that of this layer, another dtype or device than the bias, or
+                is sharded.
         """
-        if embedding.weight.shape != self.weight.shape:
-            raise ValueError(
-                f"embedding must have a weight of shape {tuple(self.weight.shape)}, got {tuple(embedding.weight.shape)}"
+        if not isinstance(embedding, nn.Embedding):
+            kind = type(embedding)
+            raise TypeError(f"embedding must be a torch.nn.Embedding, got {kind.__module__}.{kind.__qualname__}")
+        # What torch computes from other parameters is not registered under this name: parametrize puts a property in
+        # the class, prune and the older weight_norm and spectral_norm an attribute that is set before each forward.
+        if "weight" not in embedding._parameters:
+            raise TypeError(
+                "the weight of embedding is computed from other parameters (parametrized, normalised or pruned), so "
+                "that there is no parameter to share: leave this layer out and compute the loss by "
+                "monosoftmax.linear_cross_entropy(h, embedding.weight, target, transform)"
             )
-        self.weight = cast(nn.Parameter, embedding.weight)
+        if "weight" not in self._parameters:
+            raise TypeError(
+                "the weight of this layer is computed from other parameters (parametrized, normalised or pruned), so "
+                "that it cannot be that of embedding: tie first"
+            )
+        weight = embedding.weight
+        if hasattr(weight, "full_tensor") or hasattr(self.weight, "full_tensor"):
+            raise ValueError("embedding and this layer must be tied before they are sharded, got a DTensor")
+        check_floating("the weight of embedding", weight)
+        if weight.shape != self.weight.shape:
+            raise ValueError(
+                f"embedding must have a weight of shape {tuple(self.weight.shape)}, got {tuple(weight.shape)}"
+            )
+        if self.bias is not None:
+            for name in ("dtype", "device"):
+                wanted, got = getattr(self.bias, name), getattr(weight, name)
+                if got != wanted:
+                    raise ValueError(f"embedding must have a weight of the {name} of the bias, {wanted}, got {got}")
+        self.weight = cast(nn.Parameter, weight)
         return self
 
     def logits(self, input: Tensor) -> Tensor:
-        """The logits before the transform, (..., V)."""
+        """The logits before the transform, (..., V).
+
+        Raises:
+            NotImplementedError: the weight is a DTensor, as it is outside forward where ``fully_shard`` has sharded it.
+        """
+        check_tensor("weight", self.weight)
         return F.linear(input, self.weight, self.bias)
 
     def forward(self, input: Tensor, target: Tensor) -> OutputAndLoss:
-        """Log-probabilities of the targets, of the shape of ``target`` (0 where ignored), and the mean loss.
+        """Log-probabilities of the targets, of the shape of ``target`` (0 where ignored), and the loss.
 
         Args:
             input: (..., d).
             target: (...), int64.
+
+        Raises:
+            TypeError, ValueError, IndexError: as in :func:`monosoftmax.linear_cross_entropy`.
         """
-        plain = self.label_smoothing == 0 and self.z_loss == 0
+        # Without these the loss of a row is -log p.
+        plain = self.label_smoothing == 0 and self.z_loss == 0 and self.class_weight is None
         losses = linear_losses(
-            input, self.weight, target, self.transform, self.bias, None, self.ignore_index, self.label_smoothing,
-            self.z_loss, "mean", not plain, self.backend,
+            input, self.weight, target, self.transform, self.bias, self.class_weight, self.ignore_index,
+            self.label_smoothing, self.z_loss, self.reduction, False, self.backend, return_log_prob=not plain,
         )  # fmt: skip
-        assert losses.total is not None  # there is a reduction
-        if plain:
-            return OutputAndLoss(-losses.rows, losses.total)
-        valid = target != self.ignore_index
-        index = torch.where(valid, target, 0)
-        y = (input * self.weight[index]).sum(-1, dtype=arithmetic_dtype(input.dtype))
-        if self.bias is not None:
-            y = y + self.bias[index]
-        output = self.transform(y) - losses.lse
-        return OutputAndLoss(torch.where(valid, output, torch.zeros_like(output)), losses.total)
+        output = -losses.rows if losses.log_prob is None else losses.log_prob
+        return OutputAndLoss(output, losses.rows if losses.total is None else losses.total)
 
     def log_prob(self, input: Tensor) -> Tensor:
         """Log-probabilities of all classes, (..., V)."""
@@ -184,61 +282,24 @@ class MonotonicSoftmax(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, n_classes={self.n_classes}, bias={self.bias is not None}, "
-            f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing:g}, z_loss={self.z_loss:g}, "
+            f"class_weight={self.class_weight is not None}, ignore_index={self.ignore_index}, "
+            f"label_smoothing={self.label_smoothing:g}, z_loss={self.z_loss:g}, reduction={self.reduction!r}, "
             f"backend={self.backend!r}"
         )
 
 
-def parameter_groups(
-    module: nn.Module,
-    *,
-    lr: float,
-    transform_lr: float = 0.01,
-    weight_decay: float = 0.0,
-    **options: Any,
-) -> list[dict[str, Any]]:
-    """Parameter groups for any ``torch.optim`` optimiser, with settings of their own for transforms.
+def _copy(weight: Tensor | None) -> Tensor | None:
+    """The values of class weights to come back to: no buffer, so that nothing that is done to buffers changes them."""
+    return None if weight is None else weight.detach().clone()
 
-    The parameters of transforms get no weight decay (it would pull f away from the identity) and a learning rate of
-    their own. Use an optimiser of the Adam family for them; plain SGD hardly moves a PLIF (see :class:`PLIF`).
 
-    Args:
-        module: the model. Parameters that do not require a gradient are left out.
-        lr: learning rate of everything else.
-        transform_lr: learning rate of the transforms; 0.003 to 0.01 worked for Adam, or 0.03 to 0.1 of the head's.
-        weight_decay: of everything else.
-        **options: further options of the optimiser, for both groups.
-
-    Returns:
-        A group named "model" and, where there are such parameters, a group named "transform".
-
-    Raises:
-        ValueError: a learning rate or the weight decay is negative or not finite.
-    """
-    for name, value in (("lr", lr), ("transform_lr", transform_lr), ("weight_decay", weight_decay)):
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be finite and not negative, got {value}")
-    in_transforms = {
-        id(parameter)
-        for part in module.modules()
-        if isinstance(part, MonotonicTransform)
-        for parameter in part.parameters()
-    }
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {
-            "name": "model",
-            "params": [parameter for parameter in trained if id(parameter) not in in_transforms],
-            "lr": lr,
-            "weight_decay": weight_decay,
-            **options,
-        },
-        {
-            "name": "transform",
-            "params": [parameter for parameter in trained if id(parameter) in in_transforms],
-            "lr": transform_lr,
-            "weight_decay": 0.0,
-            **options,
-        },
-    ]
-    return [group for group in groups if group["params"]]
+def _restore(name: str, buffer: Tensor | None, initial: Tensor | None) -> None:
+    if buffer is None or initial is None or buffer.is_meta:
+        return
+    if initial.is_meta:
+        raise RuntimeError(
+            f"{name} was given on the meta device, so that reset_parameters() does not know its values: give it on "
+            "another device, or load a state_dict and leave reset_parameters() out"
+        )
+    with torch.no_grad():
+        buffer.copy_(initial)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import reference
 from .backends import BackendName, Call, choose
-from .checks import check_floating, check_target
+from .checks import check_floating, check_target, check_tensor
 from .functional import cross_entropy, linear_cross_entropy, log_softmax
 from .modules import MonotonicSoftmax, OutputAndLoss
 from .transforms.base import arithmetic_dtype, require_count
@@ -66,7 +66,10 @@ class _Experts(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Initialise every part as :class:`torch.nn.Linear` does."""
+        """Set everything to the values of a new layer, drawn as :class:`torch.nn.Linear` draws them.
+
+        A weight that is tied is drawn anew as well (:meth:`MonotonicSoftmax.reset_parameters`).
+        """
         for part in (self.prior, self.latent, self.decoder):
             part.reset_parameters()
 
@@ -74,7 +77,7 @@ class _Experts(nn.Module):
         """Use the weight of ``embedding`` (V, d) as that of the decoder; returns the layer.
 
         Raises:
-            ValueError: the shapes differ.
+            TypeError, ValueError: as in :meth:`MonotonicSoftmax.tie_weights`.
         """
         self.decoder.tie_weights(embedding)
         return self
@@ -84,6 +87,10 @@ class _Experts(nn.Module):
         check_floating("input", input)
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise ValueError(f"input must have shape (..., {self.in_features}), got {tuple(input.shape)}")
+        for name, part in (("prior.weight", self.prior), ("latent.weight", self.latent)):
+            # Sharded with the layer, it is whole inside of forward only. Sharded alone, it becomes so by its own hook.
+            if hasattr(part.weight, "full_tensor") and not part._forward_pre_hooks:
+                check_tensor(name, part.weight)
         latent = torch.tanh(self.latent(input)).view(*input.shape[:-1], self.n_experts, self.expert_features)
         latent = F.dropout(latent, self.dropout, self.training)
         score = self.prior(input)
@@ -177,7 +184,7 @@ class MixtureOfSoftmaxes(_Experts):
         Raises:
             TypeError, ValueError, IndexError: as in :func:`monosoftmax.cross_entropy`.
         """
-        check_target(target, input.device)
+        target = check_target(target, input.device, input.shape[:-1])
         latent, log_prior = self._experts(input)
         if target.shape != input.shape[:-1]:
             raise ValueError(
@@ -210,6 +217,7 @@ class MixtureOfSoftmaxes(_Experts):
 
     def _losses(self, latent: Tensor, log_prior: Tensor, target: Tensor) -> Tensor:
         """-log p(target) of each row, for latent [N, K, d], log_prior [N, K] and target [N]."""
+        check_tensor("decoder.weight", self.decoder.weight)
         call = Call("linear_cross_entropy", latent.device.type, latent.dtype, self.decoder.transform)
         if self.chunk_rows is None and choose(call, self.decoder.backend) != "reference":
             losses = linear_cross_entropy(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -523,6 +525,76 @@ def test_state_dict_reset_and_repr(data, kind):
     assert first == expected + (", published=False, chunk_rows=None" if kind is MixtureOfSoftmaxes else "")
 
 
+@both
+def test_reset_and_deferred_initialisation_give_the_very_module(kind):
+    def reset_those_with_tensors(module: nn.Module) -> None:
+        for part in module.modules():
+            if [*part.parameters(recurse=False), *part.buffers(recurse=False)]:
+                part.reset_parameters()
+
+    torch.manual_seed(7)
+    new = kind(IN, V, K, D)
+    for reset in (lambda module: module.reset_parameters(), reset_those_with_tensors):
+        module = kind(IN, V, K, D, device="meta").to_empty(device="cpu")
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.fill_(3.0)
+        torch.manual_seed(7)
+        reset(module)
+        for (name, ours), theirs in zip(module.named_parameters(), new.parameters(), strict=True):
+            assert torch.equal(ours, theirs), name
+
+
+@both
+def test_tie_weights_refuses_what_the_decoder_refuses(kind):
+    module = kind(IN, V, K, D)
+    with pytest.raises(TypeError, match="embedding is computed from other parameters"):
+        module.tie_weights(torch.nn.utils.parametrizations.weight_norm(nn.Embedding(V, D)))
+    with pytest.raises(ValueError, match=r"of the dtype of the bias, torch\.float32, got torch\.float64"):
+        module.tie_weights(nn.Embedding(V, D, dtype=torch.float64))
+
+
+SHARDED = """
+import torch, torch.distributed as dist, monosoftmax as ms
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+input, target = torch.randn(3, 7), torch.arange(3)
+for kind in (ms.MixtureOfSoftmaxes, ms.MixtureOfContexts):
+    def layer(*names):
+        torch.manual_seed(0)
+        module = kind(7, 23, 3, 5)
+        for name in names:
+            fully_shard(module.get_submodule(name), mesh=mesh)
+        return module
+    plain = layer()
+    for names in (("",), ("prior", "latent")):
+        sharded = layer(*names)
+        assert torch.equal(sharded(input, target).output, plain(input, target).output)
+        sharded(input, target).loss.backward()
+    assert torch.equal(sharded.log_prob(input), plain.log_prob(input))
+    assert torch.equal(sharded.predict(input), plain.predict(input))
+    refused = [(layer(""), "log_prob", "prior.weight"), (layer(""), "predict", "prior.weight"),
+               (layer("decoder"), "log_prob", "weight")]
+    if kind is ms.MixtureOfSoftmaxes:
+        refused.append((layer("decoder"), "forward", "decoder.weight"))
+    for sharded, name, weight in refused:
+        try:
+            getattr(sharded, name)(*[input, target][: 2 if name == "forward" else 1])
+        except NotImplementedError as error:
+            assert str(error).startswith(f"{weight} is a DTensor"), error
+            print(name)
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_mixtures_work_or_say_what_to_do():
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", SHARDED], capture_output=True, text=True)
+    methods = ["log_prob", "predict", "log_prob"]
+    assert run.stdout.split() == [*methods, "forward", *methods], run.stderr
+
+
 def test_expert_features_default_to_in_features():
     assert MixtureOfSoftmaxes(4, 9, 2).decoder.weight.shape == (9, 4)
 
@@ -574,7 +646,7 @@ def test_bad_input_and_target(make):
         module(input.long(), target)
     with pytest.raises(ValueError, match="target must have the shape of input without its last dimension"):
         module(input, target[:-1])
-    with pytest.raises(TypeError, match="target must be int64 class indices"):
+    with pytest.raises(TypeError, match="target must be int64 or uint8 class indices"):
         module(input, target.int())
     for wrong in (V, -1):
         target[3] = wrong

@@ -1,0 +1,41 @@
+"""Tables of the hands that the package gets into, held against what is written in tests/hands.md.
+
+A row is a kind of hand, a column a public function or module on a backend. A cell is "right" where values and gradients
+are those of float64, and the name of the error where the call is refused by one that says what to do. WRITE_HANDS=1
+writes what is found.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+FILE = Path(__file__).with_name("hands.md")
+
+
+def outcome(call: Callable[[], None], *refusals: type[Exception]) -> str:
+    """What ``call``, which asserts that its results are right, comes to; other errors than ``refusals`` pass through."""
+    try:
+        call()
+    except refusals as error:
+        assert str(error), "an error that says nothing"
+        return type(error).__name__
+    return "right"
+
+
+def check_table(title: str, cells: Mapping[str, Mapping[str, str]]) -> None:
+    """The section ``title`` of the file is this table, of rows by columns."""
+    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
+    lines = [["", *columns], ["---"] * (1 + len(columns))]
+    lines += [[name, *(row.get(column, "") for column in columns)] for name, row in cells.items()]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = FILE.read_text(encoding="utf-8")
+    section = re.compile(rf"(## {re.escape(title)}\n\n)((?:\|.*\n)*)")
+    if os.environ.get("WRITE_HANDS") == "1":
+        text = section.sub(lambda found: found[1] + table, text)
+        FILE.write_text(text, encoding="utf-8")
+    found = section.search(text)
+    assert found is not None, f"{FILE} has no section {title!r}"
+    assert found[2] == table

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -9,14 +11,20 @@ from torch import Tensor
 def has_values(tensor: Tensor) -> bool:
     """Whether ``tensor`` has values, rather than standing in for those of some other tensor, or of many.
 
-    While ``torch.compile``, ``torch.export`` or ``make_fx`` trace, what stands in is of a type of its own, whoever
-    traces and whatever he says of it in a global variable: those are not the same in all versions of torch. Only Dynamo
-    shows a plain tensor to the code that it reads. A subclass of Tensor counts as a stand-in, too. The batches of
-    ``torch.vmap`` and of ``torch.autograd.grad(..., is_grads_batched=True)`` are plain tensors that have no one value.
+    While ``torch.compile`` or ``torch.export`` trace, what stands in is of a type of its own, whoever traces and
+    whatever he says of it in a global variable: those are not the same in all versions of torch. Only Dynamo shows a
+    plain tensor to the code that it reads, and ``make_fx``, which may have the values but must not be asked for them. A
+    subclass of Tensor counts as a stand-in, too. The batches of ``torch.vmap`` and of
+    ``torch.autograd.grad(..., is_grads_batched=True)`` are plain tensors that have no one value.
     """
     if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
+    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")  # what nobody has imported, nobody traces with
+    if tracer is not None and tracer.get_proxy_mode() is not None:
+        return False
     functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
     return not (functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
 
 
@@ -32,5 +40,5 @@ def within_functorch() -> bool:
 
 def keeps_graph() -> bool:
     """Whether the backward pass that is running was asked to retain the graph, so that another one may follow."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined,no-any-return]
-
+    # Dynamo, which reads the backward pass for compiled autograd, has no word for it.
+    return torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()

@@ -8,14 +8,15 @@ cannot be applied inside a dispatcher kernel, so its single-level base class is:
 are tested on every supported version of torch by ``tests/test_operators.py``. Such a function switches gradients off
 while its forward runs, where the levels of nested ``torch.func`` transforms below want them as the caller had them.
 
-The losses compute the gradients of ``total``, their scaled sum, while the logits are at hand in the forward pass, as far
-as :mod:`monosoftmax.gradients_ahead` lets them wait: each backward pass scales them by total's upstream gradient and
-hands them out. It computes them from the logits again where something else has a gradient too (the losses of the rows,
-lse), and where they may be differentiated in turn.
+The losses compute the gradients of ``total``, their scaled sum, while the logits are at hand in the forward pass, as
+far as :mod:`monosoftmax.gradients_ahead` lets them wait: each backward pass scales them by total's upstream gradient
+and hands them out. It computes them from the logits again where something else has a gradient too (the losses of the
+rows, lse), and where they may be differentiated in turn.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -145,6 +146,12 @@ def _kernel_arguments(input: Tensor, transform: MonotonicTransform) -> tuple[Ten
 
 class _Fused(_SingleLevelFunction):
     @staticmethod
+    def _compiled_autograd_key(ctx: Any) -> tuple[int, ...]:
+        """What compiled autograd tells backward passes apart by: all that ctx holds beside saved tensors."""
+        state = {name: value for name, value in vars(ctx).items() if not isinstance(value, Tensor)}
+        return ctx._autograd_function_id, zlib.crc32(repr(sorted(state.items())).encode())
+
+    @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(
             "the fused backends have no forward-mode derivatives (jvp, jacfwd, hessian), and no second ones: use "
@@ -170,7 +177,7 @@ def _loss_function(
     rescale_operator: _Operator | None,
     scale_operator: torch._ops.OpOverload | None,
 ) -> type[_SingleLevelFunction]:
-    """The derivative of a loss: of the arguments that its schema has a ``need_`` for, and the results that are asked for.
+    """The derivative of a loss, with respect to the arguments that its schema has a ``need_`` for.
 
     The last two operators (:data:`.ops.ON_DEVICE`) are those of backends for devices that do not tell values.
     """
@@ -288,9 +295,9 @@ def _may_compute_ahead(named: Mapping[str, Any], needed: Sequence[str], rescale_
         return False
     # A gradient in half precision is scaled by 1 or computed again, so as not to be rounded twice. The CPU says which
     # without waiting; elsewhere an operator decides on the device.
-    if "linear_weight" not in named and input.dtype in _HALF:
-        if not tells_values(input) and (rescale_operator is None or not has_values(input)):
-            return False
+    rounded_once = "linear_weight" in named or input.dtype not in _HALF or tells_values(input)
+    if not rounded_once and (rescale_operator is None or not has_values(input)):
+        return False
     return bool(wish) or gradients_ahead.may_wait([named[name] for name in needed])
 
 
@@ -366,7 +373,7 @@ def _implement(overload: torch._ops.OpOverload, function: type[_SingleLevelFunct
         with enable_single_level_autograd_function():
             return function.apply(torch.is_grad_enabled(), *arguments)  # type: ignore[attr-defined]
 
-    library.impl(overload, kernel, "Autograd")  # type: ignore[no-untyped-call]
+    library.impl(overload, kernel, "Autograd")
 
 
 for _backend in FUSED_BACKENDS:

@@ -340,9 +340,7 @@ def register(backend: str) -> None:
         ("linear_token_statistics", _linear_token_statistics),
     ):
         for key in _DISPATCH_KEYS[backend]:
-            library.impl(  # type: ignore[no-untyped-call]
-                operator(name, backend), _without_autocast(function, backend), key
-            )
+            library.impl(operator(name, backend), _without_autocast(function, backend), key)
 
 
 for _backend in FUSED_BACKENDS:

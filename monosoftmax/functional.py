@@ -117,10 +117,10 @@ def cross_entropy(
 
     Args:
         input: logits z, (V,), (N, V) or (N, V, d1, ...); float32, bfloat16, float16 or float64.
-        target: class indices, int64 or uint8, of the shape of ``input`` without V; or class probabilities, of any floating dtype
-            listed for ``input`` and of the shape of ``input``. The reference and cpu backends take probabilities. The
-            reference backend differentiates with respect to them, and ``"auto"`` chooses it where they require a
-            gradient.
+        target: class indices, int64 or uint8, of the shape of ``input`` without V; or class probabilities, of any
+            floating dtype listed for ``input`` and of the shape of ``input``. The reference and cpu backends take
+            probabilities. The reference backend differentiates with respect to them, and ``"auto"`` chooses it where
+            they require a gradient.
         transform: f; ``None`` is Linear-Softmax.
         weight: weight of each class, (V,).
         ignore_index: targets of this value get loss 0 and gradient 0. Not for class probabilities.
@@ -173,10 +173,11 @@ def cross_entropy(
     rows = _rows_of(input.movedim(class_dim, -1))
     if probabilities:
         target = _rows_of(target.movedim(class_dim, -1))
-        loss, lse, total = _losses_of_probabilities(
+        losses = _losses_of_probabilities(
             rows, target, transform, weight, label_smoothing, z_loss, reduction, return_lse, chosen
         )
-        return Losses(loss.reshape(without_classes), lse.reshape(without_classes), total).result(return_lse)
+        shaped = Losses(losses.rows.reshape(without_classes), losses.lse.reshape(without_classes), losses.total)
+        return shaped.result(return_lse)
     losses = _losses_of_rows(
         rows, target, transform, weight, ignore_index, label_smoothing, z_loss, reduction, return_lse, chosen
     )
@@ -250,10 +251,10 @@ def linear_cross_entropy(
     under ``torch.no_grad()``, and none for what needs no gradient. Gradients that depend on more than one number, those
     of ``reduction="none"`` and of lse, cannot be computed ahead: the backward pass then computes the logits again (four
     products), and so it does under ``torch.func.grad``. What is computed ahead waits, a gradient of the weight in
-    float32, until the backward pass: see ``grad_in_forward``. In bfloat16 and float16 the logits and their gradient are rounded to that type, as they are by PyTorch, and the
-    gradients of ``linear_weight`` and ``linear_bias`` are summed over the chunks in float32 and rounded at the end;
-    that of ``input`` is rounded twice where the upstream gradient of a mean or sum is not a power of two. The reference
-    backend holds the logits in full.
+    float32, until the backward pass: see ``grad_in_forward``. In bfloat16 and float16 the logits and their gradient are
+    rounded to that type, as they are by PyTorch, and the gradients of ``linear_weight`` and ``linear_bias`` are summed
+    over the chunks in float32 and rounded at the end; that of ``input`` is rounded twice where the upstream gradient of
+    a mean or sum is not a power of two. The reference backend holds the logits in full.
 
     Args:
         input: (..., d).
@@ -274,8 +275,8 @@ def linear_cross_entropy(
             products, and gradients that wait for the backward pass; False for four products, and nothing that waits.
             None computes them ahead for one loss at a time, and for more as long as all that waits on the device is
             at most 64 MiB (:data:`monosoftmax.gradients_ahead.BESIDES_ONE`), so that many losses before one backward
-            pass do not hold a gradient of the weight each (``torch.compile``, which cannot tell, takes True). Within ``torch.utils.checkpoint``, which drops what waits,
-            False saves a product.
+            pass do not hold a gradient of the weight each; ``torch.compile``, which cannot tell, takes True. Within
+            ``torch.utils.checkpoint``, which drops what waits, False saves a product.
 
     Returns:
         As :func:`cross_entropy`.

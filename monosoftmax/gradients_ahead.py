@@ -9,7 +9,7 @@ saves any tensor: checkpointing drops it, and saved-tensor hooks can move it to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from .transforms.base import arithmetic_dtype
 BESIDES_ONE = 64 * 2**20
 
 #: What waits on each device, with its bytes. A gradient is gone from here when autograd lets go of it.
-_waiting: dict[torch.device, WeakTensorKeyDictionary] = {}
+_waiting: dict[torch.device, MutableMapping[Tensor, int]] = {}
 
 
 def waiting_bytes(device: torch.device) -> int:
@@ -46,7 +46,7 @@ def let_wait(gradients: Iterable[Tensor]) -> None:
     """Count ``gradients`` until they are gone."""
     for each in gradients:
         if has_values(each):
-            waiting = _waiting.setdefault(each.device, WeakTensorKeyDictionary())  # type: ignore[no-untyped-call]
+            waiting = _waiting.setdefault(each.device, WeakTensorKeyDictionary())
             waiting[each] = each.nbytes
 
 

@@ -111,7 +111,36 @@ ON_DEVICE = {
     ),
 }
 
-library = torch.library.Library("monosoftmax", "DEF")  # type: ignore[no-untyped-call]
+
+class _Library:
+    """The operators of this process. A second import, after ``sys.modules`` was cleared, finds those of the first.
+
+    torch lets nobody define an operator twice. The operators know only tensors, numbers and names, so that it does not
+    matter which import's code runs.
+    """
+
+    def __init__(self) -> None:
+        self._torch: torch.library.Library | None = None
+        if "monosoftmax" not in _LIBRARIES:
+            self._torch = _LIBRARIES["monosoftmax"] = torch.library.Library("monosoftmax", "DEF")  # type: ignore[no-untyped-call]
+
+    def define(self, schema: str, *tags: torch.Tag) -> None:
+        if self._torch is not None:
+            self._torch.define(schema, tags=tags)  # type: ignore[no-untyped-call]
+
+    def impl(self, name: str | torch._ops.OpOverload, function: Callable[..., Any], key: str) -> None:
+        if self._torch is not None:
+            self._torch.impl(name, function, key)  # type: ignore[no-untyped-call]
+
+    def fake(self, name: str, function: Callable[..., Any]) -> None:
+        if self._torch is not None:
+            torch.library.register_fake(f"monosoftmax::{name}", function, lib=self._torch)
+
+
+#: Outlives the modules of this package.
+_LIBRARIES: dict[str, torch.library.Library] = torch.ops.__dict__.setdefault("_monosoftmax_libraries", {})
+
+library = _Library()
 
 
 def _row_results(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -261,18 +290,14 @@ _FAKES: dict[str, Callable[..., Any]] = {
 
 for _backend in FUSED_BACKENDS:
     for _name, _schema in (SCHEMAS | (OF_PROBABILITIES if _backend == "cpu" else ON_DEVICE)).items():
-        library.define(  # type: ignore[no-untyped-call]
-            f"{_name}.{_backend}{_schema}", tags=(torch.Tag.pt2_compliant_tag,)
-        )
-        torch.library.register_fake(f"monosoftmax::{_name}.{_backend}", _FAKES[_name], lib=library)
+        library.define(f"{_name}.{_backend}{_schema}", torch.Tag.pt2_compliant_tag)
+        library.fake(f"{_name}.{_backend}", _FAKES[_name])
 
 
 # How the kernels of csrc/cuda compute a call, in words: it depends on the GPU.
-library.define(  # type: ignore[no-untyped-call]
-    "describe_plan.cuda(Tensor input, str transform, int size, bool gradient, bool coefficients) -> str"
-)
+library.define("describe_plan.cuda(Tensor input, str transform, int size, bool gradient, bool coefficients) -> str")
 
-library.define("no_derivative(Tensor like, Tensor[] upstream, str reason) -> Tensor")  # type: ignore[no-untyped-call]
+library.define("no_derivative(Tensor like, Tensor[] upstream, str reason) -> Tensor")
 
 
 def _no_derivative(like: Tensor, upstream: list[Tensor], reason: str) -> Tensor:
@@ -282,8 +307,8 @@ def _no_derivative(like: Tensor, upstream: list[Tensor], reason: str) -> Tensor:
 # What stands in the place of a derivative that does not exist: an error when it runs, not when it is traced, because
 # torch.compile traces the backward pass of everything whether it will be run or not. It takes the upstream gradients so
 # that a compiler does not move it to the forward pass.
-library.impl("no_derivative", _no_derivative, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("monosoftmax::no_derivative", lambda like, *_: torch.empty_like(like), lib=library)
+library.impl("no_derivative", _no_derivative, "CompositeExplicitAutograd")
+library.fake("no_derivative", lambda like, *_: torch.empty_like(like))
 
 
 def operator(name: str, backend: str) -> torch._ops.OpOverload:
@@ -312,4 +337,4 @@ def _triton_kernel(name: str) -> Callable[..., Any]:
 for _name in SCHEMAS | ON_DEVICE:
     if not _name.startswith("linear_"):
         for _key in ("CUDA", "CPU"):
-            library.impl(operator(_name, "triton"), _triton_kernel(_name), _key)  # type: ignore[no-untyped-call]
+            library.impl(operator(_name, "triton"), _triton_kernel(_name), _key)

@@ -11,6 +11,9 @@ exactly as ``torch.nn.functional.cross_entropy`` combines ``weight`` and ``label
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,9 +40,12 @@ def cross_entropy(
     valid = target != ignore_index
     outside = valid & ((target < 0) | (target >= classes))
     raise_if_any(outside, target, classes, ignore_index)
-    if not return_lse:
-        # An ignored row may hold anything, also NaN: keep it out of the forward and of the backward pass.
-        input = torch.where(valid.unsqueeze(1), input, torch.zeros_like(input))
+    # An ignored row may hold anything, also NaN: keep it out of the forward and of the backward pass, where an upstream
+    # gradient of 0 would not. If it has a distribution, its lse may be asked for.
+    left_out, largest = ~valid, input.detach().amax(1)
+    if return_lse:
+        left_out = left_out & (torch.isnan(largest) if transform.bounded_below else ~torch.isfinite(largest))
+    input = torch.where(left_out.unsqueeze(1), torch.zeros_like(input), input)
 
     y = transformed(input, transform)
     log_p = F.log_softmax(y, dim=1)
@@ -51,12 +57,12 @@ def cross_entropy(
         smooth = -(log_p if weight is None else log_p * weight).sum(1)
         loss = (1 - label_smoothing) * loss + label_smoothing / classes * smooth
 
+    lse = torch.zeros_like(loss)
     if return_lse or z_loss > 0:
         lse = torch.logsumexp(y, 1)
         if z_loss > 0:
             loss = loss + z_loss * lse.square()
-    else:
-        lse = torch.zeros_like(loss)
+        lse = torch.where(left_out, largest.to(lse.dtype) if return_lse else 0.0, lse)
     loss = torch.where(valid, loss, torch.zeros_like(loss))
     loss = torch.where(outside, torch.full_like(loss, torch.nan), loss)
     return loss, lse
@@ -138,11 +144,41 @@ def transformed(input: Tensor, transform: MonotonicTransform) -> Tensor:
     coefficients = transform().to(z.device, compute)
     if transform.bounded_below:
         return transform.evaluate(z, coefficients)
-    # Where f(-inf) = -inf the probability is 0, but autograd would form 0 * inf for the gradients of f's parameters.
-    # A row of -inf only keeps them: it has no distribution, and its loss and gradient are NaN.
+    # Where f(-inf) = -inf, autograd would form 0 * inf for the gradients of f's parameters. A class whose probability
+    # is 0 may still be a target: then its logit has a gradient, that of a logit far below all others.
     masked = torch.isneginf(z)
-    masked = masked & ~masked.all(-1, keepdim=True)
-    return transform.evaluate(z.masked_fill(masked, 0.0), coefficients).masked_fill(masked, -torch.inf)
+    replace: Callable[..., Tensor] = (_Replace if torch.compiler.is_compiling() else _ReplaceForward).apply
+    return replace(transform.evaluate(replace(z, masked, -_FAR), coefficients), masked, -torch.inf)
+
+
+#: A logit this far below 0 is as good as -inf, and its product with a coefficient fits float32.
+_FAR = 1e30
+
+
+class _Replace(torch.autograd.Function):
+    """``input`` with ``value`` where ``mask`` is true, whose gradient goes on as if nothing had been replaced."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, mask: Tensor, value: float) -> Tensor:
+        return input.masked_fill(mask, value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        return grad_output, None, None
+
+
+class _ReplaceForward(_Replace):
+    """With a forward-mode derivative, which Dynamo refuses to read (torch 2.14)."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return tangent
 
 
 def raise_if_any(outside: Tensor, target: Tensor, classes: int, ignore_index: int) -> None:

@@ -477,12 +477,12 @@ def test_scalars_of_older_state_dicts_load(case, assign, parametrized):
                 parametrize.register_parametrization(each, name, Doubled())
     model, saved = nn.Sequential(transform), nn.Sequential(other).state_dict()
     old = {name: value.reshape(()) if value.shape == (1,) else value for name, value in saved.items()}
-    given = dict(old)
+    given = {name: (value, value.shape) for name, value in old.items()}
     requires_grad = [parameter.requires_grad for parameter in model.parameters()]
     assert model.load_state_dict(old, assign=assign) == ([], [])
     assert torch.equal(transform(), other())
     assert old.keys() == given.keys()
-    assert all(old[name] is given[name] and old[name].shape == given[name].shape for name in given)
+    assert all(old[name] is value and value.shape == shape for name, (value, shape) in given.items())
     assert all(value.shape == saved[name].shape for name, value in model.state_dict().items())
     assert [parameter.requires_grad for parameter in model.parameters()] == requires_grad
 

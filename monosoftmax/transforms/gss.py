@@ -24,7 +24,7 @@ class GSS(ScalarTransform):
         learnable: whether k and c are parameters.
 
     Raises:
-        ValueError: k or c is not finite or out of range.
+        ValueError: k or c is not finite or out of range, or ``dtype`` is of half precision.
     """
 
     kernel = "gss"

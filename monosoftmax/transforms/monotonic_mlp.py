@@ -37,7 +37,8 @@ class MonotonicMLP(MonotonicTransform):
         bound: range of the logits over which the units are spread, in [1e-4, 1e4].
 
     Raises:
-        ValueError: ``num_units`` outside [1, 21], or ``bound`` not positive, not finite or out of range.
+        ValueError: ``num_units`` outside [1, 21], ``bound`` not positive, not finite or out of range, or ``dtype``
+            of half precision.
     """
 
     kernel = "monotonic_mlp"

@@ -54,7 +54,7 @@ class PLIF(MonotonicTransform):
 
     Raises:
         ValueError: ``num_pieces`` outside [1, 2^24], ``bound <= 0``, ``min_slope`` outside (0, 1), ``init`` unknown,
-            or not finite.
+            one of them not finite, or ``dtype`` of half precision.
     """
 
     kernel = "plif"

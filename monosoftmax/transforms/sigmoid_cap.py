@@ -21,7 +21,7 @@ class SigmoidCap(ScalarTransform):
         learnable: whether a, b and c are parameters.
 
     Raises:
-        ValueError: a, b or c is not finite or out of range.
+        ValueError: a, b or c is not finite or out of range, or ``dtype`` is of half precision.
     """
 
     kernel = "sigmoid_cap"

@@ -23,7 +23,7 @@ class SoftCap(ScalarTransform):
         learnable: whether c is a parameter.
 
     Raises:
-        ValueError: cap is not finite or out of range.
+        ValueError: cap is not finite or out of range, or ``dtype`` is of half precision.
     """
 
     kernel = "soft_cap"

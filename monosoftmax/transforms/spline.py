@@ -32,7 +32,8 @@ class RationalQuadraticSpline(MonotonicTransform):
         bound: the pieces cover [-bound, bound] at the start, in [1e-4, 1e4].
 
     Raises:
-        ValueError: ``num_bins`` outside [1, 2^24], or ``bound`` not positive, not finite or out of range.
+        ValueError: ``num_bins`` outside [1, 2^24], ``bound`` not positive, not finite or out of range, or ``dtype``
+            of half precision.
     """
 
     kernel = "spline"

@@ -19,7 +19,7 @@ class Temperature(ScalarTransform):
         learnable: whether tau is a parameter (its logarithm is what is stored).
 
     Raises:
-        ValueError: tau is not finite or not in [1e-4, 1e4].
+        ValueError: tau is not finite or not in [1e-4, 1e4], or ``dtype`` is of half precision.
     """
 
     kernel = "temperature"

@@ -256,7 +256,7 @@ def _order(call: Call) -> str:
     kernels = importlib.import_module(f"{__package__}.triton_kernels.coefficient_sums")
     transforms = importlib.import_module(f"{__package__}.triton_kernels.transforms")
     table_rows = transforms.REGISTRY[call.transform.kernel].table_rows
-    size = call.transform.coefficients().shape[-1]
+    size = call.transform().shape[-1]
     regime = kernels.regime_of(table_rows, size, torch.are_deterministic_algorithms_enabled())
     return ", to which atomics add in an order that changes" if size and regime == "global" else ""
 
@@ -356,7 +356,7 @@ def _cuda_how(call: Call) -> str:
     how = "one fused CUDA kernel, which computes the gradient of a mean or sum in the forward pass"
     if call.like is None:
         return how
-    coefficients = call.transform.coefficients()
+    coefficients = call.transform()
     plan = torch.ops.monosoftmax.describe_plan.cuda(
         call.like, call.transform.kernel, coefficients.shape[-1], True, coefficients.requires_grad
     )

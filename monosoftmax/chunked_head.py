@@ -180,7 +180,7 @@ def _onednn_product(input: Tensor) -> Callable[..., Tensor] | None:
     took 1.3 to 1.5 times as long as in one product, by oneDNN 0.8 to 1.0 times (d = 280 and 1024, V = 32000, Zen 4,
     with AVX-512 and AVX2). It has no out argument, so that each chunk is a new tensor.
     """
-    if input.dtype != torch.float32 or input.device.type != "cpu":
+    if input.dtype != torch.float32 or input.device.type != "cpu" or input.shape[1] == 0:
         return None
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None

@@ -484,15 +484,18 @@ def test_double_backward_raises() -> None:
 
 
 def test_the_gradient_of_a_mean_is_computed_with_the_loss() -> None:
-    """And nothing of the size of the logits is saved but the logits and their targets."""
+    """And nothing of the size of the logits is saved but the logits, their targets and that gradient."""
     input, target = torch.randn(6, CLASSES).requires_grad_(), probabilities(6, CLASSES)
     saved: list[Tensor] = []
     with (
         torch.profiler.profile() as profile,
         torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),  # type: ignore[func-returns-value]
     ):
-        ms.cross_entropy(input, target, ms.transforms.PLIF()).backward()
+        loss = ms.cross_entropy(input, target, ms.transforms.PLIF())
+        large = {t.data_ptr() for t in saved if t.numel() >= input.numel()}
+        gradient = loss.grad_fn.saved_tensors[-2]  # type: ignore[union-attr]
+        loss.backward()
     names = {event.name for event in profile.events()}  # type: ignore[union-attr]
     assert "monosoftmax::cross_entropy_of_probabilities" in names
     assert "monosoftmax::cross_entropy_of_probabilities_backward" not in names
-    assert {t.data_ptr() for t in saved if t.numel() >= input.numel()} == {input.data_ptr(), target.data_ptr()}
+    assert gradient.shape == input.shape and large == {each.data_ptr() for each in (input, target, gradient)}

@@ -247,6 +247,8 @@ def _loss_function(
             # With gradients enabled, these may be differentiated: that must end in an error, not in zeros.
             if ahead and total is not None and loss is None and lse is None and not torch.is_grad_enabled():
                 in_place = not keeps_graph()
+                if in_place:
+                    gradients_ahead.let_go(ahead)
                 part = gradients_ahead.scaled(
                     ahead,
                     total if shift is None else total / shift,

@@ -21,7 +21,7 @@ from .transforms.base import arithmetic_dtype
 #: Bytes of gradients that may wait on a device at a time; one loss may hold what it needs where nothing else waits.
 BESIDES_ONE = 64 * 2**20
 
-#: What waits on each device, with its bytes. A gradient is gone from here when autograd lets go of it.
+#: What waits on each device, with its bytes. A gradient is gone from here at the latest when it is gone.
 _waiting: dict[torch.device, MutableMapping[Tensor, int]] = {}
 
 
@@ -48,6 +48,13 @@ def let_wait(gradients: Iterable[Tensor]) -> None:
         if has_values(each):
             waiting = _waiting.setdefault(each.device, WeakTensorKeyDictionary())
             waiting[each] = each.nbytes
+
+
+def let_go(gradients: Iterable[Tensor]) -> None:
+    """Count ``gradients`` no more, which a backward pass hands on: whoever gets them may keep them."""
+    for each in gradients:
+        if each.device in _waiting and has_values(each):
+            _waiting[each.device].pop(each, None)
 
 
 def scaled(

@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton_interpreter import interpreting
 
 import monosoftmax as ms
-from monosoftmax import autograd, reference
+from monosoftmax import autograd, gradients_ahead, reference
 from monosoftmax.triton_kernels import coefficient_sums, launch, operators
 from monosoftmax.triton_kernels.vocabulary_parallel import (
     merge_shards,
@@ -206,7 +206,8 @@ def test_gradient_ahead_is_rounded_once_whatever_comes_later(
     factor: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where values cannot be looked at, as on a GPU: the device decides whether the gradient is computed again."""
-    monkeypatch.setattr(autograd, "tells_values", lambda tensor: False)
+    for module in (autograd, gradients_ahead):
+        monkeypatch.setattr(module, "tells_values", lambda tensor: False)
     calls = []
     rescale = operators.launch_cross_entropy
     monkeypatch.setattr(operators, "launch_cross_entropy", lambda *a, **k: (calls.append(k), rescale(*a, **k)))
@@ -222,7 +223,8 @@ def test_gradient_ahead_is_rounded_once_whatever_comes_later(
 
 
 def test_batched_upstream_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autograd, "tells_values", lambda tensor: False)
+    for module in (autograd, gradients_ahead):
+        monkeypatch.setattr(module, "tells_values", lambda tensor: False)
     upstream = torch.tensor([1.0, -2.0], device=DEVICE)
     for dtype in (torch.bfloat16, torch.float32):
         leaf = _rows(9, dtype).clone().requires_grad_()
@@ -236,7 +238,8 @@ def test_batched_upstream_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("factor", [1.0, 0.3])
 @pytest.mark.parametrize("head", [False, True])
 def test_gradients_ahead_are_scaled_on_the_device(factor: float, head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autograd, "tells_values", lambda tensor: False)
+    for module in (autograd, gradients_ahead):
+        monkeypatch.setattr(module, "tells_values", lambda tensor: False)
     scaled = []
     scale = operators.launch_scale
     monkeypatch.setattr(operators, "launch_scale", lambda *a: (scaled.append(a[0].shape), scale(*a)))

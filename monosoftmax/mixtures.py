@@ -218,22 +218,23 @@ class MixtureOfSoftmaxes(_Experts):
     def _losses(self, latent: Tensor, log_prior: Tensor, target: Tensor) -> Tensor:
         """-log p(target) of each row, for latent [N, K, d], log_prior [N, K] and target [N]."""
         check_tensor("decoder.weight", self.decoder.weight)
+        matrix, bias = self.decoder.matrix_and_bias()
         call = Call("linear_cross_entropy", latent.device.type, latent.dtype, self.decoder.transform)
         if self.chunk_rows is None and choose(call, self.decoder.backend) != "reference":
             losses = linear_cross_entropy(
                 latent.flatten(0, 1),
-                self.decoder.weight,
+                matrix,
                 target.repeat_interleave(self.n_experts),
-                linear_bias=self.decoder.bias,
+                linear_bias=bias,
                 ignore_index=self.decoder.ignore_index,
                 reduction="none",
                 backend=self.decoder.backend,
             )
             return _mixed(log_prior, losses)
         # In the arithmetic type, so that autograd sums the gradients of the chunks in it. _chunk_losses rounds back.
-        compute = arithmetic_dtype(self.decoder.weight.dtype)
-        weight = self.decoder.weight.to(compute)
-        bias = None if self.decoder.bias is None else self.decoder.bias.to(compute)
+        compute = arithmetic_dtype(matrix.dtype)
+        weight = matrix.to(compute)
+        bias = None if bias is None else bias.to(compute)
         rows = self.chunk_rows or max(1, LOGITS_BUDGET // (self.n_experts * self.n_classes * compute.itemsize))
         chunks = list(zip(*(torch.split(whole, rows) for whole in (latent, log_prior, target)), strict=True))
         # A single chunk stays within the budget without being computed twice.

@@ -50,7 +50,7 @@ class MonotonicCrossEntropyLoss(nn.Module):
         backend: BackendName = "auto",
     ) -> None:
         super().__init__()
-        self.transform = Identity() if transform is None else check_transform(transform)
+        self.transform = Identity() if transform is None else _kept(transform)
         self.register_buffer("weight", weight)
         self._initial_weight = _copy(weight)
         self.ignore_index = ignore_index
@@ -150,7 +150,7 @@ class MonotonicSoftmax(nn.Module):
         super().__init__()
         self.in_features = require_count("in_features", in_features)
         self.n_classes = require_count("n_classes", n_classes)
-        self.transform = Identity() if transform is None else check_transform(transform)
+        self.transform = Identity() if transform is None else _kept(transform)
         self.ignore_index = check_ignore_index(ignore_index)
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
@@ -249,8 +249,21 @@ class MonotonicSoftmax(nn.Module):
         Raises:
             NotImplementedError: the weight is a DTensor, as it is outside forward where ``fully_shard`` has sharded it.
         """
+        return F.linear(input, *self.matrix_and_bias())
+
+    def matrix_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias as forward would find them, for other methods.
+
+        Pruning and the older ``weight_norm`` and ``spectral_norm`` compute them in hooks that run before forward only.
+
+        Raises:
+            NotImplementedError: as :meth:`logits`.
+        """
+        for hook in list(self._forward_pre_hooks.values()):
+            if type(hook).__module__.startswith("torch.nn.utils."):
+                hook(self, ())
         check_tensor("weight", self.weight)
-        return F.linear(input, self.weight, self.bias)
+        return self.weight, self.bias
 
     def forward(self, input: Tensor, target: Tensor) -> OutputAndLoss:
         """Log-probabilities of the targets, of the shape of ``target`` (0 where ignored), and the loss.
@@ -286,6 +299,16 @@ class MonotonicSoftmax(nn.Module):
             f"label_smoothing={self.label_smoothing:g}, z_loss={self.z_loss:g}, reduction={self.reduction!r}, "
             f"backend={self.backend!r}"
         )
+
+
+def _kept(transform: MonotonicTransform) -> MonotonicTransform:
+    """``transform`` as a module keeps it: in PEFT's wrapper, which chooses its adapter anew at every call, but not in
+    that of ``torch.compile``, which would only change the names of parameters.
+    """
+    check_transform(transform)
+    while "_orig_mod" in transform._modules:
+        transform = cast(MonotonicTransform, transform._modules["_orig_mod"])
+    return transform
 
 
 def _copy(weight: Tensor | None) -> Tensor | None:

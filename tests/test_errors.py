@@ -135,6 +135,10 @@ dist.destroy_process_group()
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.count("is a DTensor, which is not supported") == 3, run.stderr
+    for remedy in ("module.unshard()", "register_fsdp_forward_method"):
+        assert run.stdout.count(remedy) == 3
+    # Each is silently wrong: a gradient that nobody reduces, the loss over a part of the vocabulary.
+    assert "full_tensor" not in run.stdout and "to_local" not in run.stdout
 
 
 @pytest.mark.parametrize(

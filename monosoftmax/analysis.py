@@ -1,6 +1,6 @@
 """What a trained output layer looks like: its learned transform, and the rank of its log-probabilities.
 
-The plots need matplotlib, which nothing else here does: ``pip install monosoftmax[plots]``.
+The plots need matplotlib, which nothing else here does: ``pip install matplotlib``.
 """
 
 from __future__ import annotations
@@ -308,7 +308,7 @@ def _new_axes(size: tuple[float, float]) -> Axes:
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install monosoftmax[plots]") from error
+        raise ImportError("plots need matplotlib: pip install matplotlib") from error
     return pyplot.subplots(figsize=size, layout="constrained")[1]
 
 

@@ -387,4 +387,4 @@ def test_matplotlib_is_imported_by_the_plots_only_and_missed_by_name():
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == ["plots need matplotlib: pip install monosoftmax[plots]"] * 2
+    assert result.stdout.splitlines() == ["plots need matplotlib: pip install matplotlib"] * 2

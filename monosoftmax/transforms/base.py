@@ -204,7 +204,7 @@ class MonotonicTransform(nn.Module):
             if not isinstance(entry, Tensor):
                 continue
             if entry.dim() == 0 and raw.shape == (1,):  # as scalars were saved once
-                state_dict[prefix + name] = entry = entry.detach().reshape(1)
+                state_dict[prefix + name] = entry = _shared_like(entry.detach().reshape(1), raw)
             if entry.dtype in (torch.float16, torch.bfloat16):  # which assign=True would put in the parameter's place
                 state_dict[prefix + name] = entry.detach().float()
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -213,6 +213,16 @@ class MonotonicTransform(nn.Module):
         raise NotImplementedError(
             f"{type(self).__name__} cannot be scripted: TorchScript lacks much of Python. Use torch.compile"
         )
+
+
+def _shared_like(entry: Tensor, raw: Any) -> Tensor:
+    """``entry``, which every rank has, in the pieces of ``raw``: torch.distributed cuts no scalars."""
+    if not hasattr(raw, "device_mesh") or hasattr(entry, "device_mesh"):
+        return entry
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = raw.device_mesh
+    return distribute_tensor(entry.to(mesh.device_type), mesh, raw.placements, src_data_rank=None)
 
 
 def _elementwise(
@@ -260,8 +270,18 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def widened(raw: Tensor) -> Tensor:
-    """A raw parameter in the type that coefficients are computed in, also where FSDP hands it out in half precision."""
+def widened(raw: Tensor, size: int = 1) -> Tensor:
+    """A raw parameter [size] in the type that coefficients are computed in, also where FSDP hands it out in half.
+
+    Raises:
+        NotImplementedError: ``raw`` is of another shape.
+    """
+    if raw.shape != (size,):
+        raise NotImplementedError(
+            f"transform has a parameter of shape {tuple(raw.shape)} that was built with shape ({size},), as "
+            "FullyShardedDataParallel leaves pieces of parameters outside of forward: call the module that it wraps, "
+            "or use FullyShardedDataParallel.summon_full_params(module)"
+        )
     return raw.to(arithmetic_dtype(raw.dtype))
 
 
@@ -274,15 +294,15 @@ def of_pieces(coefficients: Tensor, piece: Tensor) -> tuple[Tensor, ...]:
     return coefficients[:, piece].unbind()
 
 
-def bounded_exp(raw: Tensor, limit: float = SCALE_LIMIT) -> Tensor:
-    """exp(raw), clamped to [1/limit, limit]: a positive scale, exactly 1 at raw = 0."""
+def bounded_exp(raw: Tensor, size: int = 1, limit: float = SCALE_LIMIT) -> Tensor:
+    """exp(raw), clamped to [1/limit, limit]: a positive scale, exactly 1 at raw = 0. ``raw`` is [size]."""
     bound = math.log(limit)
-    return widened(raw).clamp(-bound, bound).exp()
+    return widened(raw, size).clamp(-bound, bound).exp()
 
 
-def bounded_shift(raw: Tensor) -> Tensor:
-    """raw, clamped to [-SHIFT_LIMIT, SHIFT_LIMIT]."""
-    return widened(raw).clamp(-SHIFT_LIMIT, SHIFT_LIMIT)
+def bounded_shift(raw: Tensor, size: int = 1) -> Tensor:
+    """raw [size], clamped to [-SHIFT_LIMIT, SHIFT_LIMIT]."""
+    return widened(raw, size).clamp(-SHIFT_LIMIT, SHIFT_LIMIT)
 
 
 def require_finite(name: str, value: float) -> float:

@@ -79,10 +79,11 @@ class MonotonicMLP(MonotonicTransform):
 
     def coefficients(self) -> Tensor:
         """[3H + 1]: w_0, then all a, all b, all c."""
-        raw = widened(self.raw_amplitude)
+        units = self.num_units
+        raw = widened(self.raw_amplitude, units)
         amplitude = torch.hypot(raw, torch.full_like(raw, MIN_AMPLITUDE)).clamp(max=SCALE_LIMIT)
-        linear, steepness = bounded_exp(self.log_linear), bounded_exp(self.log_steepness)
-        return torch.cat([linear, amplitude, steepness, bounded_shift(self.raw_shift)])
+        linear, steepness = bounded_exp(self.log_linear), bounded_exp(self.log_steepness, units)
+        return torch.cat([linear, amplitude, steepness, bounded_shift(self.raw_shift, units)])
 
     def evaluate(self, z: Tensor, coefficients: Tensor) -> Tensor:
         result = coefficients[0] * z

@@ -120,7 +120,7 @@ class PLIF(MonotonicTransform):
 
     def coefficients(self) -> Tensor:
         """[2, K]: the slopes, and the values at the left ends of the pieces."""
-        raw = widened(self.raw_slope)
+        raw = widened(self.raw_slope, self.num_pieces)
         slopes = (self.min_slope + (1 - self.min_slope) * F.softplus(raw)).clamp(max=SCALE_LIMIT)
         # Sums over up to 10^5 slopes: in float64, so that f is continuous to the last bit that float32 can show.
         rises = slopes.double() * self.width

@@ -69,9 +69,9 @@ class RationalQuadraticSpline(MonotonicTransform):
 
     def coefficients(self) -> Tensor:
         """[6, K]: for each piece x, width, y, height, and the derivatives at its left and right end."""
-        width = bounded_exp(self.log_width, _FACTOR_LIMIT) * (2 * self.bound / self.num_bins)
-        height = bounded_exp(self.log_height, _FACTOR_LIMIT) * (2 * self.bound / self.num_bins)
-        derivative = bounded_exp(self.log_derivative, _FACTOR_LIMIT)
+        width = bounded_exp(self.log_width, self.num_bins, _FACTOR_LIMIT) * (2 * self.bound / self.num_bins)
+        height = bounded_exp(self.log_height, self.num_bins, _FACTOR_LIMIT) * (2 * self.bound / self.num_bins)
+        derivative = bounded_exp(self.log_derivative, self.num_bins + 1, _FACTOR_LIMIT)
         return torch.stack(
             [self._left_ends(width), width, self._left_ends(height), height, derivative[:-1], derivative[1:]]
         )

@@ -592,7 +592,8 @@ dist.destroy_process_group()
 def test_sharded_mixtures_work_or_say_what_to_do():
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", SHARDED], capture_output=True, text=True)
     methods = ["log_prob", "predict", "log_prob"]
-    assert run.stdout.split() == [*methods, "forward", *methods], run.stderr
+    said = [line for line in run.stdout.splitlines() if not line.startswith("[Gloo]")]
+    assert said == [*methods, "forward", *methods], run.stderr
 
 
 def test_expert_features_default_to_in_features():

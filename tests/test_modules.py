@@ -575,7 +575,8 @@ dist.destroy_process_group()
 
 def test_methods_of_a_sharded_layer_say_what_to_do():
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", SHARDED], capture_output=True, text=True)
-    assert run.stdout.split() == ["logits", "log_prob", "predict", "tie", "tie"], run.stderr
+    said = [line for line in run.stdout.splitlines() if not line.startswith("[Gloo]")]
+    assert said == ["logits", "log_prob", "predict", "tie", "tie"], run.stderr
 
 
 @pytest.mark.parametrize(("name", "settings"), [("in_features", (0, 5)), ("n_classes", (5, 0)), ("n_classes", (5, -3))])

@@ -371,4 +371,5 @@ def test_groups_and_clipping_of_sharded_models(tmp_path: Path):
     finally:
         for rank in ranks:
             rank.kill()
-    assert [out for out, _ in results] == ["done\n"] * 2, "\n".join(error for _, error in results)
+    # Before that, gloo of torch 2.10 says whom it has met.
+    assert [out.splitlines()[-1:] for out, _ in results] == [["done"]] * 2, "\n".join(error for _, error in results)

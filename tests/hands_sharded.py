@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from hands import outcome
+from hands_heads import CLASSES, FEATURES, ROWS, SETTINGS, Head, built
 from hands_in_processes import WORLD, join, leave, parameters_of
 from losses import TRANSFORMS, disturbed
 from torch import Tensor, nn
@@ -33,12 +34,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import monosoftmax as ms
 
-FEATURES, CLASSES, ROWS = 6, 11, 8
-#: Sizes that two processes cannot share evenly, and bends where the logits are.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "plif": {"num_pieces": 9, "bound": 3.0}, "spline": {"num_bins": 5, "bound": 3.0}, "soft_cap": {"cap": 3.0},
-    "monotonic_mlp": {"num_units": 3, "bound": 3.0},
-}  # fmt: skip
 DTENSOR = r"DTensor.*module\.unshard\(\).*register_fsdp_forward_method|DTensor.*register_fsdp_forward.*unshard\(\)"
 PIECE = r"FullyShardedDataParallel.*summon_full_params"
 FULL = StateDictOptions(full_state_dict=True)
@@ -51,18 +46,6 @@ TARGET = torch.randint(CLASSES, (ROWS,), generator=generator)
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------
-
-
-class Head(ms.MonotonicSoftmax):
-    """The head of a language model as a module that returns its loss."""
-
-    def __init__(self, transform: nn.Module) -> None:
-        super().__init__(FEATURES, CLASSES, transform, backend="cpu")  # type: ignore[arg-type]
-        with torch.no_grad():
-            self.weight.mul_(4)
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(input, target).loss
 
 
 class Checkpointed(nn.Module):
@@ -97,12 +80,6 @@ class OnLogits(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         return ms.cross_entropy(logits, target, self.transform, backend="cpu")
-
-
-def built(name: str, of: Callable[[Head], nn.Module] = lambda head: head) -> Any:
-    """The same module on all ranks."""
-    torch.manual_seed(0)
-    return of(Head(disturbed(name, **SETTINGS.get(name, {}))))
 
 
 def inputs_of(module: nn.Module) -> Tensor:

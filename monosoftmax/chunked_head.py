@@ -71,9 +71,7 @@ class _Head:
         need_bias: bool = False,
         rows_in_chunk: int = 0,
     ) -> None:
-        # oneDNN reads a bias as if it were contiguous, whatever its stride is.
-        bias = None if linear_bias is None else linear_bias.contiguous()
-        self.input, self.weight, self.bias = input, linear_weight, bias
+        self.input, self.weight, self.bias = input, linear_weight, linear_bias
         self.need_input, self.need_weight, self.need_bias = need_input, need_weight, need_bias
         self.needs_logit_gradient = need_input or need_weight or need_bias
         rows, (classes, features) = input.shape[0], linear_weight.shape
@@ -196,6 +194,7 @@ def _linear_cross_entropy(
     need_input: bool, need_linear_weight: bool, need_linear_bias: bool, need_coefficients: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     _check_targets(target, linear_weight.shape[0], ignore_index)
+    linear_weight, linear_bias = _operands(input, linear_weight, linear_bias)
     of_transform = coefficients, transform, constants
     if method == "recompute":
         forward = recompute_head(backend).linear_cross_entropy
@@ -247,6 +246,7 @@ def _linear_cross_entropy_backward(
     method: str, chunk_rows: int, filter_eps: float,
     need_input: bool, need_linear_weight: bool, need_linear_bias: bool, need_coefficients: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    linear_weight, linear_bias = _operands(input, linear_weight, linear_bias)
     if method == "recompute":
         gradients: tuple[Tensor, ...] = recompute_head(backend).linear_cross_entropy_backward(
             grad_loss, grad_lse, input, linear_weight, linear_bias, target, weight, coefficients, transform, constants,
@@ -284,6 +284,7 @@ def _linear_token_statistics(
     coefficients: Tensor, transform: str, constants: list[float], ignore_index: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     _check_targets(target, linear_weight.shape[0], ignore_index)
+    linear_weight, linear_bias = _operands(input, linear_weight, linear_bias)
     dtype, rows = arithmetic_dtype(input.dtype), input.shape[0]
     log_prob, entropy, lse = (input.new_empty(rows, dtype=dtype) for _ in range(3))
     argmax, rank = target.new_empty(rows), target.new_empty(rows)
@@ -316,6 +317,15 @@ class _CoefficientSums:
         return self._sum.to(self._coefficients.dtype)
 
 
+def _operands(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The weight and the bias in the type of ``input``, which they have but for autocast.
+
+    A copy of the weight lives as long as a call. oneDNN reads a bias as if it were contiguous, whatever its stride is.
+    """
+    bias = None if linear_bias is None else linear_bias.to(input.dtype).contiguous()
+    return linear_weight.to(input.dtype), bias
+
+
 def _check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
     # Here, and not only in the row operator, whose rows are counted from the start of a chunk.
     outside = (target != ignore_index) & ((target < 0) | (target >= classes))
@@ -323,7 +333,7 @@ def _check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
 
 
 def _without_autocast(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    # The operands have the type that they are meant to be multiplied in.
+    # The input has the type that the operands are meant to be multiplied in.
     def kernel(*arguments: Any) -> Any:
         device = next(each.device.type for each in arguments if isinstance(each, Tensor))
         with torch.autocast(device, enabled=False):

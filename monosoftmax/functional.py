@@ -341,7 +341,7 @@ def linear_losses(
             plain = _losses_of_rows(logits, target, transform, None, ignore_index, 0.0, 0.0, "none", False, chosen)
             losses = losses._replace(log_prob=-plain.rows)
         return losses
-    rows, linear_weight, linear_bias = _operands(rows, linear_weight, linear_bias)
+    rows = _autocast(rows)
     row_target, weight = target.reshape(-1), _class_weight(weight, rows)
     normalizer = _normalizer(row_target, weight, ignore_index, linear_weight.shape[0], reduction, rows.dtype)
     loss, lse, log_prob, total = autograd.linear_cross_entropy(
@@ -402,8 +402,11 @@ def linear_token_statistics(
     chosen = choose(call, backend)
     row_target = target.reshape(-1)
     with torch.no_grad():
-        rows, linear_weight, linear_bias = _operands(_rows_of(input), linear_weight, linear_bias)
-        head = rows.detach(), linear_weight.detach(), None if linear_bias is None else linear_bias.detach()
+        head = (
+            _autocast(_rows_of(input)).detach(),
+            linear_weight.detach(),
+            None if linear_bias is None else linear_bias.detach(),
+        )
         statistics: tuple[Tensor, ...]
         if chosen == "reference":
             statistics = reference.linear_token_statistics(*head, row_target, transform, ignore_index)
@@ -539,21 +542,17 @@ def _class_weight(weight: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if weight is None else weight.to(arithmetic_dtype(rows.dtype))
 
 
-def _operands(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The operands of the head in the type that torch.nn.functional.linear would multiply them in."""
+def _autocast(input: Tensor) -> Tensor:
+    """The input of a head in the type that torch.nn.functional.linear would multiply it in.
+
+    The operators bring the other operands to this type themselves, so that nobody holds a copy of the weight.
+    """
     device = input.device.type
-    if not autocast_enabled(device):
-        return input, linear_weight, linear_bias
-    dtype = torch.get_autocast_dtype(device)
     return (
-        _autocast(input, dtype),
-        _autocast(linear_weight, dtype),
-        None if linear_bias is None else _autocast(linear_bias, dtype),
+        input.to(torch.get_autocast_dtype(device))
+        if autocast_enabled(device) and input.dtype != torch.float64
+        else input
     )
-
-
-def _autocast(operand: Tensor, dtype: torch.dtype) -> Tensor:
-    return operand if operand.dtype == torch.float64 else operand.to(dtype)
 
 
 def _rows_of(input: Tensor) -> Tensor:

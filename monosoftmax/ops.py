@@ -12,7 +12,7 @@ in the arithmetic type (float64 for float64 input, else float32); ``transform``,
 type) and ``constants`` as :class:`monosoftmax.transforms.MonotonicTransform` gives them; ``row_stats`` [2, N]: the
 largest y of a row, and sum exp(y - largest). With them, and not with lse, the probabilities that the backward pass
 forms add up to 1, and one next to 1 keeps its 1 - p. For the ``linear_`` operators ``input`` is [N, d],
-``linear_weight`` [V, d] and ``linear_bias`` [V], all of one type.
+``linear_weight`` [V, d] and ``linear_bias`` [V]: they are multiplied in the type of ``input``.
 """
 
 from __future__ import annotations

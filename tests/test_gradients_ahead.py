@@ -110,6 +110,19 @@ def test_checkpoints_and_hooks_see_what_waits(head: Any) -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("wish", [True, False])
+def test_autocast_holds_no_copy_of_the_weight(head: Any, wish: bool) -> None:
+    states, weight, target, transform = head
+    saved: list[Tensor] = []
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),  # type: ignore[func-returns-value]
+    ):
+        ms.linear_cross_entropy(states[0], weight, target, transform, grad_in_forward=wish, backend="cpu")
+    large = {each.data_ptr() for each in saved if each.shape == weight.shape} - {weight.data_ptr()}
+    assert len(large) == wish  # the gradient
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("factor", [1.0, 0.3])
 @pytest.mark.parametrize("layer", ["logits", "head"])
@@ -136,6 +149,20 @@ def test_backward_passes_through_a_retained_graph_are_equal_to_the_last_bit(
     for a, b, c, d in zip(kept, second, third, other, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
         torch.testing.assert_close(d, 2 * a)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_the_gradient_of_half_precision_logits_is_rounded_once(dtype: torch.dtype, factor: float) -> None:
+    torch.manual_seed(0)
+    logits, target = torch.randn(20, 50).to(dtype), torch.arange(20)
+    found = []
+    for leaf, backend in ((logits.clone(), "cpu"), (logits.double(), "reference")):
+        loss = ms.cross_entropy(leaf.requires_grad_(), target, backend=backend)  # type: ignore[call-overload]
+        found += gradients(loss, [leaf], grad_outputs=torch.full((), factor, dtype=loss.dtype))
+    got, exact = found
+    ulp = torch.finfo(dtype).eps * exact.abs() + (2**-24 if dtype == torch.float16 else 0)
+    assert ((got.double() - exact).abs() <= 0.502 * ulp + 2e-6 * exact.abs()).all()
 
 
 def _loss_of_logits(input: Tensor, *_: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from ._dispatch import has_values, keeps_graph, tells_values, within_functorch
 from .backends import head_method
 from .float16 import float16_shift
 from .ops import FUSED_BACKENDS, library, operator
-from .transforms.base import MonotonicTransform, arithmetic_dtype
+from .transforms.base import MonotonicTransform, arithmetic_dtype, coefficients_of
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _HALF = (torch.float16, torch.bfloat16)
@@ -140,7 +140,7 @@ def log_softmax(backend: str, input: Tensor, transform: MonotonicTransform, dtyp
 
 def _kernel_arguments(input: Tensor, transform: MonotonicTransform) -> tuple[Tensor, str, list[float]]:
     assert transform.kernel is not None  # backends.choose() has made sure
-    coefficients = transform().to(input.device, arithmetic_dtype(input.dtype))
+    coefficients = coefficients_of(transform, input.device, arithmetic_dtype(input.dtype))
     return coefficients, transform.kernel, list(transform.constants())
 
 
@@ -165,6 +165,7 @@ class _Operator:
     def __init__(self, overload: torch._ops.OpOverload) -> None:
         self.overload = overload
         self.arguments = [each.name for each in overload._schema.arguments]
+        self.tensors = [each.name for each in overload._schema.arguments if "Tensor" in str(each.type)]
         self.results = [each.name for each in overload._schema.returns]
 
     def __call__(self, named: Mapping[str, Any]) -> Any:
@@ -181,11 +182,14 @@ def _loss_function(
 
     The last two operators (:data:`.ops.ON_DEVICE`) are those of backends for devices that do not tell values.
     """
-    differentiable = [name.removeprefix("need_") for name in forward_operator.arguments if name.startswith("need_")]
+    at = {name: place for place, name in enumerate(forward_operator.arguments)}
+    result_at = {name: place for place, name in enumerate(forward_operator.results)}
+    differentiable = [name.removeprefix("need_") for name in at if name.startswith("need_")]
     linear = "linear_weight" in differentiable
     # What the backward pass is given once more, tensors and others.
-    kept = [name for name in forward_operator.arguments if name in backward_operator.arguments]
-    kept = [name for name in kept if not name.startswith("need_")]
+    kept = [name for name in at if name in backward_operator.arguments and not name.startswith("need_")]
+    tensors = [name for name in kept if name in forward_operator.tensors]
+    others = [name for name in kept if name not in tensors]
 
     def needed_later(ctx: Any, named: Mapping[str, Any], **changes: Any) -> list[Tensor]:
         """The gradients that are needed, computed now."""
@@ -196,53 +200,63 @@ def _loss_function(
     class Loss(_Fused):
         @staticmethod
         def forward(ctx: Any, grad_enabled: bool, *arguments: Any) -> Any:
-            named = dict(zip(forward_operator.arguments, arguments, strict=True))
-            differentiated = dict(zip(forward_operator.arguments, ctx.needs_input_grad[1:], strict=True))
-            if grad_enabled and differentiated["target"]:
+            differentiated = ctx.needs_input_grad
+            if grad_enabled and differentiated[1 + at["target"]]:
                 raise ValueError(f"target must not require a gradient: {forward_operator.overload} has none for it")
-            ctx.needed = [name for name in differentiable if grad_enabled and differentiated[name]]
-            ctx.dtypes = [named[name].dtype for name in ctx.needed]
-            scale, shift = named["scale"], None
+            needed = [name for name in differentiable if grad_enabled and differentiated[1 + at[name]]]
+            given, scale, shift = list(arguments), arguments[at["scale"]], None
             # Gradients that the caller asks for stay his own.
-            asked = any(named[f"need_{name}"] for name in differentiable)
-            ahead = scale is not None and not asked and _may_compute_ahead(named, ctx.needed, rescale_operator)
-            computed = dict(named)
+            asked = any(arguments[place] for name, place in at.items() if name.startswith("need_"))
+            ahead = scale is not None and not asked
+            ahead = ahead and _may_compute_ahead(dict(zip(at, arguments, strict=True)), needed, rescale_operator)
             if ahead:
-                computed |= {f"need_{name}": True for name in ctx.needed}
-                if linear and named["input"].dtype == torch.float16:
-                    shift = float16_shift(scale, named["target"], named["weight"], named["ignore_index"])
-                    computed["scale"] = scale * shift
+                for name in needed:
+                    given[at[f"need_{name}"]] = True
+                if linear and given[at["input"]].dtype == torch.float16:
+                    shift = float16_shift(scale, *(given[at[name]] for name in ("target", "weight", "ignore_index")))
+                    given[at["scale"]] = scale * shift
             with _below_autograd(), torch.set_grad_enabled(grad_enabled):
-                results = dict(zip(forward_operator.results, forward_operator(computed), strict=True))
+                results = list(forward_operator.overload(*given))
                 if shift is not None:
-                    results["total"] = results["total"] / shift
+                    results[result_at["total"]] = results[result_at["total"]] / shift
             gradients = []
             if ahead:
-                gradients = [results[f"grad_{name}"] for name in ctx.needed]
-                gradients_ahead.let_wait(gradients)
-                results |= {f"grad_{name}": results[f"grad_{name}"].new_empty(0) for name in ctx.needed}
-            ctx.tensors = [name for name in kept if isinstance(named[name], Tensor)]
-            ctx.others = {name: named[name] for name in kept if not isinstance(named[name], Tensor)}
+                gradients = [results[result_at[f"grad_{name}"]] for name in needed]
+                for name, each in zip(needed, gradients, strict=True):
+                    results[result_at[f"grad_{name}"]] = each.new_empty(0)
+                # What is computed ahead in a trace waits when the program runs, if it does: nobody counts it.
+                if has_values(given[at["input"]]):
+                    gradients_ahead.let_wait(gradients)
+            ctx.needed, ctx.dtypes = needed, [arguments[at[name]].dtype for name in needed]
+            ctx.others = [arguments[at[name]] for name in others]
             # All of them here and none on ctx, so that checkpoints, saved-tensor hooks and compiled autograd see them.
-            ctx.save_for_backward(
-                *(named[name] for name in ctx.tensors), results["row_stats"], scale, shift, *gradients
-            )
-            asked_for = {"loss": True, "lse": named["return_lse"], "total": scale is not None}
-            asked_for["log_prob"] = named.get("return_log_prob", False)
-            ctx.mark_non_differentiable(*(each for name, each in results.items() if not asked_for.get(name)))
+            kept_tensors = (arguments[at[name]] for name in tensors)
+            ctx.save_for_backward(*kept_tensors, results[result_at["row_stats"]], scale, shift, *gradients)
+            asked_for = {"loss"}
+            if arguments[at["return_lse"]]:
+                asked_for.add("lse")
+            if scale is not None:
+                asked_for.add("total")
+            if "return_log_prob" in at and arguments[at["return_log_prob"]]:
+                asked_for.add("log_prob")
+            ctx.mark_non_differentiable(*(results[place] for name, place in result_at.items() if name not in asked_for))
             ctx.set_materialize_grads(False)
-            return tuple(results.values())
+            return tuple(results)
 
         @staticmethod
         def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-            grads = dict(zip(forward_operator.results, upstream, strict=True))
+            grads = dict(zip(result_at, upstream, strict=True))
             loss, lse, total, log_prob = (grads.get(name) for name in ("loss", "lse", "total", "log_prob"))
             places: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
             if loss is None and lse is None and total is None and log_prob is None:
                 return tuple(places)
-            tensors = ctx.saved_tensors
-            row_stats, scale, shift, *ahead = tensors[len(ctx.tensors) :]
-            named = dict(zip(ctx.tensors, tensors, strict=False)) | ctx.others | {"row_stats": row_stats}
+            saved = ctx.saved_tensors
+            row_stats, scale, shift, *ahead = saved[len(tensors) :]
+
+            def kept_by_name() -> dict[str, Any]:
+                named = dict(zip(tensors, saved, strict=False)) | dict(zip(others, ctx.others, strict=True))
+                return named | {"row_stats": row_stats, "scale": scale}
+
             parts: list[Sequence[Tensor]] = []
             # With gradients enabled, these may be differentiated: that must end in an error, not in zeros.
             if ahead and total is not None and loss is None and lse is None and not torch.is_grad_enabled():
@@ -252,27 +266,27 @@ def _loss_function(
                 part = gradients_ahead.scaled(
                     ahead,
                     total if shift is None else total / shift,
-                    rounded=not linear and named["input"].dtype in _HALF,
+                    rounded=not linear and saved[0].dtype in _HALF,  # of the input
                     in_place=in_place,
                     scale_operator=scale_operator,
                 )
                 if part is None and rescale_operator and not within_functorch() and has_values(total):
                     own = ahead if in_place else [each.clone() for each in ahead]
-                    part = _rescaled(own, total, rescale_operator, named | {"scale": scale})
+                    part = _rescaled(own, total, rescale_operator, kept_by_name())
                 if part is not None:
                     parts, total = [part], None
             if total is not None:
                 of_rows = (total * scale).expand(row_stats.shape[1:])
                 loss = of_rows if loss is None else loss + of_rows
             if loss is not None or lse is not None:
-                parts.append(needed_later(ctx, named, grad_loss=loss, grad_lse=lse))
+                parts.append(needed_later(ctx, kept_by_name(), grad_loss=loss, grad_lse=lse))
             if log_prob is not None:
                 plain = {"weight": None, "label_smoothing": 0.0, "z_loss": 0.0}
-                parts.append(needed_later(ctx, named, grad_loss=-log_prob, **plain))
+                parts.append(needed_later(ctx, kept_by_name(), grad_loss=-log_prob, **plain))
             for name, dtype, *gradients in zip(ctx.needed, ctx.dtypes, *parts, strict=True):
                 first, *more = gradients
                 gradient = first + more[0] if more else first
-                places[1 + forward_operator.arguments.index(name)] = gradient.to(dtype)
+                places[1 + at[name]] = gradient.to(dtype)
             return tuple(places)
 
     return Loss
@@ -300,7 +314,9 @@ def _may_compute_ahead(named: Mapping[str, Any], needed: Sequence[str], rescale_
     rounded_once = "linear_weight" in named or input.dtype not in _HALF or tells_values(input)
     if not rounded_once and (rescale_operator is None or not has_values(input)):
         return False
-    return bool(wish) or gradients_ahead.may_wait([named[name] for name in needed])
+    if wish or not has_values(input):
+        return True
+    return gradients_ahead.may_wait([named[name] for name in needed])
 
 
 def _register(backend: str) -> None:

@@ -31,30 +31,24 @@ def waiting_bytes(device: torch.device) -> int:
 
 
 def may_wait(operands: Sequence[Tensor]) -> bool:
-    """Whether the gradients of ``operands`` may be computed ahead.
-
-    They may while a program is traced: what is computed there waits when the program runs, if it does.
-    """
-    if not all(has_values(each) for each in operands):
-        return True
+    """Whether the gradients of ``operands``, which have values, may be computed ahead."""
     held = waiting_bytes(operands[0].device)
     size = sum(each.numel() * arithmetic_dtype(each.dtype).itemsize for each in operands)
     return held == 0 or held + size <= BESIDES_ONE
 
 
 def let_wait(gradients: Iterable[Tensor]) -> None:
-    """Count ``gradients`` until they are gone."""
+    """Count ``gradients``, which have values, until they are gone."""
     for each in gradients:
-        if has_values(each):
-            waiting = _waiting.setdefault(each.device, WeakTensorKeyDictionary())
-            waiting[each] = each.nbytes
+        waiting = _waiting.setdefault(each.device, WeakTensorKeyDictionary())
+        waiting[each] = each.nbytes
 
 
 def let_go(gradients: Iterable[Tensor]) -> None:
     """Count ``gradients`` no more, which a backward pass hands on: whoever gets them may keep them."""
     for each in gradients:
-        if each.device in _waiting and has_values(each):
-            _waiting[each.device].pop(each, None)
+        if waiting := _waiting.get(each.device):
+            waiting.pop(each, None)
 
 
 def scaled(
@@ -74,13 +68,14 @@ def scaled(
     """
     if within_functorch() or not has_values(factor):
         return None if rounded else [(each.to(factor.dtype) * factor).to(each.dtype) for each in gradients]
-    unchanged = tells_values(factor) and factor.item() == 1
+    told = tells_values(factor)
+    unchanged = told and factor.item() == 1
     if rounded and not unchanged:
         return None
     own = gradients if in_place else [each.clone() for each in gradients]
     if not unchanged:
         for each in own:
-            if scale_operator is None or tells_values(factor):
+            if scale_operator is None or told:
                 each.mul_(factor)
             else:
                 scale_operator(each, factor)

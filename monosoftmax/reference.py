@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._dispatch import tells_values
-from .transforms.base import MonotonicTransform, arithmetic_dtype
+from .transforms.base import MonotonicTransform, arithmetic_dtype, coefficients_of
 
 
 def cross_entropy(
@@ -141,7 +141,7 @@ def transformed(input: Tensor, transform: MonotonicTransform) -> Tensor:
     """f(input) in the type of the arithmetic, with gradients that stay finite at logits of -inf."""
     compute = arithmetic_dtype(input.dtype)
     z = input.to(compute)
-    coefficients = transform().to(z.device, compute)
+    coefficients = coefficients_of(transform, z.device, compute)
     if transform.bounded_below:
         return transform.evaluate(z, coefficients)
     # Where f(-inf) = -inf, autograd would form 0 * inf for the gradients of f's parameters. A class whose probability

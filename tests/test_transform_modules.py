@@ -760,3 +760,15 @@ def test_under_fake_tensors(case):
             assert function(z).shape == (4, 3)
             assert function(z).device.type == "cpu"
         assert transform().shape == built(case)().shape
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_coefficients_that_were_rounded_on_their_way_are_refused(backend, half):
+    """As FSDP does with the outputs of a module whose policy has an output_dtype, in a hook that runs after it."""
+    f = ms.transforms.PLIF()
+    f.register_forward_hook(lambda module, args, output: output.to(half))
+    for call in (lambda: ms.cross_entropy(torch.randn(2, 3), torch.tensor([0, 1]), f, backend=backend),
+                 lambda: ms.log_softmax(torch.randn(2, 3), f, backend=backend)):  # fmt: skip
+        with pytest.raises(TypeError, match=f"coefficients, got {half}: .* without output_dtype"):
+            call()

@@ -162,8 +162,10 @@ class MonotonicTransform(nn.Module):
 
         float16 and bfloat16 are computed in float32 and rounded once.
         """
-        # Told by what they can do: an import of torch.distributed takes a second, and some builds have none.
-        sharded = [name for name, raw in self.named_parameters() if hasattr(raw, "full_tensor")]
+        # Told by what they can do: an import of torch.distributed takes a second, and some builds have none. Parameters
+        # without ado, which are no DTensors, are let through without a walk over them by name.
+        plain = not self._modules and all(type(raw) is nn.Parameter for raw in self._parameters.values())
+        sharded = [] if plain else [name for name, raw in self.named_parameters() if hasattr(raw, "full_tensor")]
         if sharded:
             raise NotImplementedError(
                 f"transform has parameters that are DTensors ({', '.join(sharded)}), as those of fully_shard(module) "
@@ -263,6 +265,21 @@ def raw_tensor(size: int, device: torch.device | str | None, dtype: torch.dtype 
             "parameters of half precision. Logits may be of any floating-point type"
         )
     return torch.empty(size, device=device, dtype=dtype)
+
+
+def coefficients_of(transform: MonotonicTransform, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The coefficients for logits on ``device``, in the type of their arithmetic.
+
+    Raises:
+        TypeError: something has rounded them to half precision on their way.
+    """
+    coefficients: Tensor = transform()
+    if coefficients.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"transform must have float32 or float64 coefficients, got {coefficients.dtype}: fully_shard(transform) "
+            "wants a mixed precision policy without output_dtype, or none"
+        )
+    return coefficients.to(device, dtype)
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -548,11 +548,9 @@ def _autocast(input: Tensor) -> Tensor:
     The operators bring the other operands to this type themselves, so that nobody holds a copy of the weight.
     """
     device = input.device.type
-    return (
-        input.to(torch.get_autocast_dtype(device))
-        if autocast_enabled(device) and input.dtype != torch.float64
-        else input
-    )
+    if input.dtype == torch.float64 or not autocast_enabled(device):
+        return input
+    return input.to(torch.get_autocast_dtype(device))
 
 
 def _rows_of(input: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hands import on
 from hypothesis import settings
 
 import monosoftmax as ms
@@ -70,14 +71,9 @@ def where_it_runs(backend: str) -> AbstractContextManager[Any]:
         if not status.available:
             pytest.skip(status.detail)
         return torch.device("cuda")
-    if backend == "cuda":
-        from cuda_host import executing
-
-        return executing()
-    pytest.importorskip("triton", reason="Triton is not installed")
-    from triton_interpreter import interpreting
-
-    return interpreting()
+    if backend == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
+    return on(backend)
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,26 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 FILE = Path(__file__).with_name("hands.md")
+
+
+def on(backend: str) -> AbstractContextManager[Any]:
+    """Where ``backend`` runs on CPU tensors: under an emulator, if it is one for GPUs."""
+    if backend == "triton":
+        from triton_interpreter import interpreting
+
+        return interpreting()
+    if backend == "cuda":
+        from cuda_host import executing
+
+        return executing()
+    return nullcontext()
 
 
 def outcome(call: Callable[[], None], *refusals: type[Exception], saying: str = ".") -> str:

@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from cuda_host import executing
+from hands import BACKENDS, on
 from losses import TRANSFORMS, disturbed, loss_and_gradients
 from torch import Tensor, nn
 from torch.nn import functional as F
-from triton_interpreter import interpreting
 
 import monosoftmax as ms
 from monosoftmax.checks import check_transform
 
-CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "reference": nullcontext,
-    "cpu": nullcontext,
-    "triton": interpreting,
-    "cuda": executing,
-}
 NAN, INFINITY = float("nan"), float("inf")
 
 
-@pytest.fixture(params=CONTEXTS)
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with CONTEXTS[request.param]():
+    with on(request.param):
         yield request.param
 
 

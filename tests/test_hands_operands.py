@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cuda_host import executing
-from hands import check_table
+from hands import BACKENDS, check_table, on
 from losses import disturbed
 from torch import Tensor, nn
 from torch.nn import functional as F
-from triton_interpreter import interpreting
 
 import monosoftmax as ms
 
-BACKENDS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "reference": nullcontext,
-    "cpu": nullcontext,
-    "triton": interpreting,
-    "cuda": executing,
-}
 ROWS, FEATURES, CLASSES = 5, 6, 11
 OPERANDS: dict[str, tuple[int, ...]] = {
     "input": (ROWS, FEATURES),
@@ -174,8 +165,8 @@ def check_cell(column: str, layout: str, backend: str, dtype: torch.dtype, one_b
 
 def test_table() -> None:
     cells: dict[str, dict[str, str]] = {layout: {} for layout in LAYOUTS}
-    for backend, context in BACKENDS.items():
-        with context():
+    for backend in BACKENDS:
+        with on(backend):
             for column in FUNCTIONS:
                 if column.endswith("probabilities") and backend in ("triton", "cuda"):
                     continue  # which the backends do not take, whatever lies where
@@ -191,7 +182,7 @@ def test_table() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_is_right_too(backend: str) -> None:
     """No rows: losses without elements, a mean of NaN, and gradients of 0, as in PyTorch."""
-    with BACKENDS[backend]():
+    with on(backend):
         for reduction in ("none", "mean", "sum"):
             for rows, features in ((0, FEATURES), (ROWS, 0), (0, 0)):
                 input = torch.randn(rows, features).requires_grad_()

@@ -6,14 +6,12 @@ a function, called by a module of the user that owns f and the matrix, or one of
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from conftest import where_it_runs
-from hands import check_table
+from hands import BACKENDS, check_table, on
 from hands_of_parameters import HANDS, OF_THE_MATRIX, AuxiliaryTrainingWrapper, Hand, Raws, mask_of
 from losses import TRANSFORMS, disturbed
 from torch import Tensor, nn
@@ -25,7 +23,6 @@ import monosoftmax as ms
 pytestmark = pytest.mark.filterwarnings("ignore:monosoftmax runs the slow reference", "ignore:.*weight_norm")
 
 ROWS, CLASSES, FEATURES = 3, 7, 4
-BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------
@@ -200,7 +197,7 @@ def test_table():
     columns = [f"{column} {backend}" for column in COLUMNS for backend in BACKENDS]
     cells = {row: dict.fromkeys(columns, "") for row in (*HANDS, *OF_THE_MATRIX)}
     for backend in BACKENDS:
-        with where_it_runs(backend) if backend in ("triton", "cuda") else contextlib.nullcontext():
+        with on(backend):
             for column in COLUMNS:
                 for row, hand in (HANDS | OF_THE_MATRIX if column in WITH_A_MATRIX else HANDS).items():
                     if "." not in column or row not in FORWARD_ONLY:

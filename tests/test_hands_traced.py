@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch._dynamo.compiled_autograd
-from cuda_host import executing
-from hands import check_table, outcome
+from hands import BACKENDS, check_table, on, outcome
 from losses import disturbed
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
-from triton_interpreter import interpreting
 
 import monosoftmax as ms
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
-BACKENDS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "reference": nullcontext,
-    "cpu": nullcontext,
-    "triton": interpreting,
-    "cuda": executing,
-}
 ROWS, FEATURES, CLASSES = 3, 4, 7
 
 
@@ -293,8 +284,8 @@ def cell(hand: Callable[[Case], None], column: Column, backend: str) -> str:
 
 def test_table() -> None:
     cells: dict[str, dict[str, str]] = {name: {} for name in HANDS}
-    for backend, context in BACKENDS.items():
-        with context():
+    for backend in BACKENDS:
+        with on(backend):
             for name, column in COLUMNS.items():
                 for row, (hand, derives) in HANDS.items():
                     if derives and not column.differentiable:

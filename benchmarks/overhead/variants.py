@@ -149,7 +149,7 @@ def _of_the_head() -> list[Variant]:
 
 
 def call(group: Group, variant: Variant, inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
-    """The operator under the variant; :class:`Unavailable` where its backend cannot run."""
+    """The operator under the variant, its losses and gradients; :class:`Unavailable` where its backend cannot run."""
     case, target, device = group.case, inputs.target, inputs.target.device
     operands = [operand.detach() for operand in inputs.operands]
     name: Operation = "cross_entropy" if case.dim is None else "linear_cross_entropy"
@@ -163,14 +163,16 @@ def call(group: Group, variant: Variant, inputs: Inputs) -> Callable[[], tuple[T
     if case.dim is None:
         arguments = (*operands, target, *options, False, scale, gradient, sums)
     else:
-        head_options = ("chunked", variant.chunk_rows, 0.0)
+        # Neither gradients ahead, which are asked for here, nor log_prob.
+        head_options = ("chunked", variant.chunk_rows, 0.0, None, False)
         arguments = (*operands, None, target, *options, *head_options, False, scale, gradient, gradient, False, sums)
     function = operator(name, group.backend)
+    gradients = 2 if case.dim is None else 4
 
     def tuned() -> tuple[Tensor, ...]:
         with variant.tuned():
-            results: tuple[Tensor, ...] = function(*arguments)
-            return results
+            loss, *others = function(*arguments)
+            return loss, *others[-gradients:]
 
     return tuned
 
@@ -192,7 +194,7 @@ def time_group(group: Group, device: torch.device, repeats: int) -> list[dict[st
         row = rows[variant.name] = {"group": str(group), "name": variant.name, "status": "failed", "reason": None}
         try:
             action = call(group, variant, inputs)
-            loss, _, _, _, *gradients = action()
+            loss, *gradients = action()
         except Unavailable as reason:
             row.update(status="not available", reason=str(reason))
             continue

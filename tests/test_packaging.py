@@ -17,9 +17,12 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import threading
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import cuda_toolkit
 import pytest
 import setuptools
 import torch
@@ -317,10 +320,13 @@ def test_info_says_which_kernels_run_here(
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """setup.py, imported, blind to what this environment says about compilers and CUDA."""
-    for name in ("CUDA_HOME", "CUDA_PATH", "CXX", "MAX_JOBS", "NVCC_CCBIN", "TORCH_CUDA_ARCH_LIST"):
+    for name in ("CUDA_HOME", "CUDA_PATH", "CXX", "MAX_JOBS", "NVCC_CCBIN"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("MONOSOFTMAX_CPP", "MONOSOFTMAX_CUDA"):
+    # Not deleted: what the build puts there is to go after the test.
+    for name in ("MONOSOFTMAX_CPP", "MONOSOFTMAX_CUDA", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.setenv(name, "")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    show_gpus(monkeypatch)
     monkeypatch.chdir(ROOT)
     spec = importlib.util.spec_from_file_location("monosoftmax_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
@@ -329,13 +335,20 @@ def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def fake_torch(cuda: str | None = "13.0", hip: str | None = None, gpus: tuple[tuple[int, int], ...] = ()) -> object:
-    """What setup.py asks torch about CUDA."""
+def show_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
+    """Has torch find these GPUs, in a build of torch for 7.5 to 12.0."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"])
+
+
+def fake_torch(cuda: str | None = "13.0", hip: str | None = None) -> object:
+    """What cuda_toolkit.py asks torch about CUDA."""
     return SimpleNamespace(
         __version__="2.99.0",
         __file__="/nonexistent/torch/__init__.py",
         version=SimpleNamespace(cuda=cuda, hip=hip),
-        cuda=SimpleNamespace(device_count=lambda: len(gpus), get_device_capability=gpus.__getitem__),
+        cuda=torch.cuda,
     )
 
 
@@ -367,18 +380,33 @@ def fake_toolkit(
 
 
 def test_toolkit_is_found_behind_a_wrapper(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As /usr/local/bin/nvcc, a script that calls that of a toolkit: there are no headers next to it."""
+    """As /usr/local/bin/nvcc, a script that calls the nvcc of a toolkit: there are no headers next to the script."""
     nvcc = fake_toolkit(tmp_path / "cuda")
     wrapper = tmp_path / "bin/nvcc"
     wrapper.parent.mkdir()
     wrapper.write_text(f'#!/bin/sh\nexec {nvcc} "$@"\n')
     wrapper.chmod(0o755)
     monkeypatch.setenv("PATH", str(wrapper.parent), prepend=os.pathsep)
-    monkeypatch.setattr(build, "torch", fake_torch())
-    found = build.examine_cuda()
+    monkeypatch.setattr(cuda_toolkit, "torch", fake_torch())
+    found = cuda_toolkit.find_toolkit([])
     assert (found.home, found.version) == (tmp_path / "cuda", "13.0")
     assert (found.include, found.runtime) == (tmp_path / "cuda/include", tmp_path / "cuda/lib/libcudart.so")
     assert found.architectures == ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0+PTX")
+
+
+def test_toolkit_is_found_in_wheels(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pip installs cuda-toolkit[cccl,nvcc], without a libcudart.so; the wheels come before PATH."""
+    home = tmp_path / "site-packages/nvidia/cu13"
+    fake_toolkit(home, without="lib/libcudart.so")
+    (home / "lib").mkdir()
+    (home / "lib/libcudart.so.13").write_text("")
+    other = fake_toolkit(tmp_path / "cuda")
+    monkeypatch.setenv("PATH", str(other.parent), prepend=os.pathsep)
+    stand_in = fake_torch()
+    stand_in.__file__ = str(tmp_path / "site-packages/torch/__init__.py")
+    monkeypatch.setattr(cuda_toolkit, "torch", stand_in)
+    found = cuda_toolkit.find_toolkit([])
+    assert (found.home, found.runtime) == (home, home / "lib/libcudart.so.13")
 
 
 @pytest.mark.parametrize(
@@ -395,7 +423,6 @@ def test_toolkit_is_found_behind_a_wrapper(build: ModuleType, tmp_path: Path, mo
             "with the host compiler 'c++', compiling an empty kernel for 7.5 8.0 8.6 9.0 10.0 12.0+PTX, fails: "
             "error: unsupported GNU version!",
         ),
-        (fake_torch(gpus=((7, 0),)), {}, "nvcc 13.0 compiles for 7.5 8.0 8.6 8.9 9.0 10.0 10.3 12.0, not for 7.0"),
     ],
     ids=lambda fake: fake[2][:40],
 )
@@ -405,34 +432,54 @@ def test_build_says_what_is_missing_for_cuda(
     stand_in, toolkit, reason = fake
     fake_toolkit(tmp_path / "cuda", **toolkit)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
-    monkeypatch.setattr(build, "torch", stand_in)
-    with pytest.raises(build.Unavailable) as raised:
-        build.examine_cuda()
-    assert reason in str(raised.value)
+    monkeypatch.setattr(cuda_toolkit, "torch", stand_in)
+    assert reason in find_no_toolkit()
+
+
+@pytest.mark.parametrize(("gpus", "unknown"), [(((7, 0),), "7.0"), (((6, 1), (9, 0)), "6.1")])
+def test_build_says_which_gpu_is_too_old_for_nvcc(
+    build: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: tuple[tuple[int, int], ...],
+    unknown: str,
+) -> None:
+    fake_toolkit(tmp_path / "cuda")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setattr(cuda_toolkit, "torch", fake_torch())
+    show_gpus(monkeypatch, *gpus)
+    reason = f"nvcc 13.0 compiles for 7.5 8.0 8.6 8.9 9.0 10.0 10.3 12.0, not for {unknown}: TORCH_CUDA_ARCH_LIST can"
+    assert find_no_toolkit().startswith(reason)
+
+
+def find_no_toolkit() -> str:
+    """Why there is no toolkit."""
+    with pytest.raises(cuda_toolkit.Unavailable) as raised:
+        cuda_toolkit.find_toolkit([])
     assert "\n" not in str(raised.value)
+    return str(raised.value)
 
 
 def test_cuda_home_is_taken_at_its_word(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvcc = fake_toolkit(tmp_path / "cuda")
     monkeypatch.setenv("PATH", str(nvcc.parent), prepend=os.pathsep)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nothing"))
-    monkeypatch.setattr(build, "torch", fake_torch())
-    with pytest.raises(build.Unavailable, match=r"no nvcc in the folder bin of CUDA_HOME=.*nothing"):
-        build.examine_cuda()
+    monkeypatch.setattr(cuda_toolkit, "torch", fake_torch())
+    assert re.search(r"no nvcc in the folder bin of CUDA_HOME=.*nothing", find_no_toolkit())
 
 
 @pytest.mark.parametrize(
     ("listed", "gpus", "known", "expected"),
     [
         ("8.0;9.0+PTX", (), "80 90", "8.0 9.0+PTX"),
-        (" 8.0 9.0a  10.0f+PTX;8.0", (), "80 90 100", "8.0 9.0a 10.0f+PTX"),
+        ("10.0+PTX 9.0a;8.0 8.0", (), "80 90 100", "8.0 9.0a 10.0+PTX"),
+        ("Ampere", (), "80 86", "8.0 8.6+PTX"),
         ("8.0", ((9, 0),), "80 90", "8.0"),
         ("", (), "75 80 86 89 90", "7.5 8.0 8.6 9.0+PTX"),
         ("", ((9, 0), (8, 9), (9, 0)), "80 89 90", "8.9 9.0+PTX"),
         ("native", ((8, 6),), "80 86 90", "8.6+PTX"),
-        # Newer than nvcc, and, beside another one, older.
+        # Newer than torch.
         ("", ((12, 1),), "80 90 120", "12.0+PTX"),
-        ("", ((6, 1), (9, 0)), "75 90", "9.0+PTX"),
     ],
 )
 def test_architectures(
@@ -444,42 +491,39 @@ def test_architectures(
     expected: str,
 ) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-    monkeypatch.setattr(build, "torch", fake_torch(gpus=gpus))
-    capabilities = [f"{each[:-1]}.{each[-1]}" for each in known.split()]
-    chosen = build.choose_architectures(build.requested_architectures(), capabilities, "13.0")
+    show_gpus(monkeypatch, *gpus)
+    listing = "".join(f"compute_{each}\n" for each in known.split())
+    chosen, _ = cuda_toolkit.choose_architectures(listing, "13.0")
     assert " ".join(chosen) == expected
-
-
-def test_machine_code_and_ptx_are_asked_of_nvcc(build: ModuleType) -> None:
-    cuda = build.Cuda(Path(), "13.0", "g++", Path(), Path(), ("8.0", "9.0a", "10.0+PTX"))
-    assert [flag for flag in cuda.nvcc_flags() if "arch" in flag] == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90a,code=sm_90a",
-        "-gencode=arch=compute_100,code=sm_100",
-        "-gencode=arch=compute_100,code=compute_100",
-    ]
 
 
 @pytest.mark.parametrize(
     ("listed", "reason"),
     [
-        ("Hopper", "'Hopper' is not a compute capability such as 8.0, 9.0a or 10.0+PTX"),
-        ("8.0,9.0", "'8.0,9.0' is not a compute capability"),
-        ("90", "'90' is not a compute capability"),
-        ("8.0a", "'8.0a' is not a compute capability"),
-        ("9.0+ptx", "'9.0+ptx' is not a compute capability"),
-        ("7.0 8.0", "asks for 7.0, but nvcc 13.0 compiles for 8.0 9.0"),
+        ("Hooper", "Unknown CUDA arch (Hooper)"),
+        ("8.0,9.0", "Unknown CUDA arch (8.0,9.0)"),
+        ("90", "Unknown CUDA arch (90)"),
+        ("8.0a", "Unknown CUDA arch (8.0a)"),
+        ("9.0+ptx", "Unknown CUDA arch (9.0+ptx)"),
+        ("7.0 8.0", "nvcc 13.0 compiles for 8.0 9.0, not for 7.0"),
         ("native", "is native, but torch finds no GPU"),
     ],
 )
 def test_architectures_that_cannot_be_meant(
-    build: ModuleType, monkeypatch: pytest.MonkeyPatch, listed: str, reason: str
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str, reason: str
 ) -> None:
+    """They stop the build, even where CUDA kernels are not insisted on."""
+    fake_toolkit(tmp_path / "cuda", known="80 90")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-    monkeypatch.setattr(build, "torch", fake_torch())
+    monkeypatch.setattr(cuda_toolkit, "torch", fake_torch())
+    monkeypatch.setattr(build, "examine_machine", lambda: (None, False))
     with pytest.raises(SetupError, match=r"^TORCH_CUDA_ARCH_LIST") as raised:
-        build.choose_architectures(build.requested_architectures(), ["8.0", "9.0"], "13.0")
+        build.BuildKernels(setuptools.Distribution()).run()
     assert reason in str(raised.value)
+    if "Unknown" in reason:
+        assert repr(listed) in str(raised.value)
+        assert "it takes compute capabilities such as 8.0;9.0a;10.0+PTX" in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -488,7 +532,8 @@ def test_architectures_that_cannot_be_meant(
         ({"MONOSOFTMAX_CUDA": "yes"}, "MONOSOFTMAX_CUDA must be 0, 1 or unset, got 'yes'"),
         ({"MONOSOFTMAX_CUDA": "1"}, "MONOSOFTMAX_CUDA=1, but the CUDA kernels cannot be built: torch 2.99.0 is a CPU"),
         ({"MONOSOFTMAX_CUDA": "1", "MONOSOFTMAX_CPP": "0"}, "cannot be built: MONOSOFTMAX_CPP=0 says so"),
-        ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, "'Hopper' is not a compute capability"),
+        ({"MAX_JOBS": "many"}, "MAX_JOBS must be a number from 1 on, got 'many'"),
+        ({"MAX_JOBS": "0"}, "MAX_JOBS must be a number from 1 on, got '0'"),
     ],
 )
 def test_build_refuses_before_it_compiles(
@@ -496,7 +541,7 @@ def test_build_refuses_before_it_compiles(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(build, "torch", fake_torch(cuda=None))
+    monkeypatch.setattr(cuda_toolkit, "torch", fake_torch(cuda=None))
     monkeypatch.setattr(build, "examine_machine", lambda: (None, False))
     with pytest.raises(SetupError) as raised:
         build.BuildKernels(setuptools.Distribution()).run()
@@ -508,26 +553,92 @@ def test_build_without_cuda_says_why(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch, wish: str, reason: str
 ) -> None:
     monkeypatch.setenv("MONOSOFTMAX_CUDA", wish)
-    monkeypatch.setattr(build, "torch", fake_torch(cuda=None))
+    monkeypatch.setattr(cuda_toolkit, "torch", fake_torch(cuda=None))
     monkeypatch.setattr(build, "examine_machine", lambda: (None, False))
     monkeypatch.setattr(build.BuildExtension, "run", lambda self: None)
     command = build.BuildKernels(setuptools.Distribution())
     command.run()
-    assert command.built_in == [f"-DMONOSOFTMAX_CUDA_PROBLEM={build.c_string(reason)}"]
+    assert command.cuda_flags == [f"-DMONOSOFTMAX_CUDA_PROBLEM={build.c_string(reason)}"]
     assert build.BuildKernels.outcome == f"monosoftmax is built for the CPU, without its CUDA kernels: {reason}"
 
 
-def test_jobs_are_what_cores_and_memory_allow(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(3))
-    monkeypatch.setattr(build, "JOB_BYTES", 1)
-    assert build.count_jobs() == 3
-    monkeypatch.setattr(build, "JOB_BYTES", 1 << 60)
-    assert build.count_jobs() == 1
-    monkeypatch.setenv("MAX_JOBS", "7")
-    assert build.count_jobs() == 7
-    monkeypatch.setenv("MAX_JOBS", "many")
-    with pytest.raises(SetupError, match="MAX_JOBS must be a number from 1 on, got 'many'"):
-        build.count_jobs()
+@pytest.fixture
+def built(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> setuptools.Extension:
+    """The extension as torch's build_ext gets it, with CUDA for 8.0, 9.0a and 10.0+PTX; nothing is compiled."""
+    fake_toolkit(tmp_path / "cuda")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX")
+    monkeypatch.setenv("NVCC_CCBIN", "aarch64-linux-gnu-g++")
+    monkeypatch.setenv("MAX_JOBS", "2")
+    monkeypatch.setattr(cuda_toolkit, "torch", fake_torch())
+    monkeypatch.setattr(build.cpp_extension, "CUDA_HOME", None)
+    monkeypatch.setattr(build, "examine_machine", lambda: (None, False))
+    monkeypatch.setattr(build.BuildExtension, "run", lambda self: None)
+    monkeypatch.setattr(build.BuildExtension, "build_extension", lambda self, extension: None)
+    extension = setuptools.Extension("monosoftmax._C", ["csrc/bindings.cpp"], extra_compile_args=["-O3"])
+    command = build.BuildKernels(setuptools.Distribution())
+    command.use_ninja = True
+    monkeypatch.setattr(command, "compile_source", Compilations(extension))
+    command.run()
+    command.build_extension(extension)
+    return extension
+
+
+class Compilations:
+    """Stands in for BuildKernels.compile_source: returns the name of the file, and sees how many run at a time."""
+
+    def __init__(self, extension: setuptools.Extension) -> None:
+        self.lock, self.running = threading.Lock(), 0
+        extension.most_at_a_time = 0
+
+    def __call__(self, extension: setuptools.Extension, source: tuple[str, tuple[str, ...]]) -> str:
+        assert extension.extra_compile_args["cxx"] == ["-O3", "-fopenmp"]
+        with self.lock:
+            self.running += 1
+            extension.most_at_a_time = max(extension.most_at_a_time, self.running)
+        time.sleep(0.05)
+        with self.lock:
+            self.running -= 1
+        return source.file
+
+
+def test_torch_compiles_what_has_no_flags_of_its_own(build: ModuleType, built: setuptools.Extension) -> None:
+    special = [source.file for source in build.sources(cuda=True) if source.flags]
+    assert built.extra_objects == special
+    assert special[0] == "cpu/row_kernels_default.cpp"
+    listed = {source.file for source in build.sources(cuda=True)}
+    assert {"bindings.cpp", "cuda/launch.cu", "cuda/operators.cpp"} <= listed
+    assert sorted(built.sources) == sorted(f"csrc/{file}" for file in listed.difference(special))
+
+
+def test_max_jobs_limits_files_with_flags_of_their_own(built: setuptools.Extension) -> None:
+    assert 1 <= built.most_at_a_time <= 2
+
+
+def test_extension_is_told_what_is_built_in(built: setuptools.Extension, tmp_path: Path) -> None:
+    assert built.extra_compile_args["cxx"] == [
+        "-O3",
+        "-fopenmp",
+        f"-I{tmp_path}/cuda/include",
+        "-DMONOSOFTMAX_CUDA",
+        '-DMONOSOFTMAX_CUDA_TOOLKIT="13.0"',
+        '-DMONOSOFTMAX_CUDA_ARCHITECTURES="8.0 9.0a 10.0+PTX"',
+    ]
+    assert built.extra_link_args == [f"{tmp_path}/cuda/lib/libcudart.so"]
+
+
+def test_machine_code_and_ptx_are_asked_of_nvcc(build: ModuleType, built: setuptools.Extension) -> None:
+    flags = built.extra_compile_args["nvcc"]
+    assert [flag for flag in flags if "gencode" in flag] == [
+        "-gencode=arch=compute_100,code=compute_100",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+    ]
+    assert flags[: len(build.NVCC_FLAGS)] == build.NVCC_FLAGS
+    assert flags[flags.index("-ccbin") + 1] == "aarch64-linux-gnu-g++"
+    # torch looks for "arch" in the flags, which this compiler has in its name, and then adds no architectures.
+    assert build.cpp_extension._get_cuda_arch_flags(flags) == []
 
 
 def test_reasons_survive_shell_and_ninja(build: ModuleType) -> None:
@@ -578,7 +689,7 @@ def test_sdist_installs_with_the_extension(tree: Path, tmp_path: Path) -> None:
         files = {name.partition("/")[2] for name in sdist.getnames()}
     assert {"LICENSE", "Makefile", "CMakeLists.txt", "RELEASING.md", "tests/conftest.py"} <= files
     assert {str(path.relative_to(tree)) for path in tree.glob("csrc/**/*.*")} <= files
-    assert {"scripts/check_cuda_build.py", "requirements/cuda.txt"} <= files
+    assert {"scripts/cuda_toolkit.py", "scripts/check_cuda_build.py", "requirements/cuda.txt"} <= files
 
     site = tmp_path / "site"
     install(archive, site, MONOSOFTMAX_CPP="1")

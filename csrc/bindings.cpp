@@ -1,9 +1,10 @@
-// The Python face of the extension: what it is. The operators reach Python through torch.ops.monosoftmax.
-#include <pybind11/pybind11.h>
+// The Python face of the extension: how it was built, and a submodule of functions for each backend that is in it.
 #include <torch/version.h>
 
 #include "cpu/instruction_set.h"
+#include "python_operators.h"
 #ifdef MONOSOFTMAX_CUDA
+#include "cuda/bindings.h"
 #include "cuda/python_tuning.h"
 #include "cuda/torch_device.h"
 #endif
@@ -12,6 +13,7 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled kernels of monosoftmax; see monosoftmax.backends.";
+  monosoftmax::translate_torch_errors();
   module.def(
       "build_info",
       [] {
@@ -32,15 +34,21 @@ PYBIND11_MODULE(_C, module) {
 #endif
         return info;
       },
-      "What the extension was built against and with. cuda is the version of the toolkit that compiled its CUDA\n"
+      "Tells how the extension was built. cuda is the version of the toolkit that compiled its CUDA\n"
       "kernels for cuda_architectures; it is None where there are none, and cuda_problem says why.");
   module.def(
       "cpu_capability", [] { return monosoftmax::cpu::instruction_set().name; },
       "The instruction set whose kernels run on this machine: default, avx2 or avx512.");
+  py::module_ cpu = module.def_submodule("cpu", "The functions of monosoftmax.row_kernels for CPU tensors.");
+  monosoftmax::bind_row_operators(cpu, monosoftmax::cpu::kRowOperators);
+  cpu.def("mean_scale", &monosoftmax::cpu::mean_scale, monosoftmax::WhileComputing(),
+          "1 / (number of targets that are not ignore_index).", py::arg("target"), py::arg("ignore_index"),
+          py::arg("dtype"));
 #ifdef MONOSOFTMAX_CUDA
+  monosoftmax::cuda::bind(module.def_submodule("cuda", "The functions of monosoftmax.row_kernels for CUDA tensors."));
   module.def(
       "tune_plans", [](const py::kwargs& wishes) { monosoftmax::cuda::tune(monosoftmax::cuda::tuning_of(wishes)); },
-      "Plans of the CUDA kernels from now on, for benchmarks: csrc/cuda/plan.h, Tuning. What is not named is as it is\n"
-      "for users. No other thread may compute meanwhile.");
+      "Tunes the plans of the CUDA kernels from now on, for benchmarks: csrc/cuda/plan.h, Tuning. What has no value\n"
+      "here gets that which users have. No other thread may compute meanwhile.");
 #endif
 }

@@ -1,7 +1,8 @@
 """The CUDA kernels on the CPU: builds the host execution of ``csrc/cuda`` as a Python module, and imports it.
 
-A fiber stands for each CUDA thread (``csrc/cuda/host``). The module gives the operators of the cuda backend kernels for
-CPU tensors; :mod:`monosoftmax.backends` offers them while it is among Python's modules: see :func:`executing`.
+A fiber stands for each CUDA thread (``csrc/cuda/host``). The submodule ``cuda`` of the module has the functions of
+``monosoftmax._C.cuda``, for CPU tensors; :mod:`monosoftmax.backends` offers them while the module is among Python's
+modules: see :func:`executing`.
 Needs a C++20 compiler and no CUDA.
 """
 
@@ -76,8 +77,9 @@ def _rules(library: Path) -> str:
     includes = " ".join(f"-isystem {path}" for path in (*include_paths(), sysconfig.get_path("include")))
     torch_lib = Path(torch.__file__).parent / "lib"
     flags = "-std=c++20 -O2 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Werror"
+    # What a designated initialiser leaves out is zero, as it should be.
     torch_flags = (
-        f"{includes} -DMONOSOFTMAX_DISPATCH_KEY=CPU -D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+        f"{includes} -Wno-missing-field-initializers -D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     )
     with_torch = ("cuda/operators.cpp", "cuda/host/torch_device.cpp", "cuda/host/python_module.cpp")
     sources = {_CSRC / name: torch_flags for name in with_torch}

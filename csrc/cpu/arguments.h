@@ -1,22 +1,16 @@
-// What the operators of the cpu backend are given, checked and as the kernels take it.
+// What the operators of the cpu backend are given, as the kernels take it.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
-#include "../transforms/registry.h"
+#include "../checked.h"
 #include "instruction_set.h"
 
 namespace monosoftmax::cpu {
-
-using at::Tensor;
-using Optional = std::optional<Tensor>;
-using Constants = c10::ArrayRef<double>;
 
 inline Element element_of(at::ScalarType type) {
   switch (type) {
@@ -26,10 +20,6 @@ inline Element element_of(at::ScalarType type) {
     case at::kHalf: return Element::kHalf;
     default: TORCH_CHECK_TYPE(false, "monosoftmax: ", type, " is not supported");
   }
-}
-
-inline at::ScalarType arithmetic_type(const Tensor& input) {
-  return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 // Calls visitor(S{}, kernels of S) for the arithmetic type S of a call.
@@ -42,86 +32,85 @@ void with_kernels(const Tensor& input, Visitor&& visitor) {
   }
 }
 
+inline const Memory kMemory{[](const Tensor& tensor) { return tensor.is_cpu(); }, "the CPU"};
+
 inline void check_rows(const char* name, const Tensor& rows) {
-  TORCH_CHECK_VALUE(rows.device().is_cpu(), "monosoftmax: ", name, " must be on the CPU, got ", rows.device());
-  TORCH_CHECK_VALUE(rows.dim() == 2 && rows.size(1) > 0, "monosoftmax: ", name,
-                    " must have shape [N, V] with V > 0, got ", rows.sizes());
-  TORCH_CHECK_VALUE(rows.size(1) == 1 || rows.stride(1) == 1, "monosoftmax: ", name,
-                    " must have its columns next to each other, got strides ", rows.strides());
+  monosoftmax::check_rows(kMemory, name, rows);
   element_of(rows.scalar_type());
 }
 
-inline void check_arithmetic(const char* name, const Tensor& tensor, const Tensor& input, c10::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(tensor.sizes() == shape, "monosoftmax: ", name, " must have shape ", shape, ", got ",
-                    tensor.sizes());
-  TORCH_CHECK_TYPE(tensor.scalar_type() == arithmetic_type(input), "monosoftmax: ", name, " must be ",
-                   arithmetic_type(input), ", got ", tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.device().is_cpu(), "monosoftmax: ", name, " must be on the CPU");
-}
-
-// Holds what the kernels point into while they run.
+// A transform as the kernels take it. Holds what they point into while they run.
 class TransformArguments {
  public:
-  TransformArguments(const Tensor& input, const Tensor& coefficients, c10::string_view name, Constants constants)
-      : constants_(constants), name_(name.data(), name.size()), size_(coefficients.size(-1)) {
-    TORCH_CHECK_VALUE(find_transform(name_, &shape_), "monosoftmax: unknown transform \"", name_, "\"");
-    TORCH_CHECK_VALUE(
-        coefficients.dim() == (shape_.table_rows > 0 ? 2 : 1) && shape_.smallest <= size_ && size_ <= shape_.largest &&
-            (shape_.table_rows == 0 || coefficients.size(0) == shape_.table_rows),
-        "monosoftmax: coefficients of shape ", coefficients.sizes(), " do not fit transform \"", name_, "\"");
-    check_arithmetic("coefficients", coefficients, input, coefficients.sizes());
-    TORCH_CHECK_VALUE(name_ != "plif" || constants.size() == 3, "monosoftmax: plif takes 3 constants");
-    TORCH_CHECK_VALUE(name_ != "monotonic_mlp" || size_ % 3 == 1,
-                      "monosoftmax: monotonic_mlp takes 3H + 1 "
-                      "coefficients");
-    if (shape_.table_rows == 0) {
-      coefficients_ = coefficients.contiguous();
-    } else {
-      coefficients_ = at::zeros({size_, table_stride(shape_.table_rows)}, coefficients.options());
-      coefficients_.narrow(1, 0, shape_.table_rows).copy_(coefficients.t());
-      with_kernels(input, [&](auto zero, const auto&) {
-        complete_table(name_, coefficients_.mutable_data_ptr<decltype(zero)>(), size_, constants_.data());
-      });
+  TransformArguments(const groups::Transform& transform, const Tensor& rows)
+      : name_(transform.name),
+        constants_(transform.constants.data()),
+        table_rows_(check_transform(transform, rows).table_rows),
+        size_(transform.coefficients.size(-1)) {
+    if (table_rows_ == 0) {
+      coefficients_ = transform.coefficients.contiguous();
+      return;
     }
+    coefficients_ = at::empty({size_, table_stride(table_rows_)}, transform.coefficients.options());
+    with_kernels(rows, [&](auto zero, const auto&) { fill_table<decltype(zero)>(transform.coefficients); });
   }
 
   template <class S>
   Transform<S> view() const {
-    return {name_, coefficients_.const_data_ptr<S>(), size_, constants_.data()};
+    return {name_, coefficients_.const_data_ptr<S>(), size_, constants_};
   }
   // As the kernels see them: of a table, [pieces, stride].
   const Tensor& coefficients() const { return coefficients_; }
-  int table_rows() const { return shape_.table_rows; }
+  int table_rows() const { return table_rows_; }
 
  private:
-  Tensor coefficients_;
-  Constants constants_;
+  // From [rows, pieces] to [pieces, stride], with zeros where a stride is longer than the rows are many.
+  template <class S>
+  void fill_table(const Tensor& given) {
+    const S* from = given.const_data_ptr<S>();
+    S* to = coefficients_.mutable_data_ptr<S>();
+    const int64_t stride = table_stride(table_rows_), to_row = given.stride(0), to_piece = given.stride(1);
+    for (int64_t k = 0; k < size_; ++k) {
+      for (int64_t r = 0; r < stride; ++r) {
+        to[k * stride + r] = r < table_rows_ ? from[r * to_row + k * to_piece] : S(0);
+      }
+    }
+    complete_table(name_, to, size_, constants_);
+  }
+
   std::string_view name_;
+  const double* constants_;
+  int table_rows_;
   int64_t size_;
-  TransformShape shape_{};
+  Tensor coefficients_;
 };
 
 inline Rows<const void*> rows_of(const Tensor& rows) {
   return {rows.const_data_ptr(), element_of(rows.scalar_type()), rows.stride(0)};
 }
 
-inline Rows<void*> writable_rows_of(Tensor& rows) {
-  return {rows.mutable_data_ptr(), element_of(rows.scalar_type()), rows.stride(0)};
+// Data is null where nothing is to be written.
+inline Rows<void*> rows_if(bool written, Tensor& rows) {
+  return written ? Rows<void*>{rows.mutable_data_ptr(), element_of(rows.scalar_type()), rows.stride(0)}
+                 : Rows<void*>{nullptr, element_of(rows.scalar_type()), 0};
 }
 
-inline void check_scale(const Optional& scale, const Tensor& input, bool needed) {
-  if (scale.has_value()) check_arithmetic("scale", *scale, input, {});
-  TORCH_CHECK_VALUE(scale.has_value() || !needed, "monosoftmax: gradients need a scale");
+// A tensor of the shape of rows, of any type that these may have, with its columns next to each other.
+inline Tensor checked_like(const Tensor& rows, const char* name, const Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.sizes() == rows.sizes(), "monosoftmax: ", name, " must have shape ", rows.sizes(), ", got ",
+                    tensor.sizes());
+  Tensor result = tensor.stride(1) == 1 ? tensor : tensor.contiguous();
+  check_rows(name, result);
+  return result;
 }
 
 // The options of a loss that do not depend on what its target is.
 class LossArguments {
  public:
-  LossArguments(const Tensor& input, const Optional& weight, double label_smoothing, double z_loss)
-      : classes_(input.size(1)), label_smoothing_(label_smoothing), z_loss_(z_loss) {
-    if (!weight.has_value()) return;
-    check_arithmetic("weight", *weight, input, {classes_});
-    weight_ = weight->contiguous();
+  LossArguments(const Tensor& rows, const groups::LossOptions& options)
+      : classes_(rows.size(1)), label_smoothing_(options.label_smoothing), z_loss_(options.z_loss) {
+    check_weight(options.weight, rows);
+    if (options.weight.has_value()) weight_ = options.weight->contiguous();
   }
 
  protected:
@@ -140,23 +129,19 @@ class IndexArguments : public LossArguments {
  public:
   static constexpr int64_t kStats = 2;
 
-  IndexArguments(const Tensor& input, const Tensor& target, const Optional& weight, int64_t ignore_index,
-                 double label_smoothing, double z_loss, bool lse_of_ignored)
-      : LossArguments(input, weight, label_smoothing, z_loss),
+  IndexArguments(const Tensor& rows, const Tensor& target, const groups::LossOptions& options)
+      : LossArguments(rows, options),
         target_(target.contiguous()),
-        ignore_index_(ignore_index),
+        ignore_index_(options.ignore_index),
         weight_sum_(static_cast<double>(classes_)),
-        lse_of_ignored_(lse_of_ignored) {
-    TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "monosoftmax: target must be int64, got ",
-                     target.scalar_type());
-    TORCH_CHECK_VALUE(target.device().is_cpu() && target.dim() == 1 && target.size(0) == input.size(0),
-                      "monosoftmax: target must have shape [", input.size(0), "] on the CPU, got ", target.sizes());
-    if (weight_.defined() && label_smoothing > 0) weight_sum_ = weight_.sum(at::kDouble).item<double>();
+        lse_of_ignored_(options.return_lse) {
+    check_indices(target, rows);
+    if (weight_.defined() && label_smoothing_ > 0) weight_sum_ = weight_.sum(at::kDouble).item<double>();
     const int64_t* targets = target_.const_data_ptr<int64_t>();
     for (int64_t row = 0; row < target_.size(0); ++row) {
-      TORCH_CHECK_INDEX(targets[row] == ignore_index || (0 <= targets[row] && targets[row] < classes_), "target ",
+      TORCH_CHECK_INDEX(targets[row] == ignore_index_ || (0 <= targets[row] && targets[row] < classes_), "target ",
                         targets[row], " (row ", row, ") is out of bounds for ", classes_,
-                        " classes (ignore_index=", ignore_index, ")");
+                        " classes (ignore_index=", ignore_index_, ")");
     }
   }
 
@@ -179,14 +164,8 @@ class ProbabilityArguments : public LossArguments {
  public:
   static constexpr int64_t kStats = 3;
 
-  ProbabilityArguments(const Tensor& input, const Tensor& target, const Optional& weight, double label_smoothing,
-                       double z_loss)
-      : LossArguments(input, weight, label_smoothing, z_loss) {
-    TORCH_CHECK_VALUE(target.sizes() == input.sizes(), "monosoftmax: target must have shape ", input.sizes(), ", got ",
-                      target.sizes());
-    target_ = target.stride(1) == 1 ? target : target.contiguous();
-    check_rows("target", target_);
-  }
+  ProbabilityArguments(const Tensor& rows, const Tensor& target, const groups::LossOptions& options)
+      : LossArguments(rows, options), target_(checked_like(rows, "target", target)) {}
 
   template <class S>
   ProbabilityTarget<S> view() const {
@@ -226,8 +205,8 @@ inline Tensor empty_gradient(const Tensor& input) {
   return gradient;
 }
 
-inline Rows<void*> rows_or_none(Tensor* rows, const Tensor& like) {
-  return rows == nullptr ? Rows<void*>{nullptr, element_of(like.scalar_type()), 0} : writable_rows_of(*rows);
+inline Tensor gradient_if(bool wanted, const Tensor& rows) {
+  return wanted ? empty_gradient(rows) : nothing_like(rows);
 }
 
 }  // namespace monosoftmax::cpu

@@ -1,9 +1,11 @@
 // The division of a call among torch's threads, and the sums that its shares leave behind.
 #pragma once
 
+#include <ATen/DimVector.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
 
 #ifdef MONOSOFTMAX_X86
 #include <xmmintrin.h>
@@ -73,7 +75,7 @@ class CoefficientSums {
       : table_rows_(transform.table_rows()) {
     const Tensor& like = transform.coefficients();
     if (needed && like.numel() > 0) {
-      std::vector<int64_t> sizes = like.sizes().vec();
+      at::DimVector sizes(like.sizes());
       sizes.insert(sizes.begin(), shares.count());
       sums_ = at::zeros(sizes, like.options().dtype(at::kDouble));
     }
@@ -82,7 +84,7 @@ class CoefficientSums {
     return sums_.defined() ? sums_.mutable_data_ptr<double>() + index * sums_.stride(0) : nullptr;
   }
   Tensor total(const Tensor& coefficients, bool needed) const {
-    if (!needed) return at::empty({0}, coefficients.options());
+    if (!needed) return nothing_like(coefficients);
     if (!sums_.defined()) return at::empty_like(coefficients);
     const Tensor total = sums_.sum(0).to(coefficients.scalar_type());
     return table_rows_ == 0 ? total : total.narrow(1, 0, table_rows_).t().contiguous();

@@ -1,10 +1,9 @@
-// The host execution as a torch backend for tests: importing the module gives the operators of the cuda backend kernels
-// for CPU tensors. Built and used by tests/cuda_host.py only.
-#include <pybind11/pybind11.h>
-
+// The host execution for tests: its submodule cuda has the functions of monosoftmax._C.cuda, for CPU tensors. Built and
+// used by tests/cuda_host.py only.
 #include <stdexcept>
 #include <string>
 
+#include "../bindings.h"
 #include "../python_tuning.h"
 #include "device_settings.h"
 #include "launch.h"
@@ -31,6 +30,8 @@ void set_order_by_name(const std::string& order, unsigned seed) {
 
 PYBIND11_MODULE(monosoftmax_cuda_host, module) {
   namespace host = monosoftmax::cuda::host;
+  monosoftmax::translate_torch_errors();
+  monosoftmax::cuda::bind(module.def_submodule("cuda"));
   module.def(
       "set_device",
       [](int capability, int multiprocessors, int64_t shared_memory, const py::kwargs& tuning) {

@@ -1,0 +1,92 @@
+// What the row operators of every backend are given, checked.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include "row_operators.h"
+#include "transforms/registry.h"
+
+namespace monosoftmax {
+
+// The tensors that a backend takes.
+struct Memory {
+  bool (*is_ours)(const Tensor&);
+  const char* place;
+};
+
+inline void check_rows(const Memory& memory, const char* name, const Tensor& rows) {
+  TORCH_CHECK_VALUE(memory.is_ours(rows), "monosoftmax: ", name, " must be on ", memory.place, ", got ", rows.device());
+  TORCH_CHECK_VALUE(rows.dim() == 2 && rows.size(1) > 0, "monosoftmax: ", name,
+                    " must have shape [N, V] with V > 0, got ", rows.sizes());
+  TORCH_CHECK_VALUE(rows.size(1) == 1 || rows.stride(1) == 1, "monosoftmax: ", name,
+                    " must have its columns next to each other, got strides ", rows.strides());
+}
+
+inline at::ScalarType arithmetic_type(const Tensor& rows) {
+  return rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// A tensor that comes with rows, on their device.
+inline void check_beside(const char* name, const Tensor& tensor, const Tensor& rows, c10::IntArrayRef shape,
+                         at::ScalarType type) {
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, "monosoftmax: ", name, " must have shape ", shape, ", got ",
+                    tensor.sizes());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == type, "monosoftmax: ", name, " must be ", type, ", got ",
+                   tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.device() == rows.device(), "monosoftmax: ", name, " must be on ", rows.device(), ", got ",
+                    tensor.device());
+}
+
+inline void check_beside(const char* name, const Tensor& tensor, const Tensor& rows, c10::IntArrayRef shape) {
+  check_beside(name, tensor, rows, shape, arithmetic_type(rows));
+}
+
+// The shape that the coefficients of a transform have.
+inline TransformShape check_transform(const groups::Transform& transform, const Tensor& rows) {
+  const auto& [coefficients, name, constants] = transform;
+  TransformShape shape{};
+  TORCH_CHECK_VALUE(find_transform(name, &shape), "monosoftmax: unknown transform \"", name, "\"");
+  const bool fits = coefficients.dim() == (shape.table_rows > 0 ? 2 : 1) && shape.smallest <= coefficients.size(-1) &&
+                    coefficients.size(-1) <= shape.largest &&
+                    (shape.table_rows == 0 || coefficients.size(0) == shape.table_rows);
+  TORCH_CHECK_VALUE(fits, "monosoftmax: coefficients of shape ", coefficients.sizes(), " do not fit transform \"", name,
+                    "\"");
+  check_beside("coefficients", coefficients, rows, coefficients.sizes());
+  TORCH_CHECK_VALUE(name != "plif" || constants.size() == 3, "monosoftmax: plif takes 3 constants");
+  TORCH_CHECK_VALUE(name != "monotonic_mlp" || coefficients.size(-1) % 3 == 1,
+                    "monosoftmax: monotonic_mlp takes 3H + 1 coefficients");
+  return shape;
+}
+
+inline void check_weight(const Optional& weight, const Tensor& rows) {
+  if (weight.has_value()) check_beside("weight", *weight, rows, {rows.size(1)});
+}
+
+inline void check_indices(const Tensor& target, const Tensor& rows) {
+  check_beside("target", target, rows, {rows.size(0)}, at::kLong);
+}
+
+// One upstream gradient for all losses is the scale that their sum is multiplied by.
+inline void check_upstream(const std::optional<groups::Upstream>& upstream, const Tensor& rows,
+                           groups::OutputMask mask) {
+  TORCH_CHECK_VALUE(upstream.has_value() || !mask.any(), "monosoftmax: gradients need a scale");
+  if (!upstream.has_value()) return;
+  const auto& [loss, lse, factor] = *upstream;
+  if (loss.has_value() && loss->dim() == 0) check_beside("scale", *loss, rows, {});
+  if (loss.has_value() && loss->dim() > 0) check_beside("grad_loss", *loss, rows, {rows.size(0)});
+  if (lse.has_value()) check_beside("grad_lse", *lse, rows, {rows.size(0)});
+  if (factor.has_value()) check_beside("factor", *factor, rows, {});
+}
+
+// Where the gradient of rows goes, if it is asked for, and is not in `given`.
+inline void check_grad_rows(const Memory& memory, const Optional& given, const Tensor& rows, groups::OutputMask mask) {
+  if (!given.has_value()) return;
+  TORCH_CHECK_VALUE(mask.rows, "monosoftmax: grad_rows is given, and the gradient of rows is not asked for");
+  check_beside("grad_rows", *given, rows, rows.sizes(), rows.scalar_type());
+  check_rows(memory, "grad_rows", *given);
+}
+
+inline Tensor nothing_like(const Tensor& tensor) { return at::empty({0}, tensor.options()); }
+
+}  // namespace monosoftmax

@@ -1,0 +1,39 @@
+// Gives the functions of a backend to Python.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/Exceptions.h>
+
+#include "python_groups.h"
+#include "row_operators.h"
+
+namespace monosoftmax {
+
+// What holds while a function computes: other Python threads run, and torch records nothing of what it is asked to do.
+using WhileComputing = pybind11::call_guard<pybind11::gil_scoped_release, at::AutoDispatchBelowADInplaceOrView>;
+
+// Errors of torch's checks become the exceptions that torch makes of them, for all functions of this extension module.
+inline void translate_torch_errors() {
+  pybind11::register_local_exception_translator([](std::exception_ptr error) {
+    try {
+      std::rethrow_exception(error);
+    } catch (const c10::Error&) {
+      torch::translate_exception_to_python(error);
+    }
+  });
+}
+
+inline void bind_row_operators(pybind11::module_& module, const RowOperators& operators) {
+  namespace py = pybind11;
+  module.def("cross_entropy", operators.cross_entropy, WhileComputing(), py::arg("rows"), py::arg("target"),
+             py::arg("transform"), py::arg("options"), py::arg("upstream"), py::arg("row_stats"),
+             py::arg("output_mask"), py::arg("grad_rows"));
+  module.def("token_statistics", operators.token_statistics, WhileComputing(), py::arg("rows"), py::arg("target"),
+             py::arg("transform"), py::arg("ignore_index"));
+  module.def("log_softmax", operators.log_softmax, WhileComputing(), py::arg("rows"), py::arg("transform"),
+             py::arg("dtype"));
+  module.def("log_softmax_backward", operators.log_softmax_backward, WhileComputing(), py::arg("grad_output"),
+             py::arg("rows"), py::arg("transform"), py::arg("row_stats"), py::arg("output_mask"));
+}
+
+}  // namespace monosoftmax

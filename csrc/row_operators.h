@@ -1,0 +1,44 @@
+// What a backend offers to Python: the functions of monosoftmax/row_kernels.py, where their contract is.
+#pragma once
+
+#include <tuple>
+
+#include "groups.h"
+
+namespace monosoftmax {
+
+using at::Tensor;
+using groups::Optional;
+
+struct RowOperators {
+  groups::RowResults (*cross_entropy)(const Tensor& rows, const Tensor& target, const groups::Transform&,
+                                      const groups::LossOptions&, const std::optional<groups::Upstream>&,
+                                      const Optional& row_stats, groups::OutputMask, const Optional& grad_rows);
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> (*token_statistics)(const Tensor& rows, const Tensor& target,
+                                                                         const groups::Transform&,
+                                                                         int64_t ignore_index);
+  std::tuple<Tensor, Tensor> (*log_softmax)(const Tensor& rows, const groups::Transform&, at::ScalarType dtype);
+  std::tuple<Tensor, Tensor> (*log_softmax_backward)(const Tensor& grad_output, const Tensor& rows,
+                                                     const groups::Transform&, const Tensor& row_stats,
+                                                     groups::OutputMask);
+};
+
+namespace cpu {
+extern const RowOperators kRowOperators;
+
+// 1 / (number of targets that are not ignore_index): the upstream gradient of each loss of a mean. [], of type dtype.
+Tensor mean_scale(const Tensor& target, int64_t ignore_index, at::ScalarType dtype);
+}  // namespace cpu
+
+namespace cuda {
+extern const RowOperators kRowOperators;
+
+// Multiplies contiguous memory by a number on its device; where that is 1, nothing is read or written.
+void scale_(const Tensor& tensor, const Tensor& factor);
+
+// The plan of losses of such rows (plan.h), in words.
+std::string describe_plan(const Tensor& rows, std::string_view transform, int64_t size, bool gradient,
+                          bool coefficients);
+}  // namespace cuda
+
+}  // namespace monosoftmax

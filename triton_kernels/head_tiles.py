@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import Call, LossOptions, smooths
+from .launch import Call, RowLoss
 
 
 @triton.jit
@@ -169,10 +169,9 @@ def family_of(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}.get(major, "sm_80")
 
 
-def forward_tile(call: Call, options: LossOptions, input: Tensor) -> HeadTile:
+def forward_tile(loss: RowLoss, input: Tensor) -> HeadTile:
     """Heavy are tables, and the sums that smoothed labels need."""
-    heavy = call.functions.table_rows > 0 or smooths(options)
-    return _tile(FORWARD, heavy, input)
+    return _tile(FORWARD, loss.call.functions.table_rows > 0 or loss.smooths, input)
 
 
 def backward_tile(call: Call, input: Tensor) -> HeadTile:

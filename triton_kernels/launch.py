@@ -1,23 +1,25 @@
-"""The launchers of the kernels over rows: what each operator of :mod:`monosoftmax.ops` does, on the device's stream.
+"""What the launches of the kernels share, and the launcher of the loss kernel, all on the device's stream.
 
 Tile sizes and registers are chosen here, by tables: nothing is tuned when it runs, and nothing waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from monosoftmax.groups import LossOptions, RowResults, Transform, Upstream
+
 from .coefficient_sums import regime_of
 from .cross_entropy import cross_entropy_kernel
-from .log_softmax import log_softmax_backward_kernel, log_softmax_kernel
 from .tiles import alignment_of, as_aligned, width_of
-from .token_statistics import token_statistics_kernel
 from .transforms import REGISTRY, TransformFunctions
 
 
@@ -37,7 +39,7 @@ _tuning = Tuning()
 
 @contextmanager
 def tuned(**wishes: int) -> Iterator[None]:
-    """Launch with ``wishes`` in the place of those fields of :class:`Tuning`. No other thread may launch meanwhile."""
+    """Replaces those fields of :class:`Tuning` while it lasts. No other thread may launch meanwhile."""
     global _tuning
     before, _tuning = _tuning, _tuning._replace(**wishes)
     try:
@@ -63,11 +65,109 @@ class Call(NamedTuple):
     packed: Tensor
 
     @classmethod
-    def of(cls, transform: str, coefficients: Tensor, constants: Sequence[float]) -> Call:
-        functions = REGISTRY[transform]
+    def of(cls, transform: Transform) -> Call:
+        coefficients, name, constants = transform
+        functions = REGISTRY[name]
         c0, c1, c2 = (float(each) for each in (*constants, 0.0, 0.0, 0.0)[:3])
         packed = functions.pack(coefficients, constants)
         return cls(functions, coefficients, coefficients.shape[-1], (c0, c1, c2), packed)
+
+    def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The arguments that every kernel has, for logits of type ``dtype``."""
+        c0, c1, c2 = self.constants
+        functions = self.functions.for_logits(dtype)
+        return {"coefficients": self.packed, "c0": c0, "c1": c1, "c2": c2, "functions": functions, "size": self.size}
+
+    def gradient(self, totals: Tensor) -> Tensor:
+        """The gradient of the coefficients from the sums of several programs, [programs, numbers]."""
+        total = totals.sum(0, dtype=torch.float64).to(self.coefficients.dtype)
+        return self.functions.unpack(total).reshape(self.coefficients.shape)
+
+
+class Shard(NamedTuple):
+    """Which classes the columns of the logits are: ``classes`` in all, the first column is number ``offset``."""
+
+    offset: int
+    classes: int
+
+
+class ShardResults(NamedTuple):
+    """What the columns of one shard contribute to the losses of rows."""
+
+    #: [2, N]
+    row_stats: Tensor
+    #: [N]: y of the target; -inf where another shard has the target.
+    target_y: Tensor
+    #: [N]: sum_j w_j y_j; written only where labels are smoothed.
+    weighted_y: Tensor
+
+
+class RowLoss(NamedTuple):
+    """A loss of rows as the kernels take it, with contiguous tensors.
+
+    ``target`` and ``options.weight`` count all classes, also where the logits are those of a ``shard``.
+    """
+
+    target: Tensor
+    call: Call
+    options: LossOptions
+    shard: Shard | None = None
+
+    @classmethod
+    def of(cls, target: Tensor, transform: Transform, options: LossOptions, shard: Shard | None = None) -> RowLoss:
+        if options.weight is not None:
+            options = options._replace(weight=options.weight.contiguous())
+        return cls(target.contiguous(), Call.of(transform), options, shard)
+
+    @property
+    def smooths(self) -> bool:
+        """Whether labels are smoothed."""
+        return self.options.label_smoothing > 0
+
+    def arguments(self, dtype: torch.dtype, classes: int, unused: Tensor) -> dict[str, Any]:
+        """The arguments that every kernel of the loss has. ``unused`` stands for a tensor that is not read."""
+        weight, shard = self.options.weight, self.shard or Shard(0, classes)
+        arguments = self.call.arguments(dtype)
+        arguments.update(
+            target=self.target,
+            weight=unused if weight is None else weight,
+            weighted=weight is not None,
+            smooths=self.smooths,
+            ignore_index=self.options.ignore_index,
+            column_offset=shard.offset,
+            all_classes=shard.classes,
+        )
+        return arguments
+
+    def gradient_arguments(self, classes: int, upstream: Upstream | None, unused: Tensor) -> dict[str, Any]:
+        """The arguments that the kernels with gradients have beyond those of :meth:`arguments`."""
+        weight, label_smoothing, z_loss = self.options.weight, self.options.label_smoothing, self.options.z_loss
+        loss, lse, _ = (unused, None, None) if upstream is None else upstream
+        assert loss is not None
+        functions, size = self.call.functions, self.call.size
+        return {
+            "weight_sum": unused if weight is None or not self.smooths else weight.sum(dtype=torch.float64).float(),
+            "grad_loss": loss,
+            "grad_loss_stride": int(loss.dim() > 0),
+            "grad_lse": unused if lse is None else lse,
+            "of_lse": lse is not None,
+            "target_share": 1.0 - label_smoothing,
+            "smooth_share": label_smoothing / (self.shard or Shard(0, classes)).classes,
+            "z_loss": float(z_loss),
+            "has_z_loss": z_loss > 0,
+            "groups": functions.groups(size),
+            "table_rows": functions.table_rows,
+        }
+
+
+def as_read(upstream: Upstream, like: Tensor) -> Upstream:
+    """Upstream gradients as the kernels read them: contiguous, and 0 in the place of an absent ``loss``."""
+    loss, lse, factor = upstream
+    if loss is None:
+        loss = like.new_zeros((), dtype=torch.float32)
+    elif loss.dim() > 0 and loss.stride(0) == 0 and len(loss) > 0:
+        loss = loss[0]  # a number that was expanded is read as one number
+    return Upstream(loss.contiguous(), None if lse is None else lse.contiguous(), factor)
 
 
 def lanes_of(classes: int, width: int, most: int) -> int:
@@ -76,35 +176,49 @@ def lanes_of(classes: int, width: int, most: int) -> int:
 
 
 def registers_of(table_rows: int, gradient: bool) -> int:
-    """Registers that a thread may take. ptxas spills a few bytes to stay below 128 or less where it is not told."""
+    """The limit on the registers of a thread. Without one, ptxas spills a few bytes to stay at 128 or below."""
     if table_rows > 2:
         return 255 if gradient else 96
     return 128 if gradient else 64
 
 
-def tile_arguments(input: Tensor, output: Tensor | None = None, most_lanes: int | None = None) -> dict[str, Any]:
-    """What the kernels are compiled for, as far as it follows from the rows that they read and write."""
-    width, alignment = width_of(input.dtype), alignment_of(input)
+def tile_arguments(rows: Tensor, output: Tensor | None = None, most_lanes: int | None = None) -> dict[str, Any]:
+    """The constants of a kernel that follow from the rows which it reads and writes."""
+    width, alignment = width_of(rows.dtype), alignment_of(rows)
     arguments = {
         "ALIGNMENT": alignment,
         "EDGES": 1 if alignment == "aligned" else 2,
-        "WHOLE": alignment == "aligned" and input.shape[1] % width == 0,
-        "LANES": lanes_of(input.shape[1], width, most_lanes or _tuning.lanes),
+        "WHOLE": alignment == "aligned" and rows.shape[1] % width == 0,
+        "LANES": lanes_of(rows.shape[1], width, most_lanes or _tuning.lanes),
         "WIDTH": width,
     }
-    return arguments if output is None else arguments | {"OUT_ALIGNED": as_aligned(output, input)}
+    if output is not None:
+        arguments["OUT_ALIGNED"] = as_aligned(output, rows)
+    return arguments
 
 
 def launch_options(lanes: int, registers: int, device: torch.device) -> dict[str, int]:
-    """A thread a lane, and the registers that it may take."""
+    """The compiler's options: one thread for each lane, and at most so many registers for it."""
     # Fused products and sums are the default up to Triton 3.9, and will not be after it.
     options = {"num_warps": max(1, lanes // warp_size(device)), "num_stages": 1, "enable_fp_fusion": True}
-    return options | {"maxnreg": registers} if limits_registers(device) else options
+    if limits_registers(device):
+        options["maxnreg"] = registers
+    return options
+
+
+@functools.cache
+def _properties(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)
 
 
 def warp_size(device: torch.device) -> int:
     """Threads in a warp: 64 on some AMD GPUs."""
-    return int(torch.cuda.get_device_properties(device).warp_size) if device.type == "cuda" else 32
+    return int(_properties(device).warp_size) if device.type == "cuda" else 32
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; Triton's interpreter has one."""
+    return int(_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
 def limits_registers(device: torch.device) -> bool:
@@ -112,277 +226,121 @@ def limits_registers(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-class Sums:
-    """The sums of contributions to the coefficients: what a kernel keeps them in, and the second stage."""
-
-    def __init__(self, call: Call, input: Tensor, needed: bool) -> None:
-        self._call, self._dtype, functions = call, input.dtype, call.functions
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        # Nothing to sum for the transforms without coefficients, and for no rows.
-        self.regime = "none"
-        if needed and call.size > 0 and input.shape[0] > 0:
-            self.regime = regime_of(functions.table_rows, call.size, deterministic)
-        self.most_lanes = _tuning.lanes_with_tables if self.regime == "lanes" else _tuning.lanes
-        numbers = call.size * max(functions.table_rows, 1)
-        self.count = numbers if self.regime == "registers" else 0
-        like = input.new_empty(0, dtype=torch.float32)
-        self.programs, self.lanes, self.totals = input.shape[0], like, like
-        if self.regime in ("registers", "lanes"):
-            self.programs = min(input.shape[0], _tuning.programs * multiprocessors(input.device))
-            if self.regime == "lanes":
-                width = lanes_of(input.shape[1], width_of(input.dtype), self.most_lanes) * functions.table_rows // 2
-                entries = call.size * width
-                self.programs = max(1, min(self.programs, _TABLE_BYTES // (8 * entries)))
-                self.lanes = input.new_empty(self.programs * entries, dtype=torch.int64)
-            self.totals = like.new_empty((self.programs, numbers))
-        elif self.regime == "global":
-            self.programs = min(input.shape[0], 8 * _tuning.programs * multiprocessors(input.device))
-            self.totals = like.new_zeros((1, numbers))
-        self.needed = needed
-
-    def begin_written(self, input: Tensor) -> None:
-        """Before the first :meth:`written`."""
-        functions, size = self._call.functions, self._call.size
-        self._classes = input.shape[1]
-        self.totals = input.new_zeros((functions.table_rows, size), dtype=torch.float32)
-
-    def written(self, rows: int) -> _Written:
-        """Where the contributions of ``rows`` rows are written."""
-        elements = rows * self._classes
-        contributions = self.totals.new_empty((self._call.functions.table_rows, elements))
-        return _Written(self, rows, contributions, contributions.new_empty(elements, dtype=torch.int64))
-
-    def add_written(self, part: _Written) -> None:
-        """Takes in what was written. index_add_ is deterministic where that is asked for."""
-        self.totals.index_add_(1, part.lanes, part.totals)
-
-    def arguments(self) -> dict[str, Any]:
-        """What the kernels are compiled for."""
-        functions = self._call.functions
-        return {
-            "functions": functions.for_logits(self._dtype),
-            "size": self._call.size,
-            "groups": functions.groups(self._call.size),
-            "table_rows": functions.table_rows,
-            "regime": self.regime,
-            "count": self.count,
-        }
-
-    def total(self) -> Tensor:
-        """The gradient of the coefficients; empty where it is not needed."""
-        coefficients = self._call.coefficients
-        if not self.needed:
-            return coefficients.new_empty(0)
-        if self.regime == "none":
-            return torch.zeros_like(coefficients)
-        if self.regime == "written":
-            return self.totals
-        total = self.totals.sum(0, dtype=torch.float64).to(coefficients.dtype)
-        return self._call.functions.unpack(total).reshape(coefficients.shape)
-
-
-class _Written:
-    """:class:`Sums` of some rows, as contributions to be added up."""
-
-    def __init__(self, sums: Sums, rows: int, totals: Tensor, pieces: Tensor) -> None:
-        self.arguments, self.most_lanes, self.programs = sums.arguments, sums.most_lanes, rows
-        self.totals, self.lanes = totals, pieces
-
-
-class LossOptions(NamedTuple):
-    """The options of a loss. ``weight`` [V], of all classes also for a shard of them, is float32 and contiguous."""
-
-    weight: Tensor | None
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-
-
-class Shard(NamedTuple):
-    """Which classes the columns of the logits are: those from ``offset`` on, of ``classes`` in all."""
-
-    offset: int
-    classes: int
-
-
-class RowResults(NamedTuple):
-    """What the loss kernel writes for each row. ``target_y`` and ``weighted_y``: of a shard, in place of the losses."""
-
-    loss: Tensor
-    lse: Tensor
-    row_stats: Tensor
-    target_y: Tensor
-    weighted_y: Tensor
-
-    @classmethod
-    def empty(cls, input: Tensor, partial: bool = False) -> RowResults:
-        rows = input.shape[0]
-        absent, present = (input.new_empty(size, dtype=torch.float32) for size in (0, rows))
-        row_stats = input.new_empty((2, rows), dtype=torch.float32)
-        if partial:
-            return cls(absent, absent, row_stats, present, torch.empty_like(present))
-        return cls(present, torch.empty_like(present), row_stats, absent, absent)
-
-
-class Upstream(NamedTuple):
-    """The upstream gradients of the losses, one for all (0-dim) or one each, and of lse.
-
-    With a ``factor``, 0-dim, by which those of the losses are multiplied, nothing is written where it is 1.
-    """
-
-    loss: Tensor
-    lse: Tensor | None = None
-    factor: Tensor | None = None
-
-
-def launch_cross_entropy(
-    call: Call,
-    input: Tensor,
-    target: Tensor,
-    options: LossOptions,
-    results: RowResults,
-    upstream: Upstream | None = None,
-    grad_input: Tensor | None = None,
-    sums: Sums | None = None,
-    *,
-    losses: bool,
-    return_lse: bool = False,
-    shard: Shard | None = None,
-) -> None:
-    """Writes ``results`` (with ``losses``), ``grad_input`` and ``sums``, whichever are given."""
-    rows, classes = input.shape
-    if rows == 0:
-        return
-    if sums is not None and sums.regime == "written":
-        assert upstream is not None
-        _launch(call, input, target, options, results, upstream, grad_input, None, losses, return_lse, shard)
-        sums.begin_written(input)
-        for chunk in _chunks(rows, max(1, _WRITTEN // classes)):
-            part = sums.written(chunk.stop - chunk.start)
-            stats = results._replace(row_stats=results.row_stats[:, chunk].contiguous())
-            of_rows = Upstream(
-                upstream.loss[chunk] if upstream.loss.dim() > 0 else upstream.loss,
-                None if upstream.lse is None else upstream.lse[chunk],
-            )
-            _launch(call, input[chunk], target[chunk], options, stats, of_rows, None, part, False, False, shard)
-            sums.add_written(part)
-        return
-    _launch(call, input, target, options, results, upstream, grad_input, sums, losses, return_lse, shard)
-
-
-def _launch(
-    call: Call, input: Tensor, target: Tensor, options: LossOptions, results: RowResults, upstream: Upstream | None,
-    grad_input: Tensor | None, sums: Any, losses: bool, return_lse: bool, shard: Shard | None,
-) -> None:  # fmt: skip
-    rows, classes = input.shape
-    sums = Sums(call, input, False) if sums is None else sums
-    gradient = grad_input is not None
-    tile = tile_arguments(input, grad_input if gradient else input, sums.most_lanes)
-    partial = losses and results.loss.shape[0] == 0
-    nothing = results.row_stats  # stands where a kernel reads and writes nothing
-    weight = nothing if options.weight is None else options.weight
-    weight_sum = nothing
-    if options.weight is not None and smooths(options):
-        weight_sum = weight.sum(dtype=torch.float64).float()
-    grad_loss = nothing if upstream is None else upstream.loss
-    grad_lse, factor = (None, None) if upstream is None else (upstream.lse, upstream.factor)
-    shard = Shard(0, classes) if shard is None else shard
-    registers = registers_of(call.functions.table_rows, upstream is not None)
-    with on_device(input):
-        cross_entropy_kernel[(sums.programs,)](
-            input, target, weight, weight_sum, call.packed, grad_loss, nothing if grad_lse is None else grad_lse,
-            nothing if factor is None else factor,
-            *results, grad_input if gradient else input, sums.totals, sums.lanes,
-            rows, classes, input.stride(0), 0 if grad_input is None else grad_input.stride(0), int(grad_loss.dim() > 0),
-            shard.offset, shard.classes, *call.constants, options.ignore_index, 1.0 - options.label_smoothing,
-            options.label_smoothing / shard.classes, float(options.z_loss),
-            **sums.arguments(), losses=losses, return_lse=return_lse, partial=partial, gradient=gradient,
-            weighted=options.weight is not None, smooths=smooths(options), of_lse=grad_lse is not None,
-            has_z_loss=options.z_loss > 0, has_factor=factor is not None, **tile,
-            **launch_options(tile["LANES"], registers, input.device),
-        )  # fmt: skip
-
-
-def smooths(options: LossOptions) -> bool:
-    """Whether labels are smoothed."""
-    return options.label_smoothing > 0
-
-
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Makes the tensor's device the current one: kernels are launched there."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
-def _chunks(rows: int, size: int) -> list[slice]:
-    return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
+class Sums:
+    """The sums of contributions to the coefficients: what a kernel keeps them in, and the second stage."""
+
+    def __init__(self, call: Call, rows: Tensor, needed: bool) -> None:
+        self.call, self.needed, self._rows, functions = call, needed, rows, call.functions
+        count, classes = rows.shape
+        # Transforms without coefficients have nothing to sum, nor have no rows.
+        self.regime = "none"
+        if needed and call.size > 0 and count > 0:
+            self.regime = regime_of(functions.table_rows, call.size, torch.are_deterministic_algorithms_enabled())
+        self.most_lanes = _tuning.lanes_with_tables if self.regime == "lanes" else _tuning.lanes
+        numbers = call.size * max(functions.table_rows, 1)
+        self._count = numbers if self.regime == "registers" else 0
+        like = rows.new_empty(0, dtype=torch.float32)
+        self.programs, self._lanes, self.totals = count, like, like
+        if self.regime in ("registers", "lanes"):
+            self.programs = min(count, _tuning.programs * multiprocessors(rows.device))
+            if self.regime == "lanes":
+                width = lanes_of(classes, width_of(rows.dtype), self.most_lanes) * functions.table_rows // 2
+                entries = call.size * width
+                self.programs = max(1, min(self.programs, _TABLE_BYTES // (8 * entries)))
+                self._lanes = rows.new_empty(self.programs * entries, dtype=torch.int64)
+            self.totals = like.new_empty((self.programs, numbers))
+        elif self.regime == "global":
+            self.programs = min(count, 8 * _tuning.programs * multiprocessors(rows.device))
+            self.totals = like.new_zeros((1, numbers))
+
+    def launches(self) -> Iterator[tuple[slice | None, Sums]]:
+        """The launches that the sums take: which rows, None for all of them, and the sums of each launch.
+
+        The launches of some of the rows write contributions and nothing else.
+        """
+        if self.regime != "written":
+            yield None, self
+            return
+        yield None, Sums(self.call, self._rows, False)
+        (count, classes), table_rows = self._rows.shape, self.call.functions.table_rows
+        self.totals = self.totals.new_zeros((table_rows, self.call.size))
+        at_a_time = max(1, _WRITTEN // classes)
+        for begin in range(0, count, at_a_time):
+            chunk = slice(begin, min(begin + at_a_time, count))
+            part = copy(self)
+            part.programs = chunk.stop - begin
+            part.totals = self.totals.new_empty((table_rows, part.programs * classes))
+            part._lanes = part.totals.new_empty(part.programs * classes, dtype=torch.int64)
+            yield chunk, part
+            self.add_written(part)
+
+    def add_written(self, part: Sums) -> None:
+        """Adds what a launch wrote. index_add_ is deterministic where PyTorch is asked to be."""
+        self.totals.index_add_(1, part._lanes, part.totals)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of a kernel that sums."""
+        return {"totals": self.totals, "lanes": self._lanes, "regime": self.regime, "count": self._count}
+
+    def total(self) -> Tensor:
+        """The gradient of the coefficients; empty where it is not needed."""
+        if not self.needed:
+            return self.call.coefficients.new_empty(0)
+        if self.regime == "none":
+            return torch.zeros_like(self.call.coefficients)
+        return self.totals if self.regime == "written" else self.call.gradient(self.totals)
 
 
-def multiprocessors(device: torch.device) -> int:
-    """How many the device has."""
-    if device.type != "cuda":
-        return 1  # Triton's interpreter
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def launch_log_softmax(call: Call, input: Tensor, output: Tensor, row_stats: Tensor) -> None:
-    """Writes log p to ``output`` and ``row_stats`` [2, N]."""
-    rows, classes = input.shape
-    if rows == 0:
-        return
-    tile = tile_arguments(input, output)
-    with on_device(input):
-        log_softmax_kernel[(rows,)](
-            input, call.packed, output, row_stats, rows, classes, input.stride(0), output.stride(0), *call.constants,
-            functions=call.functions.for_logits(input.dtype), size=call.size, **tile,
-            **launch_options(tile["LANES"], registers_of(call.functions.table_rows, False), input.device),
-        )  # fmt: skip
-
-
-def launch_log_softmax_backward(
-    call: Call, grad_output: Tensor, input: Tensor, row_stats: Tensor, grad_input: Tensor | None, sums: Sums
+def launch_cross_entropy(
+    rows: Tensor, loss: RowLoss, upstream: Upstream | None, results: RowResults | ShardResults, sums: Sums
 ) -> None:
-    """Writes ``grad_input``, where it is given, and ``sums``."""
-    rows, classes = input.shape
-    if rows == 0:
+    """Fills in ``sums`` and those of ``results`` that are not empty; row_stats without losses are read instead.
+
+    Without ``upstream`` there are losses only. The gradient of rows may be written over ``rows``.
+    """
+    if rows.shape[0] == 0:
         return
-    if sums.regime == "written":
-        launch_log_softmax_backward(call, grad_output, input, row_stats, grad_input, Sums(call, input, False))
-        sums.begin_written(input)
-        for chunk in _chunks(rows, max(1, _WRITTEN // classes)):
-            part = sums.written(chunk.stop - chunk.start)
-            stats = row_stats[:, chunk].contiguous()
-            _launch_log_softmax_backward(call, grad_output[chunk], input[chunk], stats, None, part)
-            sums.add_written(part)
-        return
-    _launch_log_softmax_backward(call, grad_output, input, row_stats, grad_input, sums)
+    upstream = None if upstream is None else as_read(upstream, rows)
+    for chunk, part in sums.launches():
+        if chunk is None:
+            _launch_cross_entropy(rows, loss, upstream, results, part)
+            continue
+        assert upstream is not None and upstream.loss is not None
+        grad_loss = upstream.loss[chunk] if upstream.loss.dim() > 0 else upstream.loss
+        of_chunk = Upstream(grad_loss, None if upstream.lse is None else upstream.lse[chunk])
+        empty, row_stats = rows.new_empty(0), results.row_stats[:, chunk].contiguous()
+        stats = RowResults(empty, empty, row_stats, empty, empty)
+        _launch_cross_entropy(rows[chunk], loss._replace(target=loss.target[chunk]), of_chunk, stats, part)
 
 
-def _launch_log_softmax_backward(
-    call: Call, grad_output: Tensor, input: Tensor, row_stats: Tensor, grad_input: Tensor | None, sums: Any
+def _launch_cross_entropy(
+    rows: Tensor, loss: RowLoss, upstream: Upstream | None, results: RowResults | ShardResults, sums: Sums
 ) -> None:
-    rows, classes = input.shape
-    gradient = grad_input is not None
-    tile = tile_arguments(input, grad_input if gradient else input, sums.most_lanes)
-    with on_device(input):
-        log_softmax_backward_kernel[(sums.programs,)](
-            grad_output, input, call.packed, row_stats, grad_input if gradient else input, sums.totals, sums.lanes,
-            rows, classes, input.stride(0), grad_output.stride(0), 0 if grad_input is None else grad_input.stride(0),
-            *call.constants, **sums.arguments(), gradient=gradient, GRAD_ALIGNED=as_aligned(grad_output, input), **tile,
-            **launch_options(tile["LANES"], registers_of(call.functions.table_rows, True), input.device),
-        )  # fmt: skip
-
-
-def launch_token_statistics(
-    call: Call, input: Tensor, target: Tensor, ignore_index: int, results: Sequence[Tensor]
-) -> None:
-    """Writes log_prob, entropy, argmax, lse and rank."""
-    rows, classes = input.shape
-    if rows == 0:
-        return
-    tile = tile_arguments(input)
-    with on_device(input):
-        token_statistics_kernel[(rows,)](
-            input, target, call.packed, *results, classes, input.stride(0), *call.constants, ignore_index,
-            functions=call.functions.for_logits(input.dtype), size=call.size, **tile,
-            **launch_options(tile["LANES"], registers_of(call.functions.table_rows, False), input.device),
+    (count, classes), unused = rows.shape, results.row_stats
+    of_rows, of_shard, grad_rows = (unused, unused), (unused, unused), rows
+    losses, return_lse, gradient = True, True, False
+    if isinstance(results, ShardResults):
+        of_shard = results[1:]
+    else:
+        losses, gradient = results.loss.numel() > 0, results.grad_rows.numel() > 0
+        return_lse = losses and loss.options.return_lse
+        of_rows = results[:2] if losses else of_rows
+        grad_rows = results.grad_rows if gradient else rows
+    factor = None if upstream is None else upstream.factor
+    tile = tile_arguments(rows, grad_rows, sums.most_lanes)
+    registers = registers_of(loss.call.functions.table_rows, upstream is not None)
+    with on_device(rows):
+        cross_entropy_kernel[(sums.programs,)](
+            input=rows, rows=count, classes=classes, stride=rows.stride(0), row_stats=results.row_stats,
+            loss=of_rows[0], lse=of_rows[1], target_y=of_shard[0], weighted_y=of_shard[1], losses=losses,
+            return_lse=return_lse, partial=isinstance(results, ShardResults), grad_input=grad_rows,
+            grad_stride=grad_rows.stride(0), gradient=gradient, factor=unused if factor is None else factor,
+            has_factor=factor is not None, **loss.arguments(rows.dtype, classes, unused),
+            **loss.gradient_arguments(classes, upstream, unused), **sums.arguments(), **tile,
+            **launch_options(tile["LANES"], registers, rows.device),
         )  # fmt: skip

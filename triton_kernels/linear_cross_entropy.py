@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from monosoftmax.groups import Head
+
 from .arithmetic import decay, exp
 from .head_tiles import (
     HeadTile,
@@ -35,7 +37,7 @@ from .head_tiles import (
     logits_tile,
     place_of,
 )
-from .launch import Call, LossOptions, RowResults, Shard, on_device, smooths
+from .launch import RowLoss, ShardResults, multiprocessors, on_device
 from .vocabulary_parallel import merge_shards
 
 #: Programs that a multiprocessor gets, at least where there are classes enough.
@@ -116,64 +118,68 @@ def linear_cross_entropy_kernel(
 
 
 def recompute_forward(
-    call: Call,
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    options: LossOptions,
+    head: Head,
+    loss: RowLoss,
     *,
-    return_lse: bool = False,
-    shard: Shard | None = None,
     tile: HeadTile | None = None,
     splits: int | None = None,
     descriptors: bool | None = None,
-) -> RowResults:
-    """The losses of the rows ``input`` [N, d] of a head, or what a ``shard`` of its classes contributes to them.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, lse and row_stats of the rows of a head.
 
-    ``linear_weight`` [V, d] has the type of ``input``; their rows may lie anywhere. ``tile``, ``splits`` and
-    ``descriptors`` follow from the device where they are not given.
+    ``linear_weight`` has the type of ``input``; their rows may lie anywhere. ``tile``, ``splits`` and ``descriptors``
+    follow from the device where they are not given.
     """
+    of_splits = _of_splits(head, loss, tile, splits, descriptors)
+    return merge_shards(of_splits, loss.target, loss.options, head.linear_weight.shape[0])
+
+
+def recompute_shard(
+    head: Head,
+    loss: RowLoss,
+    *,
+    tile: HeadTile | None = None,
+    splits: int | None = None,
+    descriptors: bool | None = None,
+) -> ShardResults:
+    """What the classes of ``loss.shard``, whose weights ``head`` has, contribute to the losses of rows."""
+    row_stats, target_y, weighted_y = _of_splits(head, loss, tile, splits, descriptors)
+    largest = row_stats[:, 0].amax(0)
+    total = (row_stats[:, 1] * (row_stats[:, 0] - largest).exp()).sum(0)
+    weighted_y = weighted_y.sum(0) if loss.smooths else torch.zeros_like(largest)
+    return ShardResults(torch.stack((largest, total)), target_y.amax(0), weighted_y)
+
+
+def _of_splits(
+    head: Head, loss: RowLoss, tile: HeadTile | None, splits: int | None, descriptors: bool | None
+) -> ShardResults:
+    """What each split of the classes contributes, [splits, ...]."""
+    input, linear_weight = unit_columns(head.input), unit_columns(head.linear_weight)
     assert input.dtype == linear_weight.dtype and input.shape[1] == linear_weight.shape[1]
-    (rows, features), classes = input.shape, linear_weight.shape[0]
-    partial = shard is not None
-    results = RowResults.empty(input, partial)
-    if rows == 0:
-        return results
-    shard = Shard(0, classes) if shard is None else shard
-    input, linear_weight, target = unit_columns(input), unit_columns(linear_weight), target.contiguous()
-    tile = forward_tile(call, options, input) if tile is None else tile
+    (rows, features), classes, bias = input.shape, linear_weight.shape[0], head.linear_bias
+    tile = forward_tile(loss, input) if tile is None else tile
     descriptors = has_descriptors(input.device, input, linear_weight) if descriptors is None else descriptors
     row_blocks, tiles = triton.cdiv(rows, tile.BN), triton.cdiv(classes, tile.BV)
     splits = splits_of(row_blocks, tiles, input.device) if splits is None else min(splits, tiles)
-    row_stats = results.row_stats.new_empty((splits, 2, rows))
+    row_stats = input.new_empty((splits, 2, rows), dtype=torch.float32)
     target_y, weighted_y = (row_stats.new_empty((splits, rows)) for _ in range(2))
-    weight = row_stats if options.weight is None else options.weight
-    bias = row_stats if linear_bias is None else linear_bias.contiguous()
-    with on_device(input):
-        linear_cross_entropy_kernel[(row_blocks * splits,)](
-            described(input, tile.BN, tile.BD, descriptors), described(linear_weight, tile.BV, tile.BD, descriptors),
-            bias, target, weight, call.packed, row_stats, target_y, weighted_y, rows, classes, features,
-            input.stride(0), linear_weight.stride(0), splits, shard.offset, shard.classes, *call.constants,
-            options.ignore_index, functions=call.functions.for_logits(torch.float32), size=call.size,
-            has_bias=linear_bias is not None, weighted=options.weight is not None, smooths=smooths(options),
-            every_row=return_lse | partial, DESCRIPTORS=descriptors, **tile.arguments(),
-        )  # fmt: skip
-    if partial:
-        largest = row_stats[:, 0].amax(0)
-        total = (row_stats[:, 1] * (row_stats[:, 0] - largest).exp()).sum(0)
-        weighted_y = weighted_y.sum(0) if smooths(options) else torch.zeros_like(largest)
-        return results._replace(
-            row_stats=torch.stack((largest, total)), target_y=target_y.amax(0), weighted_y=weighted_y
-        )
-    loss, lse, merged = merge_shards(row_stats, target_y, weighted_y, target, options, classes, return_lse)
-    return results._replace(loss=loss, lse=lse, row_stats=merged)
+    if rows > 0:
+        with on_device(input):
+            linear_cross_entropy_kernel[(row_blocks * splits,)](
+                input=described(input, tile.BN, tile.BD, descriptors),
+                linear_weight=described(linear_weight, tile.BV, tile.BD, descriptors),
+                linear_bias=row_stats if bias is None else bias.contiguous(), has_bias=bias is not None,
+                row_stats=row_stats, target_y=target_y, weighted_y=weighted_y, rows=rows, classes=classes,
+                features=features, input_stride=input.stride(0), weight_stride=linear_weight.stride(0), splits=splits,
+                every_row=loss.options.return_lse or loss.shard is not None, DESCRIPTORS=descriptors,
+                **loss.arguments(torch.float32, classes, row_stats), **tile.arguments(),
+            )  # fmt: skip
+    return ShardResults(row_stats, target_y, weighted_y)
 
 
 def splits_of(row_blocks: int, tiles: int, device: torch.device) -> int:
     """Splits of the vocabulary: as many as give each multiprocessor a few programs."""
-    multiprocessors = 1 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
-    return int(min(tiles, triton.cdiv(_PROGRAMS * multiprocessors, row_blocks)))
+    return int(min(tiles, triton.cdiv(_PROGRAMS * multiprocessors(device), max(1, row_blocks))))
 
 
 def unit_columns(matrix: Tensor) -> Tensor:

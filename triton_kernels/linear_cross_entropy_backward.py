@@ -29,6 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from monosoftmax.groups import Head, HeadGradients, Upstream
+
 from .arithmetic import exp
 from .head_tiles import (
     HeadTile,
@@ -42,7 +44,7 @@ from .head_tiles import (
     logits_tile,
     place_of,
 )
-from .launch import Call, LossOptions, Shard, Upstream, on_device, smooths, warp_size
+from .launch import RowLoss, as_read, on_device, warp_size
 from .linear_cross_entropy import unit_columns
 from .rows import LOWEST, log_of_sum
 
@@ -181,36 +183,30 @@ def of_lanes(tile, LANES: tl.constexpr):
 
 
 def recompute_backward(
-    call: Call,
+    head: Head,
+    loss: RowLoss,
     upstream: Upstream,
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    options: LossOptions,
     row_stats: Tensor,
+    output_mask: tuple[bool, bool, bool, bool],
     *,
-    need_input: bool,
-    need_weight: bool,
-    need_bias: bool = False,
-    need_coefficients: bool = False,
     filter_eps: float = 0.0,
-    shard: Shard | None = None,
     tile: HeadTile | None = None,
     descriptors: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of input, linear_weight, linear_bias and f's coefficients; empty those that are not needed.
+) -> HeadGradients:
+    """The gradients that ``output_mask`` asks for, in the order of :class:`monosoftmax.groups.HeadGradients`.
 
-    ``row_stats`` [2, N] are those of all classes, also where a ``shard`` of them is given. The gradient of input has
-    its type, those of linear_weight and linear_bias are float32. What is kept of tiles: see above, ``filter_eps``.
+    ``row_stats`` [2, N] are those of all classes, also where ``head`` has the weights of a shard. The gradient of input
+    has its type, those of linear_weight and linear_bias are float32. What is kept of tiles: see above, ``filter_eps``.
     """
+    input, linear_weight = unit_columns(head.input), unit_columns(head.linear_weight)
     assert input.dtype == linear_weight.dtype and input.shape[1] == linear_weight.shape[1]
-    (rows, features), classes, functions = input.shape, linear_weight.shape[0], call.functions
+    (rows, features), classes, bias = input.shape, linear_weight.shape[0], head.linear_bias
+    need_input, need_weight, need_bias, need_coefficients = output_mask
+    call = loss.call
     sums_coefficients = need_coefficients and call.size > 0
-    input, linear_weight, target = unit_columns(input), unit_columns(linear_weight), target.contiguous()
     tile = backward_tile(call, input) if tile is None else tile
     programs = triton.cdiv(rows, tile.BN) * triton.cdiv(classes, tile.BV)
-    numbers = call.size * max(functions.table_rows, 1)
+    numbers = call.size * max(call.functions.table_rows, 1)
     slots = max(1, min(_SLOTS, programs, _NUMBERS // max(1, numbers)))
 
     def zeros(needed: bool, *shape: int) -> Tensor:
@@ -219,37 +215,20 @@ def recompute_backward(
     grad_input, grad_weight = zeros(need_input, rows, features), zeros(need_weight, classes, features)
     grad_bias, totals = zeros(need_bias, classes), zeros(need_coefficients, slots, numbers)
     if programs > 0 and (need_input or need_weight or need_bias or sums_coefficients):
-        row_stats = row_stats.contiguous()
-        weight = row_stats if options.weight is None else options.weight
-        # Of all classes, also of a shard's.
-        weight_sum = (
-            weight.sum(dtype=torch.float64).float() if smooths(options) and options.weight is not None else weight
-        )
-        bias = row_stats if linear_bias is None else linear_bias.contiguous()
+        row_stats, upstream = row_stats.contiguous(), as_read(upstream, row_stats)
         descriptors = has_descriptors(input.device, input, linear_weight) if descriptors is None else descriptors
-        grad_lse = row_stats if upstream.lse is None else upstream.lse
-        shard = Shard(0, classes) if shard is None else shard
         with on_device(input):
             linear_cross_entropy_backward_kernel[(programs,)](
-                described(input, tile.BN, tile.BD, descriptors),
-                described(linear_weight, tile.BV, tile.BD, descriptors),
-                bias, target, weight, weight_sum, call.packed, upstream.loss, grad_lse, row_stats, grad_input,
-                grad_weight, grad_bias, totals, rows, classes, features, input.stride(0), linear_weight.stride(0),
-                int(upstream.loss.dim() > 0), shard.offset, shard.classes, *call.constants, options.ignore_index,
-                1.0 - options.label_smoothing, options.label_smoothing / shard.classes, float(options.z_loss),
-                filter_eps, functions=functions.for_logits(torch.float32), size=call.size,
-                groups=functions.groups(call.size), table_rows=functions.table_rows, need_input=need_input,
+                input=described(input, tile.BN, tile.BD, descriptors),
+                linear_weight=described(linear_weight, tile.BV, tile.BD, descriptors),
+                linear_bias=row_stats if bias is None else bias.contiguous(), has_bias=bias is not None,
+                row_stats=row_stats, grad_input=grad_input, grad_weight=grad_weight, grad_bias=grad_bias, totals=totals,
+                rows=rows, classes=classes, features=features, input_stride=input.stride(0),
+                weight_stride=linear_weight.stride(0), filter_eps=filter_eps, need_input=need_input,
                 need_weight=need_weight, need_bias=need_bias, need_coefficients=sums_coefficients,
-                has_bias=linear_bias is not None, weighted=options.weight is not None, smooths=smooths(options),
-                of_lse=upstream.lse is not None, has_z_loss=options.z_loss > 0, DESCRIPTORS=descriptors, SLOTS=slots,
-                LANES=tile.warps * warp_size(input.device), **tile.arguments(),
+                DESCRIPTORS=descriptors, SLOTS=slots, LANES=tile.warps * warp_size(input.device),
+                **loss.arguments(torch.float32, classes, row_stats),
+                **loss.gradient_arguments(classes, upstream, row_stats), **tile.arguments(),
             )  # fmt: skip
-    return grad_input.to(input.dtype), grad_weight, grad_bias, _total(call, totals, need_coefficients)
-
-
-def _total(call: Call, totals: Tensor, needed: bool) -> Tensor:
-    """The second stage of the sums for f's coefficients."""
-    if not needed:
-        return call.coefficients.new_empty(0)
-    total = totals.sum(0, dtype=torch.float64).to(call.coefficients.dtype)
-    return call.functions.unpack(total).reshape(call.coefficients.shape)
+    grad_coefficients = call.gradient(totals) if need_coefficients else call.coefficients.new_empty(0)
+    return HeadGradients(grad_input.to(input.dtype), grad_weight, grad_bias, grad_coefficients)

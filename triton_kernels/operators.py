@@ -1,6 +1,7 @@
-"""The row operators of the ``triton`` backend (:data:`monosoftmax.ops.SCHEMAS`), imported at the first call of one.
+"""The ``triton`` backend's :class:`monosoftmax.row_kernels.RowKernels`: this module, imported at the first call.
 
-They take CUDA tensors (ROCm's are called so, too), and CPU tensors while Triton's interpreter stands in for a GPU.
+The functions take CUDA tensors (PyTorch calls those of ROCm so, too), and CPU tensors while Triton's interpreter stands
+in for a GPU.
 """
 
 from __future__ import annotations
@@ -8,167 +9,135 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from monosoftmax.groups import LossOptions, RowResults, Transform, Upstream
+
 from .launch import (
     Call,
-    LossOptions,
-    RowResults,
+    RowLoss,
     Sums,
-    Upstream,
     launch_cross_entropy,
-    launch_log_softmax,
-    launch_log_softmax_backward,
-    launch_token_statistics,
+    launch_options,
+    on_device,
+    registers_of,
+    tile_arguments,
 )
+from .log_softmax import log_softmax_backward_kernel, log_softmax_kernel
 from .scaling import launch_scale
+from .tiles import as_aligned
+from .token_statistics import token_statistics_kernel
 
 
 def cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None, coefficients: Tensor, transform: str, constants: list[float],
-    ignore_index: int, label_smoothing: float, z_loss: float, return_lse: bool, scale: Tensor | None,
-    need_input: bool, need_coefficients: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Losses and, where a scale is given, their scaled sum and its gradients."""
-    if scale is None and (need_input or need_coefficients):
+    rows: Tensor,
+    target: Tensor,
+    transform: Transform,
+    options: LossOptions,
+    upstream: Upstream | None,
+    row_stats: Tensor | None,
+    output_mask: tuple[bool, bool],
+    grad_rows: Tensor | None,
+) -> RowResults:
+    """Losses of rows, from their logits, and gradients.
+
+    Where the losses are computed, too, ``upstream.loss`` is needed for gradients. An ``upstream.factor`` is for the
+    gradient of rows only.
+    """
+    need_rows, need_coefficients = output_mask
+    losses = row_stats is None
+    if any(output_mask) and (upstream is None or (losses and upstream.loss is None)):
         raise ValueError("monosoftmax: gradients need a scale")
-    grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device) if need_input else None
-    results, sums = _cross_entropy(
-        input, target, weight, coefficients, transform, constants, ignore_index, label_smoothing, z_loss, return_lse,
-        scale, grad_input, need_coefficients,
-    )  # fmt: skip
-    total = results.loss.new_empty(0) if scale is None else results.loss.sum() * scale
-    absent = input.new_empty(0) if grad_input is None else grad_input
-    return results.loss, results.lse, results.row_stats, total, absent, sums.total()
-
-
-def cross_entropy_(
-    input: Tensor, target: Tensor, weight: Tensor | None, coefficients: Tensor, transform: str, constants: list[float],
-    ignore_index: int, label_smoothing: float, z_loss: float, return_lse: bool, scale: Tensor, need_coefficients: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """:func:`cross_entropy`, with the gradient of input written over it."""
-    results, sums = _cross_entropy(
-        input, target, weight, coefficients, transform, constants, ignore_index, label_smoothing, z_loss, return_lse,
-        scale, input, need_coefficients,
-    )  # fmt: skip
-    return results.loss, results.lse, results.row_stats, sums.total()
-
-
-def _cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None, coefficients: Tensor, transform: str, constants: list[float],
-    ignore_index: int, label_smoothing: float, z_loss: float, return_lse: bool, scale: Tensor | None,
-    grad_input: Tensor | None, need_coefficients: bool,
-) -> tuple[RowResults, Sums]:  # fmt: skip
-    call = Call.of(transform, coefficients, constants)
-    options = LossOptions(_contiguous(weight), ignore_index, label_smoothing, z_loss)
-    results, sums = RowResults.empty(input), Sums(call, input, need_coefficients)
-    gradients = grad_input is not None or sums.regime != "none"
-    upstream = Upstream(scale) if gradients and scale is not None else None
-    launch_cross_entropy(
-        call, input, target.contiguous(), options, results, upstream, grad_input, sums, losses=True,
-        return_lse=return_lse,
-    )  # fmt: skip
-    return results, sums
-
-
-def cross_entropy_backward(
-    grad_loss: Tensor | None, grad_lse: Tensor | None, input: Tensor, target: Tensor, weight: Tensor | None,
-    coefficients: Tensor, transform: str, constants: list[float], row_stats: Tensor, ignore_index: int,
-    label_smoothing: float, z_loss: float, need_input: bool, need_coefficients: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients from the row_stats of an earlier :func:`cross_entropy`."""
-    grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device) if need_input else None
-    grad_coefficients = _cross_entropy_backward(
-        grad_loss, grad_lse, input, target, weight, coefficients, transform, constants, row_stats, ignore_index,
-        label_smoothing, z_loss, grad_input, need_coefficients,
-    )  # fmt: skip
-    return input.new_empty(0) if grad_input is None else grad_input, grad_coefficients
-
-
-def cross_entropy_backward_(
-    grad_loss: Tensor | None, grad_lse: Tensor | None, input: Tensor, target: Tensor, weight: Tensor | None,
-    coefficients: Tensor, transform: str, constants: list[float], row_stats: Tensor, ignore_index: int,
-    label_smoothing: float, z_loss: float, need_coefficients: bool,
-) -> Tensor:  # fmt: skip
-    """:func:`cross_entropy_backward`, with the gradient of input written over it."""
-    return _cross_entropy_backward(
-        grad_loss, grad_lse, input, target, weight, coefficients, transform, constants, row_stats, ignore_index,
-        label_smoothing, z_loss, input, need_coefficients,
-    )  # fmt: skip
-
-
-def _cross_entropy_backward(
-    grad_loss: Tensor | None, grad_lse: Tensor | None, input: Tensor, target: Tensor, weight: Tensor | None,
-    coefficients: Tensor, transform: str, constants: list[float], row_stats: Tensor, ignore_index: int,
-    label_smoothing: float, z_loss: float, grad_input: Tensor | None, need_coefficients: bool,
-) -> Tensor:  # fmt: skip
-    call = Call.of(transform, coefficients, constants)
-    options = LossOptions(_contiguous(weight), ignore_index, label_smoothing, z_loss)
-    sums = Sums(call, input, need_coefficients)
-    if grad_input is None and sums.regime == "none":
-        return sums.total()
-    if grad_loss is None:
-        grad_loss = input.new_zeros((), dtype=torch.float32)
-    results = RowResults.empty(input[:0])._replace(row_stats=row_stats.contiguous())
-    # An expanded number stays one number.
-    grad_loss = grad_loss[0] if grad_loss.dim() > 0 and grad_loss.stride(0) == 0 and len(grad_loss) else grad_loss
-    upstream = Upstream(grad_loss.contiguous(), _contiguous(grad_lse))
-    launch_cross_entropy(call, input, target.contiguous(), options, results, upstream, grad_input, sums, losses=False)
-    return sums.total()
-
-
-def cross_entropy_rescale_(
-    grad_input: Tensor, factor: Tensor, scale: Tensor, input: Tensor, target: Tensor, weight: Tensor | None,
-    coefficients: Tensor, transform: str, constants: list[float], row_stats: Tensor, ignore_index: int,
-    label_smoothing: float, z_loss: float,
-) -> None:  # fmt: skip
-    """grad_input, which is that of scale * sum of losses, becomes that of factor * scale * sum, rounded once."""
-    call = Call.of(transform, coefficients, constants)
-    options = LossOptions(_contiguous(weight), ignore_index, label_smoothing, z_loss)
-    results = RowResults.empty(input[:0])._replace(row_stats=row_stats)
-    upstream = Upstream(scale, factor=factor)
-    launch_cross_entropy(call, input, target.contiguous(), options, results, upstream, grad_input, losses=False)
-
-
-def scale_(input: Tensor, factor: Tensor) -> None:
-    """input *= factor."""
-    launch_scale(input, factor)
+    loss = RowLoss.of(target, transform, options)
+    sums = Sums(loss.call, rows, need_coefficients)
+    gradients = need_rows or sums.regime != "none"
+    if upstream is not None and upstream.factor is not None and sums.regime != "none":
+        raise ValueError("monosoftmax: a factor is for the gradient of rows only")
+    if not need_rows:
+        grad_rows = rows.new_empty(0)
+    elif grad_rows is None:
+        grad_rows = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    count = rows.shape[0]
+    of_rows, lse = (rows.new_empty(count if losses else 0, dtype=torch.float32) for _ in range(2))
+    stats = rows.new_empty((2, count), dtype=torch.float32) if row_stats is None else row_stats.contiguous()
+    results = RowResults(of_rows, lse, stats, grad_rows, sums.totals)
+    if losses or gradients:
+        launch_cross_entropy(rows, loss, upstream if gradients else None, results, sums)
+    return results._replace(grad_coefficients=sums.total())
 
 
 def token_statistics(
-    input: Tensor, target: Tensor, coefficients: Tensor, transform: str, constants: list[float], ignore_index: int
-) -> tuple[Tensor, ...]:
+    rows: Tensor, target: Tensor, transform: Transform, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """log p of the target, entropy, argmax, lse and rank."""
-    numbers = [input.new_empty(input.shape[0], dtype=torch.float32) for _ in range(3)]
-    places = [target.new_empty(input.shape[0]) for _ in range(2)]
-    results = (numbers[0], numbers[1], places[0], numbers[2], places[1])
-    call = Call.of(transform, coefficients, constants)
-    launch_token_statistics(call, input, target.contiguous(), ignore_index, results)
-    return results
+    count, classes = rows.shape
+    log_prob, entropy, lse = (rows.new_empty(count, dtype=torch.float32) for _ in range(3))
+    argmax, rank = target.new_empty(count), target.new_empty(count)
+    if count > 0:
+        call, tile = Call.of(transform), tile_arguments(rows)
+        registers = registers_of(call.functions.table_rows, False)
+        with on_device(rows):
+            token_statistics_kernel[(count,)](
+                input=rows, target=target.contiguous(), log_prob=log_prob, entropy=entropy, argmax=argmax, lse=lse,
+                rank=rank, classes=classes, stride=rows.stride(0), ignore_index=ignore_index,
+                **call.arguments(rows.dtype), **tile, **launch_options(tile["LANES"], registers, rows.device),
+            )  # fmt: skip
+    return log_prob, entropy, argmax, lse, rank
 
 
-def log_softmax(
-    input: Tensor, coefficients: Tensor, transform: str, constants: list[float], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def log_softmax(rows: Tensor, transform: Transform, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """log p and row_stats."""
-    output = torch.empty(input.shape, dtype=dtype, device=input.device)
-    row_stats = input.new_empty((2, input.shape[0]), dtype=torch.float32)
-    launch_log_softmax(Call.of(transform, coefficients, constants), input, output, row_stats)
+    count, classes = rows.shape
+    output = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    row_stats = rows.new_empty((2, count), dtype=torch.float32)
+    if count > 0:
+        call, tile = Call.of(transform), tile_arguments(rows, output)
+        registers = registers_of(call.functions.table_rows, False)
+        with on_device(rows):
+            log_softmax_kernel[(count,)](
+                input=rows, output=output, row_stats=row_stats, rows=count, classes=classes, stride=rows.stride(0),
+                out_stride=output.stride(0), **call.arguments(rows.dtype), **tile,
+                **launch_options(tile["LANES"], registers, rows.device),
+            )  # fmt: skip
     return output, row_stats
 
 
 def log_softmax_backward(
-    grad_output: Tensor, input: Tensor, coefficients: Tensor, transform: str, constants: list[float],
-    row_stats: Tensor, need_input: bool, need_coefficients: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of log p."""
-    call = Call.of(transform, coefficients, constants)
-    sums = Sums(call, input, need_coefficients)
-    grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device) if need_input else None
+    grad_output: Tensor, rows: Tensor, transform: Transform, row_stats: Tensor, output_mask: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """The gradients of rows and of the coefficients, from the gradient of log p."""
+    need_rows, need_coefficients = output_mask
+    sums = Sums(Call.of(transform), rows, need_coefficients)
+    grad_rows = torch.empty(rows.shape if need_rows else 0, dtype=rows.dtype, device=rows.device)
     if grad_output.stride(-1) != 1:
         grad_output = grad_output.contiguous()
-    if grad_input is not None or sums.regime != "none":
-        launch_log_softmax_backward(call, grad_output, input, row_stats.contiguous(), grad_input, sums)
-    return input.new_empty(0) if grad_input is None else grad_input, sums.total()
+    if rows.shape[0] > 0 and (need_rows or sums.regime != "none"):
+        row_stats = row_stats.contiguous()
+        for chunk, part in sums.launches():
+            if chunk is None:
+                _launch_log_softmax_backward(grad_output, rows, row_stats, grad_rows, part)
+            else:
+                stats = row_stats[:, chunk].contiguous()
+                _launch_log_softmax_backward(grad_output[chunk], rows[chunk], stats, rows.new_empty(0), part)
+    return grad_rows, sums.total()
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _launch_log_softmax_backward(
+    grad_output: Tensor, rows: Tensor, row_stats: Tensor, grad_rows: Tensor, sums: Sums
+) -> None:
+    (count, classes), functions = rows.shape, sums.call.functions
+    gradient = grad_rows.numel() > 0
+    grad_rows = grad_rows if gradient else rows
+    tile = tile_arguments(rows, grad_rows, sums.most_lanes)
+    registers = registers_of(functions.table_rows, True)
+    with on_device(rows):
+        log_softmax_backward_kernel[(sums.programs,)](
+            grad_output=grad_output, input=rows, row_stats=row_stats, grad_input=grad_rows, rows=count, classes=classes,
+            stride=rows.stride(0), grad_stride=grad_output.stride(0), out_stride=grad_rows.stride(0), gradient=gradient,
+            groups=functions.groups(sums.call.size), table_rows=functions.table_rows,
+            GRAD_ALIGNED=as_aligned(grad_output, rows), **sums.call.arguments(rows.dtype), **sums.arguments(), **tile,
+            **launch_options(tile["LANES"], registers, rows.device),
+        )  # fmt: skip
+
+
+def scale_(tensor: Tensor, factor: Tensor) -> None:
+    """tensor *= factor."""
+    launch_scale(tensor, factor)

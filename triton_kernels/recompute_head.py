@@ -1,4 +1,4 @@
-"""The ``linear_`` operators with the method "recompute", for :mod:`monosoftmax.chunked_head`, which chooses.
+"""The head with the method "recompute", for :mod:`monosoftmax.chunked_head`, which chooses.
 
 The losses come from :mod:`.linear_cross_entropy`, the gradients from :mod:`.linear_cross_entropy_backward`: no logits
 in memory. Under ``torch.use_deterministic_algorithms`` the gradients are refused, as their sums are atomic.
@@ -10,61 +10,55 @@ import torch
 from torch import Tensor
 
 from monosoftmax.float16 import float16_shift
+from monosoftmax.groups import Head, HeadGradients, LossOptions, Transform, Upstream
 
-from .launch import Call, LossOptions, Upstream
+from .launch import RowLoss, as_read
 from .linear_cross_entropy import recompute_forward
 from .linear_cross_entropy_backward import recompute_backward
 
 
 def linear_cross_entropy(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None,
-    coefficients: Tensor, transform: str, constants: list[float], ignore_index: int, label_smoothing: float,
-    z_loss: float, return_lse: bool, scale: Tensor | None,
-    need_input: bool, need_linear_weight: bool, need_linear_bias: bool, need_coefficients: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Losses, lse and row_stats; and of scale times the sum of the losses, the gradients that are asked for."""
-    call = Call.of(transform, coefficients, constants)
-    options = LossOptions(None if weight is None else weight.contiguous(), ignore_index, label_smoothing, z_loss)
-    results = recompute_forward(call, input, linear_weight, linear_bias, target, options, return_lse=return_lse)
-    needs = need_input, need_linear_weight, need_linear_bias, need_coefficients
-    gradients: tuple[Tensor, ...] = (
-        input.new_empty(0), *(input.new_empty(0, dtype=torch.float32) for _ in range(2)), coefficients.new_empty(0)
-    )  # fmt: skip
-    if any(needs):
-        if scale is None:
-            raise ValueError("monosoftmax: gradients need a scale")
-        gradients = linear_cross_entropy_backward(
-            scale.expand(target.shape), None, input, linear_weight, linear_bias, target, weight, coefficients,
-            transform, constants, results.row_stats, ignore_index, label_smoothing, z_loss, 0.0, *needs,
-        )  # fmt: skip
-    total = results.loss.new_empty(0) if scale is None else results.loss.sum() * scale
-    return results.loss, results.lse, results.row_stats, total, *gradients
-
-
-def linear_cross_entropy_backward(
-    grad_loss: Tensor | None, grad_lse: Tensor | None, input: Tensor, linear_weight: Tensor,
-    linear_bias: Tensor | None, target: Tensor, weight: Tensor | None, coefficients: Tensor, transform: str,
-    constants: list[float], row_stats: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
+    head: Head,
+    target: Tensor,
+    transform: Transform,
+    options: LossOptions,
+    upstream: Upstream | None,
+    row_stats: Tensor | None,
+    output_mask: tuple[bool, bool, bool, bool],
     filter_eps: float,
-    need_input: bool, need_linear_weight: bool, need_linear_bias: bool, need_coefficients: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients of input, linear_weight, linear_bias and f's coefficients; empty those that are not needed."""
-    if torch.are_deterministic_algorithms_enabled():
-        raise RuntimeError(
-            'method="recompute" sums gradients by atomics, in an order that changes from run to run, and '
-            'torch.use_deterministic_algorithms(True) was called: use method="chunked"'
-        )
-    call = Call.of(transform, coefficients, constants)
-    options = LossOptions(None if weight is None else weight.contiguous(), ignore_index, label_smoothing, z_loss)
-    grad_loss = torch.zeros_like(row_stats[0]) if grad_loss is None else grad_loss
+) -> tuple[Tensor, Tensor, Tensor, HeadGradients]:
+    """Losses, lse, row_stats and the gradients that ``output_mask`` asks for, as :func:`.operators.cross_entropy`.
+
+    ``filter_eps`` holds where ``row_stats`` are given; gradients that are computed along with the losses are exact.
+    """
+    losses = row_stats is None
+    if any(output_mask):
+        if upstream is None or (losses and upstream.loss is None):
+            raise ValueError("monosoftmax: gradients need a scale")
+        if torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError(
+                'method="recompute" sums gradients by atomics, in an order that changes from run to run, and '
+                'torch.use_deterministic_algorithms(True) was called: use method="chunked"'
+            )
+    loss = RowLoss.of(target, transform, options)
+    if row_stats is None:
+        of_rows, lse, row_stats = recompute_forward(head, loss)
+    else:
+        of_rows, lse = (head.input.new_empty(0, dtype=torch.float32) for _ in range(2))
+    if upstream is None or not any(output_mask):
+        empty = head.input.new_empty(0)
+        of_weight, of_bias = (empty.new_empty(0, dtype=torch.float32) for _ in range(2))
+        none = HeadGradients(empty, of_weight, of_bias, transform.coefficients.new_empty(0))
+        return of_rows, lse, row_stats, none
     shift = None
-    if input.dtype == torch.float16 and target.numel() > 0:
-        upstream = [each.abs().amax() for each in (grad_loss, grad_lse) if each is not None]
-        shift = float16_shift(torch.stack(upstream).amax(), target, weight, ignore_index)
-        grad_loss, grad_lse = grad_loss * shift, None if grad_lse is None else grad_lse * shift
+    if head.input.dtype == torch.float16 and target.numel() > 0:
+        read = [each for each in as_read(upstream, row_stats) if each is not None]
+        largest = torch.stack([each.abs().amax() for each in read]).amax()
+        shift = float16_shift(largest, target, options.weight, options.ignore_index)
+        upstream = Upstream(*(None if each is None else each * shift for each in upstream[:2]))
     gradients = recompute_backward(
-        call, Upstream(grad_loss.contiguous(), None if grad_lse is None else grad_lse.contiguous()), input,
-        linear_weight, linear_bias, target, options, row_stats, need_input=need_input, need_weight=need_linear_weight,
-        need_bias=need_linear_bias, need_coefficients=need_coefficients, filter_eps=filter_eps,
-    )  # fmt: skip
-    return gradients if shift is None else tuple(each.div_(shift) for each in gradients)
+        head, loss, upstream, row_stats, output_mask, filter_eps=0.0 if losses else filter_eps
+    )
+    if shift is not None:
+        gradients = HeadGradients(*(each.div_(shift) for each in gradients))
+    return of_rows, lse, row_stats, gradients

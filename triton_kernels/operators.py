@@ -22,6 +22,7 @@ from .launch import (
     tile_arguments,
 )
 from .log_softmax import log_softmax_backward_kernel, log_softmax_kernel
+from .plif_coefficients import launch_plif_coefficients, launch_plif_coefficients_backward
 from .scaling import launch_scale
 from .tiles import as_aligned
 from .token_statistics import token_statistics_kernel
@@ -136,6 +137,21 @@ def _launch_log_softmax_backward(
             GRAD_ALIGNED=as_aligned(grad_output, rows), **sums.call.arguments(rows.dtype), **sums.arguments(), **tile,
             **launch_options(tile["LANES"], registers, rows.device),
         )  # fmt: skip
+
+
+def plif_coefficients(raw_slope: Tensor, bound: float, min_slope: float) -> Tensor:
+    """PLIF's table of coefficients."""
+    coefficients = raw_slope.new_empty((2, raw_slope.shape[0]))
+    launch_plif_coefficients(raw_slope.contiguous(), coefficients, bound, min_slope)
+    return coefficients
+
+
+def plif_coefficients_backward(grad_coefficients: Tensor, raw_slope: Tensor, bound: float, min_slope: float) -> Tensor:
+    """The gradient of raw_slope, from the gradient of the table."""
+    raw_slope = raw_slope.contiguous()
+    grad_raw_slope = torch.empty_like(raw_slope)
+    launch_plif_coefficients_backward(grad_coefficients.contiguous(), raw_slope, grad_raw_slope, bound, min_slope)
+    return grad_raw_slope
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:

@@ -125,7 +125,7 @@ $(VENV)/.peers: requirements/peers.txt $(VENV)/.python
 	$(PIP) --no-deps -r requirements/peers.txt
 	touch $@
 
-$(VENV)/.package: setup.py pyproject.toml $(EXTENSION_FILES) $(VENV)/.requirements
+$(VENV)/.package: setup.py scripts/cuda_toolkit.py pyproject.toml $(EXTENSION_FILES) $(VENV)/.requirements
 	$(PIP) --no-build-isolation --no-deps --editable .
 	$(BIN)/python -m monosoftmax.info
 	touch $@

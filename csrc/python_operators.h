@@ -26,8 +26,9 @@ inline void translate_torch_errors() {
 inline void bind_row_operators(pybind11::module_& module, const RowOperators& operators) {
   namespace py = pybind11;
   module.def("cross_entropy", operators.cross_entropy, WhileComputing(), py::arg("rows"), py::arg("target"),
-             py::arg("transform"), py::arg("options"), py::arg("upstream"), py::arg("row_stats"),
-             py::arg("output_mask"), py::arg("grad_rows"));
+             py::arg("transform"), py::arg("options"), py::arg("upstream") = py::none(),
+             py::arg("row_stats") = py::none(), py::arg("output_mask") = std::make_pair(false, false),
+             py::arg("grad_rows") = py::none());
   module.def("token_statistics", operators.token_statistics, WhileComputing(), py::arg("rows"), py::arg("target"),
              py::arg("transform"), py::arg("ignore_index"));
   module.def("log_softmax", operators.log_softmax, WhileComputing(), py::arg("rows"), py::arg("transform"),

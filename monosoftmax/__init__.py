@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from . import (
     analysis,
+    autograd,  # noqa: F401, the derivatives of the operators
     backends,
-    chunked_head,  # noqa: F401, the implementation of the linear_ operators
+    chunked_head,  # noqa: F401, what the linear_ operators compute
+    row_operators,  # noqa: F401, what the others compute
     transforms,
 )
-from .functional import TokenStatistics, cross_entropy, linear_cross_entropy, linear_token_statistics, log_softmax
+from .functional import cross_entropy, linear_cross_entropy, linear_token_statistics, log_softmax
 from .mixtures import MixtureOfContexts, MixtureOfSoftmaxes
 from .modules import MonotonicCrossEntropyLoss, MonotonicSoftmax, OutputAndLoss
+from .ops import TokenStatistics
 from .training import GradientNorms, clip_grad_norm_, parameter_groups
 
 __version__ = "0.1.0"

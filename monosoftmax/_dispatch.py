@@ -1,31 +1,53 @@
-"""What torch has no public name for: who stands in for a tensor's values while a program is traced or transformed."""
+"""Every name of torch's that is private: who stands in for a tensor's values, and derivatives at the dispatcher.
+
+``tests/test_private_names.py`` fails where another file uses one. All of them exist in every supported version of
+torch; ``scripts/check_versions.py`` runs the tests in each.
+"""
 
 from __future__ import annotations
 
+import functools
 import sys
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
+    enable_single_level_autograd_function,
+)
+from torch.autograd.function import _SingleLevelFunction
+
+_functorch = torch._C._functorch
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether ``tensor`` has values, rather than standing in for those of some other tensor, or of many.
+    """Whether ``tensor`` has values, rather than standing in for the values of another tensor, or of many.
 
-    While ``torch.compile`` or ``torch.export`` trace, what stands in is of a type of its own, whoever traces and
-    whatever he says of it in a global variable: those are not the same in all versions of torch. Only Dynamo shows a
-    plain tensor to the code that it reads, and ``make_fx``, which may have the values but must not be asked for them. A
-    subclass of Tensor counts as a stand-in, too. The batches of ``torch.vmap`` and of
-    ``torch.autograd.grad(..., is_grads_batched=True)`` are plain tensors that have no one value.
+    Whoever traces shows tensors of a type of his own: ``torch.compile``, ``torch.export``, FakeTensorMode. Two do not:
+    Dynamo, and ``make_fx``, which may have the values but must not be asked for them. The batches of ``torch.vmap`` and
+    of ``torch.autograd.grad(..., is_grads_batched=True)`` are plain tensors that have no one value.
     """
-    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or type(tensor) not in _PLAIN or (_has_modes() and _makes_fx()):
         return False
+    while _functorch.is_gradtrackingtensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return not (_functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor))
+
+
+def _has_modes() -> bool:
+    """Whether a TorchDispatchMode is active, before autograd or after it."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+    )
+
+
+def _makes_fx() -> bool:
     tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")  # what nobody has imported, nobody traces with
-    if tracer is not None and tracer.get_proxy_mode() is not None:
-        return False
-    functorch = torch._C._functorch
-    while functorch.is_gradtrackingtensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
-    return not (functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
+    return tracer is not None and tracer.get_proxy_mode() is not None
 
 
 def tells_values(tensor: Tensor) -> bool:
@@ -34,11 +56,117 @@ def tells_values(tensor: Tensor) -> bool:
 
 
 def within_functorch() -> bool:
-    """Whether ``torch.func.grad`` or another transform of functions is running."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether ``torch.func.grad`` or another transform of functions is running; what is traced does not tell."""
+    return not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
 
 
 def keeps_graph() -> bool:
     """Whether the backward pass that is running was asked to retain the graph, so that another one may follow."""
     # Dynamo, which reads the backward pass for compiled autograd, has no word for it.
     return torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def assume_constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.assume_constant_result``, without importing all of the compiler.
+
+    torch.compile calls ``function`` when it traces, and takes what it returns for a constant.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@functools.cache
+def onednn_linear() -> Callable[..., Tensor] | None:
+    """oneDNN's linear, which torch.compile uses, too: (input, weight, bias, "none", [], ""). None without it."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return None
+    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return None if product is None else product.default  # the overload, so that a call need not look for it
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products in bfloat16, and torch uses them."""
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(available and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def unobserved(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nobody would notice that an operator on ``tensors`` did not pass through torch's dispatcher.
+
+    A tracer, a mode, a profiler, forward-mode AD, a transform of functions or a subclass of Tensor would.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or _has_modes()
+        or torch._C._len_torch_function_stack()
+        or _functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    for each in tensors:
+        if each is not None:
+            if type(each) not in _PLAIN or _functorch.is_legacy_batchedtensor(each):
+                return False
+            # Graphs outlive the transforms of functions whose tensors they hold.
+            if _functorch.is_functorch_wrapped_tensor(each):
+                return False
+    return True
+
+
+def register_autograd(
+    op: torch._ops.OpOverload,
+    backward: Callable[..., Any],
+    /,
+    *,
+    setup_context: Callable[..., None],
+    lib: Any,
+) -> Any:
+    """``torch.library.register_autograd``, which nested ``torch.func`` transforms get right and torch's does not.
+
+    The kernel for the Autograd key is an autograd function that redispatches below autograd. That is what lets one
+    operator work in eager mode, under ``torch.compile``, under ``torch.func.grad`` and under both at once; a
+    ``torch.autograd.Function`` around an operator without a derivative of its own gives silent zeros for
+    ``torch.compile(torch.func.grad(...))``, and cannot be applied inside a kernel: its single-level base class can.
+    Such a function switches gradients off while its forward runs, where the levels of nested transforms below want
+    them as the caller had them. To be deleted once torch has mended pytorch#168393 and #191995.
+    """
+
+    class Derivative(_SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            *inputs, run = arguments
+            output = run()
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return *backward(ctx, *gradients), None
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise NotImplementedError(
+                "the fused backends have no forward-mode derivatives (jvp, jacfwd, hessian), and no second ones: use "
+                'backend="reference"'
+            )
+
+        @staticmethod
+        def _compiled_autograd_key(ctx: Any) -> tuple[int, ...]:
+            """What compiled autograd tells backward passes apart by: all that ctx holds beside saved tensors."""
+            return ctx._autograd_function_id, zlib.crc32(repr(sorted(vars(ctx).items())).encode())
+
+    def kernel(*inputs: Any) -> Any:
+        grad_enabled = torch.is_grad_enabled()
+
+        def run() -> Any:
+            with torch._C._AutoDispatchBelowAutograd(), torch.set_grad_enabled(grad_enabled):
+                return op(*inputs)
+
+        with enable_single_level_autograd_function():
+            return Derivative.apply(*inputs, run)  # type: ignore[attr-defined]
+
+    lib.impl(op, kernel, "Autograd")
+    return Derivative

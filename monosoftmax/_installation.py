@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 #: The folder of this package.
 FOLDER = Path(__file__).absolute().parent
 
@@ -63,6 +65,22 @@ def import_extension() -> ModuleType:
     spec.loader.exec_module(module)
     sys.modules[name] = module
     return module
+
+
+def load_extension() -> tuple[ModuleType | None, str]:
+    """The extension, or None and the reason why it cannot be used."""
+    try:
+        module = import_extension()
+    except ModuleNotFoundError as error:
+        if error.name != f"{__package__}._C":
+            raise
+        return None, missing_extension()
+    except ImportError as error:
+        return None, f"the C++ extension does not load ({error}): {command()}"
+    built, running = module.build_info()["torch"].split("+")[0], torch.__version__.split("+")[0]
+    if built.rsplit(".", 1)[0] != running.rsplit(".", 1)[0]:
+        return None, f"the C++ extension was built against torch {built}, this is torch {running}: {command()}"
+    return module, ""
 
 
 def missing_extension() -> str:

@@ -6,20 +6,18 @@ silently: :func:`explain` says what was chosen and why; a backend that is asked 
 
 from __future__ import annotations
 
-import functools
 import importlib
-import os
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from . import _installation
+from .row_kernels import PROBLEMS, extension_problem, host_execution, interpreting, row_kernels
+from .row_kernels import extension as extension
 from .transforms import Identity, MonotonicTransform
 
 BackendName = Literal["auto", "reference", "cpu", "triton", "cuda"]
@@ -29,31 +27,7 @@ Operation = Literal["cross_entropy", "linear_cross_entropy", "linear_token_stati
 TargetKind = Literal["indices", "probabilities", "differentiated probabilities"]
 
 
-def _load_extension() -> tuple[ModuleType | None, str]:
-    """The compiled extension, or the reason why it cannot be used."""
-    try:
-        module = _installation.import_extension()
-    except ModuleNotFoundError as error:
-        if error.name != f"{__package__}._C":
-            raise
-        return None, _installation.missing_extension()
-    except ImportError as error:
-        return None, f"the C++ extension does not load ({error}): {_installation.command()}"
-    built, running = module.build_info()["torch"].split("+")[0], torch.__version__.split("+")[0]
-    if built.rsplit(".", 1)[0] != running.rsplit(".", 1)[0]:
-        return None, (
-            f"the C++ extension was built against torch {built}, this is torch {running}: {_installation.command()}"
-        )
-    return module, ""
-
-
-#: The compiled extension ``monosoftmax._C``, or None; and why it is None.
-extension, _extension_problem = _load_extension()
-_installation.find_triton_kernels()
-
-
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What the choice of a backend depends on. It reads no data."""
 
     operation: Operation
@@ -196,42 +170,13 @@ def _cpu_how(call: Call) -> str:
     return "one fused C++ kernel each way; memory beyond inputs, outputs and gradients is O(N)"
 
 
-def _interpreting() -> bool:
-    """Whether Triton's interpreter stands in for a GPU; triton is not imported to find out."""
-    triton = sys.modules.get("triton")
-    return os.environ.get("TRITON_INTERPRET") == "1" if triton is None else bool(triton.knobs.runtime.interpret)
-
-
-def _triton_problem() -> str | None:
-    if not torch.cuda.is_available() and not _interpreting():
-        return "torch finds no GPU"
-    return _load_triton_kernels()
-
-
-# torch.compile calls these when it traces, and takes what they return for a constant. That is what
-# torch.compiler.assume_constant_result does, after importing all of the compiler.
-_interpreting._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _load_triton_kernels() -> str | None:
-    """Registers the kernels; the reason why that cannot be, or None."""
-    try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"triton does not load ({error}): pip install triton"
-    importlib.import_module(f"{__package__}.triton_kernels.operators")
-    return None
-
-
 def _triton_detail() -> str:
-    where = "its interpreter, on the CPU" if _interpreting() else torch.cuda.get_device_name()
+    where = "its interpreter, on the CPU" if interpreting() else torch.cuda.get_device_name()
     return f"Triton {sys.modules['triton'].__version__}, {where}"
 
 
 def _triton_refusal(call: Call) -> str | None:
-    if call.device != "cuda" and not (call.device == "cpu" and _interpreting()):
+    if call.device != "cuda" and not (call.device == "cpu" and interpreting()):
         return f"it takes CUDA tensors, input is on {call.device}"
     return _gpu_refusal(call)
 
@@ -287,46 +232,8 @@ def head_method(
     return "chunked"
 
 
-def _host_execution() -> bool:
-    """Whether the host execution of the CUDA kernels stands in for a GPU (``tests/cuda_host.py``)."""
-    return "monosoftmax_cuda_host" in sys.modules
-
-
-def _cuda_problem() -> str | None:
-    if _host_execution():
-        return None
-    if extension is None:
-        return _extension_problem
-    build = extension.build_info()
-    if build["cuda"] is None:
-        return f"the C++ extension was built without CUDA: {build['cuda_problem']}"
-    kernels = f"CUDA {build['cuda']} kernels for {build['cuda_architectures']}"
-    if not torch.cuda.is_available():
-        return f"built, no device: {kernels}, but torch finds no GPU"
-    gpu = torch.cuda.get_device_capability()
-    if not any(_runs_on(gpu, each) for each in build["cuda_architectures"].split()):
-        wanted = f"{gpu[0]}.{gpu[1]}"
-        again = f"TORCH_CUDA_ARCH_LIST={wanted} {_installation.command()}"
-        return f"{kernels}, but this GPU is {wanted}: install again with {again}"
-    return None
-
-
-def _runs_on(gpu: tuple[int, int], architecture: str) -> bool:
-    """Whether a GPU of this capability runs what was compiled for ``architecture``, such as 9.0 or 10.0+PTX."""
-    name, _, ptx = architecture.partition("+")
-    major, minor = (int(part) for part in name.rstrip("af").split("."))
-    if name.endswith("a"):
-        return (major, minor) == gpu
-    same_family = major == gpu[0] and minor <= gpu[1]
-    return same_family if name.endswith("f") else same_family or (bool(ptx) and (major, minor) <= gpu)
-
-
-_cuda_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_host_execution._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def _cuda_detail() -> str:
-    if _host_execution():
+    if host_execution():
         return "CUDA C++, executed on the CPU"
     assert extension is not None
     build = extension.build_info()
@@ -336,7 +243,7 @@ def _cuda_detail() -> str:
 
 
 def _cuda_refusal(call: Call) -> str | None:
-    if call.device != "cuda" and not (call.device == "cpu" and _host_execution()):
+    if call.device != "cuda" and not (call.device == "cpu" and host_execution()):
         return f"it takes CUDA tensors, input is on {call.device}"
     if call.method == "recompute":
         return 'it has no method="recompute": the triton backend has'
@@ -357,16 +264,16 @@ def _cuda_how(call: Call) -> str:
     if call.like is None:
         return how
     coefficients = call.transform()
-    plan = torch.ops.monosoftmax.describe_plan.cuda(
+    plan = row_kernels("cuda").describe_plan(  # type: ignore[attr-defined]
         call.like, call.transform.kernel, coefficients.shape[-1], True, coefficients.requires_grad
     )
     return f"{how}: {plan}"
 
 
 _BACKENDS = {
-    "cuda": _Backend(_cuda_problem, _cuda_detail, _cuda_refusal, _cuda_how),
-    "triton": _Backend(_triton_problem, _triton_detail, _triton_refusal, _triton_how),
-    "cpu": _Backend(lambda: _extension_problem or None, _cpu_detail, _cpu_refusal, _cpu_how),
+    "cuda": _Backend(PROBLEMS["cuda"], _cuda_detail, _cuda_refusal, _cuda_how),
+    "triton": _Backend(PROBLEMS["triton"], _triton_detail, _triton_refusal, _triton_how),
+    "cpu": _Backend(PROBLEMS["cpu"], _cpu_detail, _cpu_refusal, _cpu_how),
     "reference": _Backend(
         lambda: None, lambda: "plain PyTorch on any device, twice differentiable", _reference_refusal, _reference_how
     ),
@@ -393,6 +300,9 @@ def explain(
     method: Literal["auto", "chunked", "recompute"] = "auto",
 ) -> Explanation:
     """Which backend takes a call of ``operation`` with these arguments, and why each better one does not.
+
+    >>> print(explain("cross_entropy", torch.randn(8, 1_000), backend="reference"))
+    reference: plain PyTorch; holds the transformed logits [N, V] in float32 or float64
 
     Args:
         operation: ``"cross_entropy"``, ``"linear_cross_entropy"``, ``"linear_token_statistics"`` or ``"log_softmax"``.
@@ -445,7 +355,7 @@ def choose(call: Call, backend: BackendName) -> str:
     chosen, _ = _choose(call, backend)
     if backend == "auto" and call.device == "cpu" and extension is None and not torch.compiler.is_compiling():
         warnings.warn(
-            f"monosoftmax runs the slow reference backend on the CPU: {_extension_problem}. "
+            f"monosoftmax runs the slow reference backend on the CPU: {extension_problem}. "
             'Pass backend="reference" to ask for it.',
             stacklevel=3,
         )

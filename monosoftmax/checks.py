@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .groups import Head, LossOptions
 from .transforms import Identity, MonotonicTransform
 from .transforms.base import require_count
 
@@ -84,7 +85,8 @@ def check_target(target: Tensor, device: torch.device, shape: torch.Size) -> Ten
         raise TypeError(f"target must be int64 or uint8 class indices, got {target.dtype}")
     if target.device != device:
         raise ValueError(f"target must be on {device} like input, got {target.device}")
-    target = target.long()
+    if target.dtype != torch.int64:
+        target = target.long()
     return target.reshape(shape) if len(shape) == 0 and target.shape == (1,) else target
 
 
@@ -105,8 +107,9 @@ def check_class_probabilities(target: Tensor, input: Tensor, ignore_index: int) 
         )
 
 
-def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor) -> Tensor:
+def check_head(head: Head, target: Tensor) -> Tensor:
     """``target`` as :func:`check_target` returns it."""
+    input, linear_weight, linear_bias = head
     check_floating("input", input)
     check_floating("linear_weight", linear_weight)
     target = check_target(target, input.device, input.shape[:-1])
@@ -158,15 +161,9 @@ def check_ignore_index(ignore_index: int) -> int:
     raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
 
 
-def check_loss_options(
-    classes: int,
-    device: torch.device,
-    weight: Tensor | None,
-    label_smoothing: float,
-    z_loss: float,
-    reduction: Reduction,
-) -> None:
+def check_loss_options(options: LossOptions, classes: int, device: torch.device, reduction: Reduction) -> None:
     check_classes(classes)
+    weight, _, label_smoothing, z_loss, _ = options
     if weight is not None:
         check_floating("weight", weight)
         if weight.shape != (classes,):
@@ -209,6 +206,6 @@ def check_device(name: str, transform: MonotonicTransform, device: torch.device)
     # What runs before a call of f may bring its parameters here: hooks, and the forward that accelerate puts in place.
     if transform._forward_pre_hooks or "forward" in vars(transform):
         return
-    for parameter in transform.parameters():
-        if parameter.device != device:
+    for parameter in transform.parameters() if transform._modules else transform._parameters.values():
+        if parameter is not None and parameter.device != device:
             raise ValueError(f"{name} must be on {device} like input, got {parameter.device}")

@@ -1,28 +1,29 @@
-"""The LM head fused with the loss: the ``linear_`` operators, made of matrix products and a backend's row operators.
+"""The LM head fused with the loss: the ``linear_`` operators, made of matrix products and a backend's row kernels.
 
-The logits of one chunk of rows at a time are formed in one buffer; the row operator reads them while they are hot and,
-where gradients are needed, overwrites them with the gradient dz, which two more products turn into those of input and
-linear_weight. The buffer is reused, so that memory beyond inputs and gradients does not grow with N. Nothing here
-depends on the backend but the names of the operators, and nothing waits for a device.
+The logits of one chunk of rows at a time are formed in one buffer; the row kernel reads them while they are hot and,
+where gradients are needed, overwrites them with the gradient dz, which two more products turn into the gradients of
+input and linear_weight. The buffer is reused, so that memory beyond inputs and gradients does not grow with N. Nothing
+here depends on the backend but its row kernels, and nothing waits for a device.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import ops, reference
+from ._dispatch import multiplies_bfloat16, onednn_linear
+from .checks import autocast_enabled
 from .float16 import float16_shift
-from .ops import FUSED_BACKENDS, library, operator
+from .groups import Head, HeadGradients, LossOptions, Upstream
+from .reductions import reduced, scale_of
+from .row_kernels import row_kernels
 from .transforms.base import arithmetic_dtype
-
-#: CPU tensors under Triton's interpreter, and under the host execution of the CUDA kernels.
-_DISPATCH_KEYS = {"cpu": ("CPU",), "triton": ("CUDA", "CPU"), "cuda": ("CUDA", "CPU")}
 
 #: Bytes of logits in a chunk: at most, unless it had fewer than _FEWEST_ROWS; and at least, whatever its rows.
 _LARGEST, _SMALLEST = 64 * 2**20, 4 * 2**20
@@ -59,42 +60,34 @@ def chunk_rows(classes: int, dtype: torch.dtype, device: str = "cpu") -> int:
 
 
 class _Head:
-    """The products around the row operators, chunk by chunk, and the gradients that they add up to."""
+    """The products around the row kernels, chunk by chunk, and the gradients that they add up to."""
 
-    def __init__(
-        self,
-        input: Tensor,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        need_input: bool = False,
-        need_weight: bool = False,
-        need_bias: bool = False,
-        rows_in_chunk: int = 0,
-    ) -> None:
-        self.input, self.weight, self.bias = input, linear_weight, linear_bias
-        self.need_input, self.need_weight, self.need_bias = need_input, need_weight, need_bias
-        self.needs_logit_gradient = need_input or need_weight or need_bias
-        rows, (classes, features) = input.shape[0], linear_weight.shape
+    def __init__(self, head: Head, output_mask: Sequence[bool] = (False, False, False), rows_in_chunk: int = 0) -> None:
+        self.input, self.weight, self.bias = input, weight, _ = _operands(head)
+        self.need_input, self.need_weight, self.need_bias = output_mask
+        self.needs_logit_gradient = any(output_mask)
+        rows, (classes, features) = input.shape[0], weight.shape
         self.rows = rows_in_chunk or chunk_rows(classes, input.dtype, input.device.type)
         self.wide = not _has_fast_products(input)
         self._product = None if self.wide else _onednn_product(input)
         self._buffer = input.new_empty((min(rows, self.rows) if self._product is None else 0, classes))
         # The first chunk overwrites, so that no pass over these is spent on zeros.
-        make = torch.empty if rows else torch.zeros
+        self.grad_input = input.new_empty(input.shape if self.need_input else 0)
         dtype = arithmetic_dtype(input.dtype)
-        self.grad_input = input.new_empty(input.shape if need_input else 0)
-        self.grad_weight = make((classes, features) if need_weight else 0, dtype=dtype, device=input.device)
-        self.grad_bias = make(classes if need_bias else 0, dtype=dtype, device=input.device)
+        self.grad_weight = input.new_empty((classes, features) if self.need_weight else 0, dtype=dtype)
+        self.grad_bias = input.new_empty(classes if self.need_bias else 0, dtype=dtype)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        """The chunks of rows, and the logits of each, to be let go of before the next are asked for."""
-        for start in range(0, self.input.shape[0], self.rows):
-            chunk = slice(start, min(start + self.rows, self.input.shape[0]))
+        """The chunks of rows, one at least, and the logits of each, to be let go of before the next are asked for."""
+        rows = self.input.shape[0]
+        for start in range(0, max(rows, 1), self.rows):
+            chunk = slice(start, min(start + self.rows, rows))
+            x = _of(self.input, chunk)
             if self._product is not None:
-                yield chunk, self._product(self.input[chunk], self.weight, self.bias, "none", [], "")
+                yield chunk, self._product(x, self.weight, self.bias, "none", [], "")
             else:
-                logits = self._buffer[: chunk.stop - start]
-                self._logits(self.input[chunk], logits)
+                logits = _of(self._buffer, slice(0, chunk.stop - start))
+                self._logits(x, logits)
                 yield chunk, logits
 
     def _logits(self, x: Tensor, logits: Tensor) -> None:
@@ -109,11 +102,16 @@ class _Head:
             part = x @ self.weight[block].float().t()
             logits[:, block] = part if self.bias is None else part.add_(self.bias[block])
 
+    def gradients(self, logits: Tensor, need_coefficients: bool) -> dict[str, Any]:
+        """What a row kernel is asked for: where a gradient of the logits is needed, it is written over them."""
+        needed = self.needs_logit_gradient
+        return {"output_mask": (needed, need_coefficients), "grad_rows": logits if needed else None}
+
     def add_gradients(self, chunk: slice, dz: Tensor) -> None:
         """Take in the gradient ``dz`` of the logits of ``chunk``."""
-        x = self.input[chunk]
+        x = _of(self.input, chunk)
         if self.need_input:
-            self._grad_input(dz, self.grad_input[chunk])
+            self._grad_input(dz, _of(self.grad_input, chunk))
         if self.need_weight:
             self._add_grad_weight(dz, x, chunk.start == 0)
         if self.need_bias:
@@ -144,6 +142,13 @@ class _Head:
         for block in self._blocks():
             _add(total[block], _product_to_be_summed(dz[:, block].t(), x), first)
 
+    def summed(self, grad_coefficients: Tensor | None) -> HeadGradients:
+        """The gradients, with ``grad_coefficients``, a sum over the chunks."""
+        assert grad_coefficients is not None  # there is at least one chunk
+        return HeadGradients(
+            self.grad_input, self.grad_weight, self.grad_bias, grad_coefficients.to(self.grad_weight.dtype)
+        )
+
     def _blocks(self) -> Iterator[slice]:
         classes = self.weight.shape[0]
         return (slice(start, min(start + _BLOCK, classes)) for start in range(0, classes, _BLOCK))
@@ -158,200 +163,159 @@ def _product_to_be_summed(a: Tensor, b: Tensor) -> Tensor:
     return a @ b if a.device.type == "cpu" else torch.mm(a, b, out_dtype=torch.float32)
 
 
+def _of(tensor: Tensor, rows: slice) -> Tensor:
+    """``tensor[rows]``, where all of it is itself."""
+    return tensor if rows.start == 0 and rows.stop == tensor.shape[0] else tensor[rows]
+
+
 def _has_fast_products(input: Tensor) -> bool:
-    """Whether products of this type are faster than those of their operands converted to float32, block by block.
+    """Whether products of this type are faster than the products of operands converted to float32, block by block.
 
     Without instructions for it, a float16 product of torch's takes up to 90 times as long as a float32 one (torch 2.13,
     Zen 4). A float16 one could overflow, too, where it sums the gradient of the weight.
     """
     if input.dtype not in (torch.float16, torch.bfloat16) or input.device.type != "cpu":
         return True
-    if input.dtype == torch.float16 or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return input.dtype == torch.bfloat16 and multiplies_bfloat16()
 
 
 def _onednn_product(input: Tensor) -> Callable[..., Tensor] | None:
-    """oneDNN's linear, which torch.compile uses, too; None where torch has none, or multiplies by it anyway.
+    """oneDNN's linear; None where torch has none, or multiplies by it anyway.
 
     MKL, which torch.mm calls for float32, packs all of linear_weight for each chunk: in chunks of 256 rows the logits
     took 1.3 to 1.5 times as long as in one product, by oneDNN 0.8 to 1.0 times (d = 280 and 1024, V = 32000, Zen 4,
     with AVX-512 and AVX2). It has no out argument, so that each chunk is a new tensor.
     """
-    if input.dtype != torch.float32 or input.device.type != "cpu" or input.shape[1] == 0:
+    if input.dtype != torch.float32 or input.device.type != "cpu" or input.numel() == 0:
         return None
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return None
-    product: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    return product
+    return onednn_linear()
 
 
-def _linear_cross_entropy(
-    backend: str, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor,
-    weight: Tensor | None, coefficients: Tensor, transform: str, constants: list[float], ignore_index: int,
-    label_smoothing: float, z_loss: float, method: str, chunk_rows: int, filter_eps: float,
-    grad_in_forward: bool | None, return_log_prob: bool, return_lse: bool, scale: Tensor | None,
-    need_input: bool, need_linear_weight: bool, need_linear_bias: bool, need_coefficients: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    _check_targets(target, linear_weight.shape[0], ignore_index)
-    linear_weight, linear_bias = _operands(input, linear_weight, linear_bias)
-    of_transform = coefficients, transform, constants
-    if method == "recompute":
-        forward = recompute_head(backend).linear_cross_entropy
-        needs = need_input, need_linear_weight, need_linear_bias, need_coefficients
-        operands = input, linear_weight, linear_bias, target
-        options = ignore_index, label_smoothing, z_loss, return_lse, scale
-        *of_rows, total, grad_input, grad_weight, grad_bias, grad_coefficients = forward(
-            *operands, weight, *of_transform, *options, *needs
-        )
-        log_prob = of_rows[0].new_empty(0)
-        if return_log_prob:  # by a second product: this method has no logits to look at twice
-            plain = forward(*operands, None, *of_transform, ignore_index, 0.0, 0.0, False, None, *(False,) * len(needs))
-            log_prob = plain[0].neg_()
-        return *of_rows, log_prob, total, grad_input, grad_weight, grad_bias, grad_coefficients
-    head = _Head(input, linear_weight, linear_bias, need_input, need_linear_weight, need_linear_bias, chunk_rows)
-    if scale is None and (head.needs_logit_gradient or need_coefficients):
-        raise ValueError("monosoftmax: gradients need a scale")
-    row_operator = operator("cross_entropy_" if head.needs_logit_gradient else "cross_entropy", backend)
-    dtype, rows = arithmetic_dtype(input.dtype), input.shape[0]
-    loss, lse, row_stats = (input.new_empty(shape, dtype=dtype) for shape in ((rows,), (rows,), (2, rows)))
-    log_prob = loss.new_empty(rows if return_log_prob else 0)
-    sums = _CoefficientSums(coefficients, need_coefficients)
+def _linear_cross_entropy(call: ops.LinearCrossEntropy) -> ops.LinearLosses:
+    target, transform, options = call.target, call.transform, call.options
+    plain = LossOptions(None, options.ignore_index, 0.0, 0.0, False)
+    *head_mask, need_coefficients = call.output_mask
+    scale = scale_of(call.reduction, target, options, call.head.linear_weight.shape[0], transform.coefficients.dtype)
+    upstream = None if scale is None else Upstream(scale)
+    if call.head_options.method == "recompute":
+        _check_targets(call)
+        recompute = functools.partial(_recompute_head(call.backend), _operands(call.head), target, transform)
+        loss, lse, row_stats, gradients = recompute(options, upstream=upstream, output_mask=call.output_mask)
+        # By a second product: this method has no logits to look at twice.
+        log_prob = recompute(plain)[0].neg_() if call.return_log_prob else loss.new_empty(0)
+        return ops.LinearLosses(loss, lse, row_stats, log_prob, *reduced(loss, scale), *gradients)
+    head = _Head(call.head, head_mask, call.head_options.chunk_rows)
+    if head.rows < target.shape[0] or call.backend != "cpu":
+        # A row kernel counts rows from the start of a chunk, and a kernel for GPUs does not tell.
+        _check_targets(call)
+    if scale is not None and any(call.output_mask) and head.input.dtype == torch.float16:
+        upstream = Upstream(scale * float16_shift(scale, target, options.weight, options.ignore_index))
+    parts: list[Sequence[Tensor]] = []
+    grad_coefficients: Tensor | None = None
     for chunk, logits in head:
-        if return_log_prob:
-            # Before the gradient is written over the logits.
-            plain = operator("cross_entropy", backend)(
-                logits, target[chunk], None, *of_transform, ignore_index, 0.0, 0.0, False, None, False, False
-            )
-            log_prob[chunk] = plain[0].neg_()
-        arguments = (
-            logits, target[chunk], weight, *of_transform, ignore_index, label_smoothing, z_loss, return_lse, scale
-        )  # fmt: skip
-        if head.needs_logit_gradient:
-            *of_rows, grad_coefficients = row_operator(*arguments, need_coefficients)
-            head.add_gradients(chunk, logits)
-        else:
-            *of_rows, _, _, grad_coefficients = row_operator(*arguments, False, need_coefficients)
-        loss[chunk], lse[chunk], row_stats[:, chunk] = of_rows
-        sums.add(grad_coefficients)
-        del logits, arguments
-    total = loss.new_empty(0) if scale is None else loss.sum() * scale
-    return loss, lse, row_stats, log_prob, total, head.grad_input, head.grad_weight, head.grad_bias, sums.total()
+        rows = functools.partial(row_kernels(call.backend).cross_entropy, logits, _of(target, chunk), transform)
+        # Before the gradient is written over the logits.
+        log_prob = rows(plain)[0].neg_() if call.return_log_prob else None
+        *of_rows, _, gradient = rows(options, upstream=upstream, **head.gradients(logits, need_coefficients))
+        parts.append((*of_rows, of_rows[0].new_empty(0) if log_prob is None else log_prob))
+        grad_coefficients = _sum(grad_coefficients, gradient)
+        head.add_gradients(chunk, logits)
+        del logits, rows
+    loss, lse, row_stats, log_prob = _joined(parts)
+    gradients = head.summed(grad_coefficients)
+    return ops.LinearLosses(loss, lse, row_stats, log_prob, *reduced(loss, scale), *gradients)
 
 
-def _linear_cross_entropy_backward(
-    backend: str, grad_loss: Tensor | None, grad_lse: Tensor | None, input: Tensor, linear_weight: Tensor,
-    linear_bias: Tensor | None, target: Tensor, weight: Tensor | None, coefficients: Tensor, transform: str,
-    constants: list[float], row_stats: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
-    method: str, chunk_rows: int, filter_eps: float,
-    need_input: bool, need_linear_weight: bool, need_linear_bias: bool, need_coefficients: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    linear_weight, linear_bias = _operands(input, linear_weight, linear_bias)
-    if method == "recompute":
-        gradients: tuple[Tensor, ...] = recompute_head(backend).linear_cross_entropy_backward(
-            grad_loss, grad_lse, input, linear_weight, linear_bias, target, weight, coefficients, transform, constants,
-            row_stats, ignore_index, label_smoothing, z_loss, filter_eps, need_input, need_linear_weight,
-            need_linear_bias, need_coefficients,
+def _linear_cross_entropy_backward(call: ops.LinearCrossEntropyBackward) -> HeadGradients:
+    *head_mask, need_coefficients = call.output_mask
+    target, options, upstream = call.target, call.options, Upstream(call.grad_loss, call.grad_lse)
+    if call.head_options.method == "recompute":
+        *_, recomputed = _recompute_head(call.backend)(
+            _operands(call.head), target, call.transform, options, upstream=upstream, row_stats=call.row_stats,
+            output_mask=call.output_mask, filter_eps=call.head_options.filter_eps,
         )  # fmt: skip
-        return gradients
-    head = _Head(input, linear_weight, linear_bias, need_input, need_linear_weight, need_linear_bias, chunk_rows)
-    sums = _CoefficientSums(coefficients, need_coefficients)
-    shift = None
-    if input.dtype == torch.float16 and target.numel() > 0:
-        upstream = [each.abs().amax() for each in (grad_loss, grad_lse) if each is not None]
-        largest = torch.stack(upstream).amax()
-        shift = float16_shift(largest, target, weight, ignore_index)
-        grad_loss, grad_lse = (None if each is None else each * shift for each in (grad_loss, grad_lse))
+        return HeadGradients(*recomputed)
+    head = _Head(call.head, head_mask, call.head_options.chunk_rows)
+    grad_coefficients: Tensor | None = None
+    shift: Tensor | None = None
+    if head.input.dtype == torch.float16 and target.numel() > 0:
+        largest = torch.stack([each.abs().amax() for each in upstream if each is not None]).amax()
+        shift = float16_shift(largest, target, options.weight, options.ignore_index)
+        upstream = Upstream(*(None if each is None else each * shift for each in upstream))
     for chunk, logits in head:
-        arguments = (
-            None if grad_loss is None else grad_loss[chunk], None if grad_lse is None else grad_lse[chunk],
-            logits, target[chunk], weight, coefficients, transform, constants, row_stats[:, chunk],
-            ignore_index, label_smoothing, z_loss,
+        *_, gradient = row_kernels(call.backend).cross_entropy(
+            logits, _of(target, chunk), call.transform, options,
+            upstream=Upstream(*(None if each is None else _of(each, chunk) for each in upstream)),
+            row_stats=call.row_stats[:, chunk], **head.gradients(logits, need_coefficients),
         )  # fmt: skip
-        if head.needs_logit_gradient:
-            grad_coefficients = operator("cross_entropy_backward_", backend)(*arguments, need_coefficients)
-            head.add_gradients(chunk, logits)
-        else:
-            grad_coefficients = operator("cross_entropy_backward", backend)(*arguments, False, need_coefficients)[1]
-        sums.add(grad_coefficients)
-        del logits, arguments
-    gradients = head.grad_input, head.grad_weight, head.grad_bias, sums.total()
-    return gradients if shift is None else tuple(each.div_(shift) for each in gradients)
-
-
-def _linear_token_statistics(
-    backend: str, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor,
-    coefficients: Tensor, transform: str, constants: list[float], ignore_index: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    _check_targets(target, linear_weight.shape[0], ignore_index)
-    linear_weight, linear_bias = _operands(input, linear_weight, linear_bias)
-    dtype, rows = arithmetic_dtype(input.dtype), input.shape[0]
-    log_prob, entropy, lse = (input.new_empty(rows, dtype=dtype) for _ in range(3))
-    argmax, rank = target.new_empty(rows), target.new_empty(rows)
-    for chunk, logits in _Head(input, linear_weight, linear_bias):
-        log_prob[chunk], entropy[chunk], argmax[chunk], lse[chunk], rank[chunk] = operator("token_statistics", backend)(
-            logits, target[chunk], coefficients, transform, constants, ignore_index
-        )
+        grad_coefficients = _sum(grad_coefficients, gradient)
+        head.add_gradients(chunk, logits)
         del logits
-    return log_prob, entropy, argmax, lse, rank
+    gradients = head.summed(grad_coefficients)
+    return gradients if shift is None else HeadGradients(*(each.div_(shift) for each in gradients))
 
 
-def recompute_head(backend: str) -> ModuleType:
-    """The module of a backend whose kernels compute the logits of a tile where they are used, twice."""
+def _linear_token_statistics(call: ops.LinearTokenStatistics) -> ops.TokenStatistics:
+    _check_targets(call)
+    parts = []
+    for chunk, logits in _Head(call.head):
+        target = _of(call.target, chunk)
+        parts.append(row_kernels(call.backend).token_statistics(logits, target, call.transform, call.ignore_index))
+        del logits
+    return ops.TokenStatistics(*_joined(parts))
+
+
+def _joined(parts: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+    """What the chunks say of their rows, as if all rows had been one chunk."""
+    return parts[0] if len(parts) == 1 else [torch.cat(each, -1) for each in zip(*parts, strict=True)]
+
+
+def _sum(total: Tensor | None, part: Tensor) -> Tensor:
+    """The sum over chunks, in float64."""
+    return part if total is None else total.double() + part
+
+
+def _recompute_head(backend: str) -> Callable[..., Any]:
+    """The head of a backend whose kernels compute the logits of a tile where they are used, twice."""
     if backend != "triton":
         raise ValueError(f'monosoftmax: the {backend} backend has no method "recompute"')
-    return importlib.import_module(f"{__package__}.triton_kernels.recompute_head")
+    head: Callable[..., Any] = importlib.import_module(
+        f"{__package__}.triton_kernels.recompute_head"
+    ).linear_cross_entropy
+    return head
 
 
-class _CoefficientSums:
-    """The gradient of f's coefficients, summed over the chunks in float64."""
-
-    def __init__(self, coefficients: Tensor, needed: bool) -> None:
-        self._coefficients = coefficients
-        self._sum = coefficients.new_zeros(coefficients.shape if needed else 0, dtype=torch.float64)
-
-    def add(self, gradient: Tensor) -> None:
-        self._sum += gradient
-
-    def total(self) -> Tensor:
-        return self._sum.to(self._coefficients.dtype)
-
-
-def _operands(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _operands(head: Head) -> Head:
     """The weight and the bias in the type of ``input``, which they have but for autocast.
 
     A copy of the weight lives as long as a call. oneDNN reads a bias as if it were contiguous, whatever its stride is.
     """
-    bias = None if linear_bias is None else linear_bias.to(input.dtype).contiguous()
-    return linear_weight.to(input.dtype), bias
+    input, weight, bias = head
+    return Head(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype).contiguous())
 
 
-def _check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
-    # Here, and not only in the row operator, whose rows are counted from the start of a chunk.
+def _check_targets(call: ops.LinearCrossEntropy | ops.LinearTokenStatistics) -> None:
+    classes = call.head.linear_weight.shape[0]
+    ignore_index = call.options.ignore_index if isinstance(call, ops.LinearCrossEntropy) else call.ignore_index
+    target = call.target
     outside = (target != ignore_index) & ((target < 0) | (target >= classes))
     reference.raise_if_any(outside, target, classes, ignore_index)
 
 
-def _without_autocast(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    # The input has the type that the operands are meant to be multiplied in.
-    def kernel(*arguments: Any) -> Any:
-        device = next(each.device.type for each in arguments if isinstance(each, Tensor))
+def _without_autocast(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``function``, whose operands are multiplied in the type that its input has."""
+
+    @functools.wraps(function)
+    def kernel(call: Any) -> Any:
+        device = call.head.input.device.type
+        if not autocast_enabled(device):
+            return function(call)
         with torch.autocast(device, enabled=False):
-            return function(backend, *arguments)
+            return function(call)
 
     return kernel
 
 
-def register(backend: str) -> None:
-    """Give the ``linear_`` operators of ``backend`` their implementation."""
-    for name, function in (
-        ("linear_cross_entropy", _linear_cross_entropy),
-        ("linear_cross_entropy_backward", _linear_cross_entropy_backward),
-        ("linear_token_statistics", _linear_token_statistics),
-    ):
-        for key in _DISPATCH_KEYS[backend]:
-            library.impl(operator(name, backend), _without_autocast(function, backend), key)
-
-
-for _backend in FUSED_BACKENDS:
-    register(_backend)
+ops.linear_cross_entropy.computes(_without_autocast(_linear_cross_entropy))
+ops.linear_cross_entropy_backward.computes(_without_autocast(_linear_cross_entropy_backward))
+ops.linear_token_statistics.computes(_without_autocast(_linear_token_statistics))

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import autograd, reference
-from .backends import BackendName, Call, choose, target_kind
+from . import ops, reference
+from .backends import BackendName, Call, choose, head_method, target_kind
 from .checks import (
     FLOATING_DTYPES,
     HeadMethod,
     Reduction,
     autocast_enabled,
     check_class_probabilities,
+    check_classes,
     check_device,
     check_floating,
     check_head,
@@ -27,8 +28,15 @@ from .checks import (
     check_tensor,
     check_transform,
 )
+from .gradients_ahead import output_mask
+from .groups import Head, HeadOptions, LossOptions, Transform
+from .ops import TokenStatistics
+from .reductions import normalizer
 from .transforms import MonotonicTransform
-from .transforms.base import arithmetic_dtype
+from .transforms.base import arithmetic_dtype, coefficients_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Losses(NamedTuple):
@@ -48,14 +56,26 @@ class Losses(NamedTuple):
         return (loss, self.lse) if return_lse else loss
 
 
-class TokenStatistics(NamedTuple):
-    """What :func:`linear_token_statistics` returns: each of the shape of ``target``."""
+_AUTO = HeadOptions("auto", 0, 0.0)
 
-    log_prob: Tensor
-    entropy: Tensor
-    argmax: Tensor
-    lse: Tensor
-    rank: Tensor
+
+class _LossKeywords(TypedDict, total=False):
+    """The keyword arguments of a loss, but for ``return_lse``, on which the type of its result depends."""
+
+    weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    reduction: Reduction
+    backend: BackendName
+
+
+class _HeadKeywords(_LossKeywords, total=False):
+    linear_bias: Tensor | None
+    method: HeadMethod
+    chunk_rows: int | None
+    filter_eps: float
+    grad_in_forward: bool | None
 
 
 @overload
@@ -64,13 +84,8 @@ def cross_entropy(
     target: Tensor,
     transform: MonotonicTransform | None = ...,
     *,
-    weight: Tensor | None = ...,
-    ignore_index: int = ...,
-    label_smoothing: float = ...,
-    z_loss: float = ...,
-    reduction: Reduction = ...,
     return_lse: Literal[False] = ...,
-    backend: BackendName = ...,
+    **options: Unpack[_LossKeywords],
 ) -> Tensor: ...
 @overload
 def cross_entropy(
@@ -78,13 +93,8 @@ def cross_entropy(
     target: Tensor,
     transform: MonotonicTransform | None = ...,
     *,
-    weight: Tensor | None = ...,
-    ignore_index: int = ...,
-    label_smoothing: float = ...,
-    z_loss: float = ...,
-    reduction: Reduction = ...,
     return_lse: Literal[True],
-    backend: BackendName = ...,
+    **options: Unpack[_LossKeywords],
 ) -> tuple[Tensor, Tensor]: ...
 def cross_entropy(
     input: Tensor,
@@ -143,45 +153,46 @@ def cross_entropy(
             backend, the loss of that row is NaN.
 
     Source: Ganea et al., ICML 2019, for softmax(f(z)); z-loss: Chowdhery et al., PaLM, 2022, section 5.
+
+    Example:
+        >>> transform = monosoftmax.transforms.PLIF()
+        >>> logits, target = torch.randn(4, 10_000, requires_grad=True), torch.tensor([5, 0, 9_999, -100])
+        >>> loss = monosoftmax.cross_entropy(logits, target, transform, label_smoothing=0.1)
+        >>> loss.backward()
+        >>> logits.grad.shape, transform.raw_slope.grad.shape
+        (torch.Size([4, 10000]), torch.Size([50]))
     """
     transform = check_transform(transform)
     check_floating("input", input)
     check_tensor("target", target)
-    if input.dim() == 0:
+    shape, dim = input.shape, input.dim()
+    if dim == 0:
         raise ValueError("input must have at least 1 dimension, (V,) or (N, V, ...), got a scalar")
-    class_dim = 0 if input.dim() == 1 else 1
-    classes = input.shape[class_dim]
-    without_classes = input.shape[:class_dim] + input.shape[class_dim + 1 :]
-    probabilities = target.is_floating_point()
-    if probabilities:
-        check_class_probabilities(target, input, ignore_index)
-    else:
+    class_dim = 0 if dim == 1 else 1
+    classes = shape[class_dim]
+    check_classes(classes)
+    without_classes = shape[:class_dim] + shape[class_dim + 1 :]
+    ignore_index = check_ignore_index(ignore_index)
+    kind = target_kind(target)
+    if kind == "indices":
         target = check_target(target, input.device, without_classes)
         if target.shape != without_classes:
             raise ValueError(
                 f"target must have the shape of input without its class dimension, {tuple(without_classes)} for input "
-                f"{tuple(input.shape)}, got {tuple(target.shape)}"
+                f"{tuple(shape)}, got {tuple(target.shape)}"
             )
-    ignore_index = check_ignore_index(ignore_index)
-    check_loss_options(classes, input.device, weight, label_smoothing, z_loss, reduction)
+    else:
+        check_class_probabilities(target, input, ignore_index)
+    options = LossOptions(weight, ignore_index, label_smoothing, z_loss, return_lse)
+    check_loss_options(options, classes, input.device, reduction)
     check_device("transform", transform, input.device)
-
-    call = Call(
-        "cross_entropy", input.device.type, input.dtype, transform, target_kind=target_kind(target), classes=classes
-    )
+    call = Call("cross_entropy", input.device.type, input.dtype, transform, target_kind=kind, classes=classes)
     chosen = choose(call, backend)
-    rows = _rows_of(input.movedim(class_dim, -1))
-    if probabilities:
-        target = _rows_of(target.movedim(class_dim, -1))
-        losses = _losses_of_probabilities(
-            rows, target, transform, weight, label_smoothing, z_loss, reduction, return_lse, chosen
-        )
-        shaped = Losses(losses.rows.reshape(without_classes), losses.lse.reshape(without_classes), losses.total)
-        return shaped.result(return_lse)
-    losses = _losses_of_rows(
-        rows, target, transform, weight, ignore_index, label_smoothing, z_loss, reduction, return_lse, chosen
-    )
-    return losses.result(return_lse)
+    if dim != 2:
+        input = _rows_of(input.movedim(class_dim, -1))
+        target = target.reshape(-1) if kind == "indices" else _rows_of(target.movedim(class_dim, -1))
+    losses = _losses_of_rows(chosen, input, target, transform, options, reduction=reduction)
+    return _reshaped(losses, without_classes).result(return_lse)
 
 
 @overload
@@ -191,18 +202,8 @@ def linear_cross_entropy(
     target: Tensor,
     transform: MonotonicTransform | None = ...,
     *,
-    linear_bias: Tensor | None = ...,
-    weight: Tensor | None = ...,
-    ignore_index: int = ...,
-    label_smoothing: float = ...,
-    z_loss: float = ...,
-    reduction: Reduction = ...,
     return_lse: Literal[False] = ...,
-    backend: BackendName = ...,
-    method: HeadMethod = ...,
-    chunk_rows: int | None = ...,
-    filter_eps: float = ...,
-    grad_in_forward: bool | None = ...,
+    **options: Unpack[_HeadKeywords],
 ) -> Tensor: ...
 @overload
 def linear_cross_entropy(
@@ -211,18 +212,8 @@ def linear_cross_entropy(
     target: Tensor,
     transform: MonotonicTransform | None = ...,
     *,
-    linear_bias: Tensor | None = ...,
-    weight: Tensor | None = ...,
-    ignore_index: int = ...,
-    label_smoothing: float = ...,
-    z_loss: float = ...,
-    reduction: Reduction = ...,
     return_lse: Literal[True],
-    backend: BackendName = ...,
-    method: HeadMethod = ...,
-    chunk_rows: int | None = ...,
-    filter_eps: float = ...,
-    grad_in_forward: bool | None = ...,
+    **options: Unpack[_HeadKeywords],
 ) -> tuple[Tensor, Tensor]: ...
 def linear_cross_entropy(
     input: Tensor,
@@ -286,75 +277,94 @@ def linear_cross_entropy(
 
     Source: for gradients in the forward pass over chunks, Hsu et al., *Liger Kernel: Efficient Triton Kernels for LLM
     Training*, 2024.
+
+    Example:
+        >>> head = torch.nn.Linear(64, 10_000, bias=False)
+        >>> hidden, target = torch.randn(2, 8, 64), torch.randint(10_000, (2, 8))
+        >>> loss = monosoftmax.linear_cross_entropy(hidden, head.weight, target, monosoftmax.transforms.PLIF())
+        >>> loss.backward()
+        >>> head.weight.grad.shape
+        torch.Size([10000, 64])
     """
+    options = LossOptions(weight, ignore_index, label_smoothing, z_loss, return_lse)
+    check_head_options(method, chunk_rows, filter_eps, grad_in_forward, reduction)
     losses = linear_losses(
-        input, linear_weight, target, transform, linear_bias, weight, ignore_index, label_smoothing, z_loss,
-        reduction, return_lse, backend, method, chunk_rows, filter_eps, grad_in_forward,
-    )  # fmt: skip
+        Head(input, linear_weight, linear_bias),
+        target,
+        transform,
+        options,
+        HeadOptions(method, chunk_rows or 0, filter_eps),
+        reduction=reduction,
+        backend=backend,
+        grad_in_forward=grad_in_forward,
+    )
     return losses.result(return_lse)
 
 
 def linear_losses(
-    input: Tensor,
-    linear_weight: Tensor,
+    head: Head,
     target: Tensor,
     transform: MonotonicTransform | None,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
+    options: LossOptions,
+    head_options: HeadOptions = _AUTO,
+    *,
     reduction: Reduction,
-    return_lse: bool,
     backend: BackendName,
-    method: HeadMethod = "auto",
-    chunk_rows: int | None = None,
-    filter_eps: float = 0.0,
     grad_in_forward: bool | None = None,
     return_log_prob: bool = False,
 ) -> Losses:
     """:func:`linear_cross_entropy`: the losses of the rows and their mean or sum both, and log p of the targets."""
+    input, linear_weight, linear_bias = head
     transform = check_transform(transform)
-    target = check_head(input, linear_weight, linear_bias, target)
-    ignore_index = check_ignore_index(ignore_index)
-    check_loss_options(linear_weight.shape[0], input.device, weight, label_smoothing, z_loss, reduction)
+    target, classes = check_head(head, target), linear_weight.shape[0]
+    options = options._replace(ignore_index=check_ignore_index(options.ignore_index))
+    check_loss_options(options, classes, input.device, reduction)
     check_device("transform", transform, input.device)
-    check_head_options(method, chunk_rows, filter_eps, grad_in_forward, reduction)
     call = Call(
         "linear_cross_entropy",
         input.device.type,
         input.dtype,
         transform,
-        method,
-        chunk_rows is not None,
+        head_options.method,
+        has_chunk_rows=head_options.chunk_rows > 0,
         has_grad_in_forward=grad_in_forward is not None,
-        classes=linear_weight.shape[0],
+        classes=classes,
     )
     chosen = choose(call, backend)
-    rows = _rows_of(input)
+    rows, shape = _rows_of(input), target.shape
+    target = target if target.dim() == 1 else target.reshape(-1)
     if chosen == "reference":
         logits = F.linear(rows, linear_weight, linear_bias)
-        losses = _losses_of_rows(
-            logits, target, transform, weight, ignore_index, label_smoothing, z_loss, reduction, return_lse, chosen
-        )
+        losses = _losses_of_rows(chosen, logits, target, transform, options, reduction=reduction)
         if return_log_prob:
-            plain = _losses_of_rows(logits, target, transform, None, ignore_index, 0.0, 0.0, "none", False, chosen)
-            losses = losses._replace(log_prob=-plain.rows)
-        return losses
-    rows = _autocast(rows)
-    row_target, weight = target.reshape(-1), _class_weight(weight, rows)
-    normalizer = _normalizer(row_target, weight, ignore_index, linear_weight.shape[0], reduction, rows.dtype)
-    loss, lse, log_prob, total = autograd.linear_cross_entropy(
-        chosen, rows, linear_weight, linear_bias, row_target, transform, weight, ignore_index, label_smoothing, z_loss,
-        method, chunk_rows or 0, filter_eps, grad_in_forward, return_log_prob, return_lse,
-        None if normalizer is None else normalizer.reciprocal(),
-    )  # fmt: skip
-    return Losses(
-        loss.reshape(target.shape),
-        lse.reshape(target.shape),
-        None if normalizer is None else total,
-        log_prob.reshape(target.shape) if return_log_prob else None,
+            plain = LossOptions(None, options.ignore_index, 0.0, 0.0, False)
+            losses = losses._replace(log_prob=-reference.cross_entropy(logits, target, transform, plain)[0])
+        return _reshaped(losses, shape)
+    head = head._replace(input=_autocast(rows))
+    options, f = _typed(options, head.input), _for_kernels(transform, head.input)
+    operands = (*head, f.coefficients)
+    if head_options.method == "auto":
+        needed = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in operands)
+        chunked = return_log_prob or head_options.chunk_rows > 0
+        features, dtype = head.input.shape[1], head.input.dtype
+        method = "chunked" if chunked else head_method(chosen, features, dtype, needed)
+        head_options = head_options._replace(method=method)
+    wish = False if reduction == "none" or head_options.method == "recompute" else grad_in_forward
+    results = ops.linear_cross_entropy(
+        ops.LinearCrossEntropy(
+            backend=chosen,
+            head=head,
+            target=target,
+            transform=f,
+            options=options,
+            head_options=head_options,
+            reduction=reduction,
+            return_log_prob=return_log_prob,
+            output_mask=output_mask(operands, chosen, wish),
+        )
     )
+    total = None if reduction == "none" else results.total
+    return _reshaped(Losses(results.loss, results.lse, total, results.log_prob if return_log_prob else None), shape)
 
 
 def linear_token_statistics(
@@ -392,26 +402,31 @@ def linear_token_statistics(
 
     Raises:
         TypeError, ValueError, NotImplementedError, IndexError: as in :func:`cross_entropy`.
+
+    Example:
+        >>> hidden, weight, target = torch.randn(8, 64), torch.randn(10_000, 64), torch.randint(10_000, (8,))
+        >>> statistics = monosoftmax.linear_token_statistics(hidden, weight, target)
+        >>> bool((statistics.rank == 0).eq(statistics.argmax == target).all())
+        True
     """
     transform = check_transform(transform)
-    target = check_head(input, linear_weight, linear_bias, target)
+    head = Head(input, linear_weight, linear_bias)
+    target = check_head(head, target)
     ignore_index = check_ignore_index(ignore_index)
-    check_device("transform", transform, input.device)
     classes = linear_weight.shape[0]
+    check_device("transform", transform, input.device)
     call = Call("linear_token_statistics", input.device.type, input.dtype, transform, classes=classes)
     chosen = choose(call, backend)
-    row_target = target.reshape(-1)
+    rows = target.reshape(-1)
     with torch.no_grad():
-        head = (
-            _autocast(_rows_of(input)).detach(),
-            linear_weight.detach(),
-            None if linear_bias is None else linear_bias.detach(),
-        )
-        statistics: tuple[Tensor, ...]
+        bias = None if linear_bias is None else linear_bias.detach()
+        head = Head(_autocast(_rows_of(input)).detach(), linear_weight.detach(), bias)
         if chosen == "reference":
-            statistics = reference.linear_token_statistics(*head, row_target, transform, ignore_index)
+            statistics = reference.linear_token_statistics(head, rows, transform, ignore_index)
         else:
-            statistics = autograd.linear_token_statistics(chosen, *head, row_target, transform, ignore_index)
+            f = _for_kernels(transform, head.input)
+            arguments = ops.LinearTokenStatistics(chosen, head, rows, f, ignore_index)
+            statistics = ops.linear_token_statistics(arguments)
     return TokenStatistics(*(each.reshape(target.shape) for each in statistics))
 
 
@@ -436,14 +451,18 @@ def log_softmax(
 
     Raises:
         TypeError, ValueError, NotImplementedError: as in :func:`cross_entropy`.
+
+    Example:
+        >>> log_p = monosoftmax.log_softmax(torch.randn(4, 10_000), monosoftmax.transforms.PLIF())
+        >>> torch.allclose(log_p.exp().sum(-1), torch.ones(4))
+        True
     """
     transform = check_transform(transform)
     check_floating("input", input)
     if input.dim() == 0:
         raise ValueError("input must have at least 1 dimension, (..., V), got a scalar")
     classes = input.shape[-1]
-    if classes == 0:
-        raise ValueError("input must have at least 1 class, got 0")
+    check_classes(classes)
     if dtype is None:
         dtype = arithmetic_dtype(input.dtype)
     elif dtype not in FLOATING_DTYPES:
@@ -455,91 +474,53 @@ def log_softmax(
     if chosen == "reference":
         output = reference.log_softmax(rows, transform, dtype)
     else:
-        output = autograd.log_softmax(chosen, _rows_for_kernel(rows), transform, dtype)
+        rows = _rows_for_kernel(rows)
+        output = ops.log_softmax(ops.LogSoftmax(chosen, rows, _for_kernels(transform, rows), dtype)).output
     return output.reshape(input.shape)
 
 
 def _losses_of_rows(
+    backend: str,
     rows: Tensor,
     target: Tensor,
     transform: MonotonicTransform,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
+    options: LossOptions,
+    *,
     reduction: Reduction,
-    return_lse: bool,
-    backend: str,
 ) -> Losses:
-    """The losses of logits ``rows`` [N, V] for ``target`` of any shape with N elements."""
-    row_target, weight = target.reshape(-1), _class_weight(weight, rows)
-    normalizer = _normalizer(row_target, weight, ignore_index, rows.shape[1], reduction, rows.dtype)
-    total: Tensor | None
+    """The losses of logits ``rows`` [N, V] for class indices [N] or class probabilities [N, V]."""
+    options = _typed(options, rows)
     if backend == "reference":
-        loss, lse = reference.cross_entropy(
-            rows, row_target, transform, weight, ignore_index, label_smoothing, z_loss, return_lse
+        loss, lse = reference.cross_entropy(rows, target, transform, options)
+        divisor = normalizer(reduction, target, options, rows.shape[1], loss.dtype)
+        return Losses(loss, lse, None if divisor is None else loss.sum() / divisor)
+    rows, f = _rows_for_kernel(rows), _for_kernels(transform, rows)
+    target = _rows_for_kernel(target) if target.dim() == 2 else target
+    results = ops.cross_entropy(
+        ops.CrossEntropy(
+            backend=backend,
+            input=rows,
+            target=target,
+            transform=f,
+            options=options,
+            reduction=reduction,
+            output_mask=output_mask((rows, f.coefficients), backend, False if reduction == "none" else None),
         )
-        total = None if normalizer is None else loss.sum() / normalizer
-    else:
-        scale = None if normalizer is None else normalizer.reciprocal()
-        rows = _rows_for_kernel(rows)
-        loss, lse, total = autograd.cross_entropy(
-            backend, rows, row_target, transform, weight, ignore_index, label_smoothing, z_loss, return_lse, scale
-        )
-    return Losses(loss.reshape(target.shape), lse.reshape(target.shape), None if normalizer is None else total)
+    )
+    return Losses(results.loss, results.lse, None if reduction == "none" else results.total)
 
 
-def _losses_of_probabilities(
-    rows: Tensor,
-    target: Tensor,
-    transform: MonotonicTransform,
-    weight: Tensor | None,
-    label_smoothing: float,
-    z_loss: float,
-    reduction: Reduction,
-    return_lse: bool,
-    backend: str,
-) -> Losses:
-    """The losses of logits ``rows`` [N, V] for class probabilities ``target`` [N, V]."""
-    weight = _class_weight(weight, rows)
-    if backend == "reference":
-        loss, lse = reference.cross_entropy_of_probabilities(
-            rows, target, transform, weight, label_smoothing, z_loss, return_lse
-        )
-        total = loss.sum() if reduction == "sum" else loss.mean()
-    else:
-        normalizer = rows.new_full((), rows.shape[0] if reduction == "mean" else 1, dtype=arithmetic_dtype(rows.dtype))
-        scale = None if reduction == "none" else normalizer.reciprocal()
-        loss, lse, total = autograd.cross_entropy_of_probabilities(
-            _rows_for_kernel(rows), _rows_for_kernel(target), transform, weight, label_smoothing, z_loss, return_lse,
-            scale,
-        )  # fmt: skip
-    return Losses(loss, lse, None if reduction == "none" else total)
+def _typed(options: LossOptions, rows: Tensor) -> LossOptions:
+    """``options`` with the weight in the arithmetic type."""
+    if options.weight is None:
+        return options
+    return options._replace(weight=options.weight.to(arithmetic_dtype(rows.dtype)))
 
 
-def _normalizer(
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    classes: int,
-    reduction: Reduction,
-    dtype: torch.dtype,
-) -> Tensor | None:
-    """What the sum of the losses is divided by, in the arithmetic type; 0 where every row is ignored."""
-    dtype = arithmetic_dtype(dtype)
-    if reduction == "none":
-        return None
-    if reduction == "sum":
-        return torch.ones((), dtype=dtype, device=target.device)
-    valid = target != ignore_index
-    if weight is None:
-        return valid.sum().to(dtype)
-    inside = (target >= 0) & (target < classes)
-    return (weight[torch.where(inside, target, 0)] * valid).sum()
-
-
-def _class_weight(weight: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if weight is None else weight.to(arithmetic_dtype(rows.dtype))
+def _for_kernels(transform: MonotonicTransform, input: Tensor) -> Transform:
+    assert transform.kernel is not None  # backends.choose() has made sure
+    coefficients = coefficients_of(transform, input.device, arithmetic_dtype(input.dtype))
+    return Transform(coefficients, transform.kernel, list(transform.constants()))
 
 
 def _autocast(input: Tensor) -> Tensor:
@@ -555,9 +536,17 @@ def _autocast(input: Tensor) -> Tensor:
 
 def _rows_of(input: Tensor) -> Tensor:
     """``input`` (..., V) as [N, V]. V may be 0, from which reshape() could not tell N."""
-    return input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
+    return input if input.dim() == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
 
 
 def _rows_for_kernel(rows: Tensor) -> Tensor:
     """``rows`` as the kernels take them, with columns next to each other; a copy only where they are not."""
     return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
+
+
+def _reshaped(losses: Losses, shape: torch.Size) -> Losses:
+    """What ``losses`` say of each row, in the shape of the targets."""
+    if losses.rows.shape == shape:
+        return losses
+    log_prob = None if losses.log_prob is None else losses.log_prob.reshape(shape)
+    return Losses(losses.rows.reshape(shape), losses.lse.reshape(shape), losses.total, log_prob)

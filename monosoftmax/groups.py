@@ -52,8 +52,6 @@ class HeadOptions(NamedTuple):
     #: Rows in a chunk; 0 leaves them to the backend.
     chunk_rows: int
     filter_eps: float
-    #: Whether gradients are computed in the forward pass; None leaves it to monosoftmax.gradients_ahead.
-    grad_in_forward: bool | None
 
 
 class Upstream(NamedTuple):

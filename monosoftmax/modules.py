@@ -19,6 +19,7 @@ from .checks import (
     check_transform,
 )
 from .functional import cross_entropy, linear_losses, log_softmax
+from .groups import Head, LossOptions
 from .transforms import Identity, MonotonicTransform
 from .transforms.base import require_count
 
@@ -26,7 +27,10 @@ from .transforms.base import require_count
 class MonotonicCrossEntropyLoss(nn.Module):
     """:func:`monosoftmax.cross_entropy` as a module, like :class:`torch.nn.CrossEntropyLoss`.
 
-    It owns ``transform``, so that the transform's parameters are trained with those of the module it is put in.
+    It owns ``transform``, so that the transform's parameters are trained with the parameters of the module around it.
+
+    >>> loss = MonotonicCrossEntropyLoss(PLIF(), label_smoothing=0.1)
+    >>> loss(torch.randn(8, 1_000, requires_grad=True), torch.randint(1_000, (8,))).backward()
 
     Args:
         transform: f; ``None`` is Linear-Softmax.
@@ -165,8 +169,8 @@ class MonotonicSoftmax(nn.Module):
         if weight is not None:
             check_tensor("weight", weight)
             class_weight = weight if weight.is_meta else weight.to(self.weight.device)
-        check_loss_options(n_classes, self.weight.device, class_weight, label_smoothing, z_loss, reduction)
         self.register_buffer("class_weight", class_weight)
+        check_loss_options(self._options(), n_classes, self.weight.device, reduction)
         self._initial_class_weight = _copy(weight)
         self._reset_linear()
 
@@ -278,11 +282,19 @@ class MonotonicSoftmax(nn.Module):
         # Without these the loss of a row is -log p.
         plain = self.label_smoothing == 0 and self.z_loss == 0 and self.class_weight is None
         losses = linear_losses(
-            input, self.weight, target, self.transform, self.bias, self.class_weight, self.ignore_index,
-            self.label_smoothing, self.z_loss, self.reduction, False, self.backend, return_log_prob=not plain,
-        )  # fmt: skip
+            Head(input, self.weight, self.bias),
+            target,
+            self.transform,
+            self._options(),
+            reduction=self.reduction,
+            backend=self.backend,
+            return_log_prob=not plain,
+        )
         output = -losses.rows if losses.log_prob is None else losses.log_prob
         return OutputAndLoss(output, losses.rows if losses.total is None else losses.total)
+
+    def _options(self) -> LossOptions:
+        return LossOptions(self.class_weight, self.ignore_index, self.label_smoothing, self.z_loss, False)
 
     def log_prob(self, input: Tensor) -> Tensor:
         """Log-probabilities of all classes, (..., V)."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._dispatch import tells_values
+from .groups import Head, LossOptions
 from .transforms.base import MonotonicTransform, arithmetic_dtype, coefficients_of
 
 
@@ -26,16 +27,16 @@ def cross_entropy(
     input: Tensor,
     target: Tensor,
     transform: MonotonicTransform,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    return_lse: bool,
+    options: LossOptions,
 ) -> tuple[Tensor, Tensor]:
     """Loss [N] and lse [N] of rows ``input`` [N, V]; ignored rows have loss 0, and lse 0 unless ``return_lse``.
 
-    A target outside [0, V) that is not ``ignore_index`` raises on the CPU and gives a NaN row elsewhere.
+    ``target`` is class indices [N], or class probabilities [N, V]: then it is differentiable, too. An index outside
+    [0, V) that is not ``ignore_index`` raises on the CPU and gives a NaN row elsewhere.
     """
+    if target.is_floating_point():
+        return _of_probabilities(input, target, transform, options)
+    weight, ignore_index, label_smoothing, z_loss, return_lse = options
     classes = input.shape[1]
     valid = target != ignore_index
     outside = valid & ((target < 0) | (target >= classes))
@@ -68,20 +69,11 @@ def cross_entropy(
     return loss, lse
 
 
-def cross_entropy_of_probabilities(
-    input: Tensor,
-    target: Tensor,
-    transform: MonotonicTransform,
-    weight: Tensor | None,
-    label_smoothing: float,
-    z_loss: float,
-    return_lse: bool,
+def _of_probabilities(
+    input: Tensor, target: Tensor, transform: MonotonicTransform, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
-    """Loss [N] and lse [N] of rows ``input`` [N, V] for class probabilities ``target`` [N, V]; lse 0 where not asked.
-
-    Differentiable with respect to ``target`` too. A class with q = 0 adds nothing, also where its log p is -inf: there
-    the gradient of ``target`` is 0.
-    """
+    """A class with q = 0 adds nothing, also where its log p is -inf: there the gradient of ``target`` is 0."""
+    weight, _, label_smoothing, z_loss, return_lse = options
     y = transformed(input, transform)
     log_p = F.log_softmax(y, dim=1)
     q = target.to(log_p.dtype)
@@ -105,20 +97,15 @@ def log_softmax(input: Tensor, transform: MonotonicTransform, dtype: torch.dtype
 
 
 def linear_token_statistics(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    transform: MonotonicTransform,
-    ignore_index: int,
+    head: Head, target: Tensor, transform: MonotonicTransform, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """log p(target), entropy, argmax, lse and rank of the target, each [N], for the rows ``input`` [N, d] of a head.
+    """log p(target), entropy, argmax, lse and rank of the target, each [N], for the rows [N, d] of a head.
 
     The argmax is the first class with the largest logit, the rank the number of classes with a larger logit than the
     target's. In ignored rows log p is 0 and the rank -1. Where a row of logits has no distribution (NaN, +inf, all
     -inf), log p and entropy are NaN, lse is not finite, and argmax and rank mean nothing.
     """
-    z = F.linear(input, linear_weight, linear_bias)
+    z = F.linear(*head)
     classes = z.shape[1]
     valid = target != ignore_index
     outside = valid & ((target < 0) | (target >= classes))

@@ -1,16 +1,28 @@
-"""The kernels over rows of logits: what each fused backend offers to the operators.
+"""The kernels over rows of logits: what a fused backend offers to the operators, and which of them run here.
 
-A table is a module: ``monosoftmax._C.cpu``, ``monosoftmax._C.cuda`` or ``monosoftmax.triton_kernels.operators``.
+A table of kernels is a module: ``monosoftmax._C.cpu``, ``monosoftmax._C.cuda`` or
+``monosoftmax.triton_kernels.operators``, which is imported when it is first asked for.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from . import _installation
+from ._dispatch import assume_constant
 from .groups import LossOptions, RowResults, Transform, Upstream
+
+#: The compiled extension ``monosoftmax._C``, or None; and why it is None.
+extension, extension_problem = _installation.load_extension()
+_installation.find_triton_kernels()
 
 
 class RowKernels(Protocol):
@@ -24,10 +36,10 @@ class RowKernels(Protocol):
         target: Tensor,
         transform: Transform,
         options: LossOptions,
-        upstream: Upstream | None,
-        row_stats: Tensor | None,
-        output_mask: tuple[bool, bool],
-        grad_rows: Tensor | None,
+        upstream: Upstream | None = None,
+        row_stats: Tensor | None = None,
+        output_mask: Sequence[bool] = (False, False),
+        grad_rows: Tensor | None = None,
     ) -> RowResults:
         """Losses of rows, and the gradients that ``output_mask`` asks for: of rows, and of the coefficients.
 
@@ -59,7 +71,7 @@ class RowKernels(Protocol):
         rows: Tensor,
         transform: Transform,
         row_stats: Tensor,
-        output_mask: tuple[bool, bool],
+        output_mask: Sequence[bool],
     ) -> tuple[Tensor, Tensor]:
         """The gradients of rows and of the coefficients; empty where the mask does not ask for them."""
 
@@ -73,3 +85,97 @@ class RowKernels(Protocol):
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None:
         """Multiply a contiguous ``tensor`` by the 0-dim ``factor``, unless that is 1. Of devices that do not tell."""
+
+
+def row_kernels(backend: str) -> RowKernels:
+    """The kernels of ``backend``, which runs here: :func:`problem` says None of it."""
+    if backend == "triton":
+        return _triton_kernels()
+    if backend == "cuda" and host_execution():
+        host: RowKernels = sys.modules["monosoftmax_cuda_host"].cuda
+        return host
+    kernels: RowKernels = getattr(extension, backend)
+    return kernels
+
+
+@functools.cache
+def kernels_for(device: str) -> RowKernels | None:
+    """The kernels of the best backend for tensors on a device of this type; None where there are none."""
+    backends = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device, ())
+    return next((row_kernels(each) for each in backends if PROBLEMS[each]() is None), None)
+
+
+@functools.cache
+def _triton_kernels() -> RowKernels:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        raise ImportError(f"monosoftmax: triton does not load ({error}): pip install triton") from error
+    kernels: Any = importlib.import_module(f"{__package__}.triton_kernels.operators")
+    return kernels  # type: ignore[no-any-return]
+
+
+@assume_constant
+def interpreting() -> bool:
+    """Whether Triton's interpreter stands in for a GPU; triton is not imported to find out."""
+    triton = sys.modules.get("triton")
+    return os.environ.get("TRITON_INTERPRET") == "1" if triton is None else bool(triton.knobs.runtime.interpret)
+
+
+@assume_constant
+def host_execution() -> bool:
+    """Whether the host execution of the CUDA kernels stands in for a GPU (``tests/cuda_host.py``)."""
+    return "monosoftmax_cuda_host" in sys.modules
+
+
+def _cpu_problem() -> str | None:
+    return extension_problem or None
+
+
+@assume_constant
+def _triton_problem() -> str | None:
+    if not torch.cuda.is_available() and not interpreting():
+        return "torch finds no GPU"
+    try:
+        _triton_kernels()
+    except ImportError as error:
+        return str(error).removeprefix("monosoftmax: ")
+    return None
+
+
+@assume_constant
+def _cuda_problem() -> str | None:
+    if host_execution():
+        return None
+    if extension is None:
+        return extension_problem
+    build = extension.build_info()
+    if build["cuda"] is None:
+        return f"the C++ extension was built without CUDA: {build['cuda_problem']}"
+    kernels = f"CUDA {build['cuda']} kernels for {build['cuda_architectures']}"
+    if not torch.cuda.is_available():
+        return f"built, no device: {kernels}, but torch finds no GPU"
+    gpu = torch.cuda.get_device_capability()
+    if not any(runs_on(gpu, each) for each in build["cuda_architectures"].split()):
+        wanted = f"{gpu[0]}.{gpu[1]}"
+        again = f"TORCH_CUDA_ARCH_LIST={wanted} {_installation.command()}"
+        return f"{kernels}, but this GPU is {wanted}: install again with {again}"
+    return None
+
+
+def runs_on(gpu: tuple[int, int], architecture: str) -> bool:
+    """Whether a GPU of this capability runs what was compiled for ``architecture``, such as 9.0 or 10.0+PTX."""
+    name, _, ptx = architecture.partition("+")
+    major, minor = (int(part) for part in name.rstrip("af").split("."))
+    if name.endswith("a"):
+        return (major, minor) == gpu
+    same_family = major == gpu[0] and minor <= gpu[1]
+    return same_family if name.endswith("f") else same_family or (bool(ptx) and (major, minor) <= gpu)
+
+
+#: The fused backends, and for each the reason why it cannot run here, or None.
+PROBLEMS: dict[str, Callable[[], str | None]] = {
+    "cpu": _cpu_problem,
+    "triton": _triton_problem,
+    "cuda": _cuda_problem,
+}

@@ -24,6 +24,8 @@ distribution makes itself and all of linear_weight's gradient NaN, as it does in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -187,7 +189,7 @@ def recompute_backward(
     loss: RowLoss,
     upstream: Upstream,
     row_stats: Tensor,
-    output_mask: tuple[bool, bool, bool, bool],
+    output_mask: Sequence[bool],
     *,
     filter_eps: float = 0.0,
     tile: HeadTile | None = None,

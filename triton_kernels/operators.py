@@ -6,6 +6,8 @@ in for a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,10 +35,10 @@ def cross_entropy(
     target: Tensor,
     transform: Transform,
     options: LossOptions,
-    upstream: Upstream | None,
-    row_stats: Tensor | None,
-    output_mask: tuple[bool, bool],
-    grad_rows: Tensor | None,
+    upstream: Upstream | None = None,
+    row_stats: Tensor | None = None,
+    output_mask: Sequence[bool] = (False, False),
+    grad_rows: Tensor | None = None,
 ) -> RowResults:
     """Losses of rows, from their logits, and gradients.
 

@@ -6,6 +6,8 @@ in memory. Under ``torch.use_deterministic_algorithms`` the gradients are refuse
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,10 +24,10 @@ def linear_cross_entropy(
     target: Tensor,
     transform: Transform,
     options: LossOptions,
-    upstream: Upstream | None,
-    row_stats: Tensor | None,
-    output_mask: tuple[bool, bool, bool, bool],
-    filter_eps: float,
+    upstream: Upstream | None = None,
+    row_stats: Tensor | None = None,
+    output_mask: Sequence[bool] = (False, False, False, False),
+    filter_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, HeadGradients]:
     """Losses, lse, row_stats and the gradients that ``output_mask`` asks for, as :func:`.operators.cross_entropy`.
 

@@ -279,6 +279,8 @@ def coefficients_of(transform: MonotonicTransform, device: torch.device, dtype: 
             f"transform must have float32 or float64 coefficients, got {coefficients.dtype}: fully_shard(transform) "
             "wants a mixed precision policy without output_dtype, or none"
         )
+    if coefficients.dtype == dtype and coefficients.device == device:
+        return coefficients
     return coefficients.to(device, dtype)
 
 

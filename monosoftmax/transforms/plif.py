@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._dispatch import unobserved
+from ..row_kernels import RowKernels, kernels_for
 from .base import (
     MOST_PIECES,
     SCALE_LIMIT,
@@ -23,6 +25,46 @@ from .base import (
 
 #: softplus of this raw value is 1.
 _RAW_OF_UNIT_SLOPE = math.log(math.e - 1)
+
+
+def _coefficients(raw_slope: Tensor, bound: float, min_slope: float) -> Tensor:
+    """[2, K]: the slopes, and the values at the left ends of the pieces."""
+    pieces = raw_slope.shape[0]
+    width = 2 * bound / pieces
+    slopes = (min_slope + (1 - min_slope) * F.softplus(raw_slope)).clamp(max=SCALE_LIMIT)
+    # Sums over up to 10^5 slopes: in float64, so that f is continuous to the last bit that float32 can show.
+    rises = slopes.double() * width
+    # 0 lies in piece `centre`, `inside` to the right of its left end.
+    centre = min(int(bound / width), pieces - 1)
+    inside = bound - centre * width
+    at_centre = -slopes[centre].double() * inside
+    left = at_centre - rises[:centre].flip(0).cumsum(0).flip(0)
+    right = at_centre + rises[centre:-1].cumsum(0)
+    values = torch.cat([left, at_centre.reshape(1), right])
+    return torch.stack([slopes, values.to(slopes.dtype)])
+
+
+class _Coefficients(torch.autograd.Function):
+    """:func:`_coefficients` by one kernel each way, where twenty small ones would cost more than the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, raw_slope: Tensor, bound: float, min_slope: float, kernels: RowKernels) -> Tensor:
+        ctx.save_for_backward(raw_slope)
+        ctx.call = bound, min_slope, kernels
+        return kernels.plif_coefficients(raw_slope, bound, min_slope)
+
+    @staticmethod
+    def backward(ctx: Any, grad_coefficients: Tensor) -> tuple[Tensor | None, ...]:
+        (raw_slope,), (bound, min_slope, kernels) = ctx.saved_tensors, ctx.call
+        again = torch.is_grad_enabled()
+        if not again and unobserved((raw_slope, grad_coefficients)):
+            return kernels.plif_coefficients_backward(grad_coefficients, raw_slope, bound, min_slope), None, None, None
+        # The gradient may be differentiated in turn, or is a batch of gradients: by the formula.
+        with torch.enable_grad():
+            leaf = raw_slope if again else raw_slope.detach().requires_grad_()
+            coefficients = _coefficients(leaf, bound, min_slope)
+            (gradient,) = torch.autograd.grad(coefficients, leaf, grad_coefficients, create_graph=again)
+        return gradient, None, None, None
 
 
 class PLIF(MonotonicTransform):
@@ -121,17 +163,11 @@ class PLIF(MonotonicTransform):
     def coefficients(self) -> Tensor:
         """[2, K]: the slopes, and the values at the left ends of the pieces."""
         raw = widened(self.raw_slope, self.num_pieces)
-        slopes = (self.min_slope + (1 - self.min_slope) * F.softplus(raw)).clamp(max=SCALE_LIMIT)
-        # Sums over up to 10^5 slopes: in float64, so that f is continuous to the last bit that float32 can show.
-        rises = slopes.double() * self.width
-        # 0 lies in piece `centre`, `inside` to the right of its left end.
-        centre = min(int(self.bound / self.width), self.num_pieces - 1)
-        inside = self.bound - centre * self.width
-        at_centre = -slopes[centre].double() * inside
-        left = at_centre - rises[:centre].flip(0).cumsum(0).flip(0)
-        right = at_centre + rises[centre:-1].cumsum(0)
-        values = torch.cat([left, at_centre.reshape(1), right])
-        return torch.stack([slopes, values.to(slopes.dtype)])
+        kernels = kernels_for(raw.device.type) if unobserved((raw,)) else None
+        if kernels is None:
+            return _coefficients(raw, self.bound, self.min_slope)
+        coefficients: Tensor = _Coefficients.apply(raw, self.bound, self.min_slope, kernels)  # type: ignore[no-untyped-call]
+        return coefficients
 
     def constants(self) -> tuple[float, ...]:
         """Left bound, width of a piece, and its inverse."""

@@ -42,6 +42,14 @@ inline void check_beside(const char* name, const Tensor& tensor, const Tensor& r
   check_beside(name, tensor, rows, shape, arithmetic_type(rows));
 }
 
+// A tensor of the shape of rows, of any type, with its columns next to each other.
+inline Tensor checked_like(const Memory& memory, const char* name, const Tensor& tensor, const Tensor& rows) {
+  check_beside(name, tensor, rows, rows.sizes(), tensor.scalar_type());
+  Tensor result = tensor.stride(1) == 1 ? tensor : tensor.contiguous();
+  check_rows(memory, name, result);
+  return result;
+}
+
 // The shape that the coefficients of a transform have.
 inline TransformShape check_transform(const groups::Transform& transform, const Tensor& rows) {
   const auto& [coefficients, name, constants] = transform;
@@ -79,7 +87,7 @@ inline void check_upstream(const std::optional<groups::Upstream>& upstream, cons
   if (factor.has_value()) check_beside("factor", *factor, rows, {});
 }
 
-// Where the gradient of rows goes, if it is asked for, and is not in `given`.
+// `given` is where the gradient of rows is to be written, if not into new memory.
 inline void check_grad_rows(const Memory& memory, const Optional& given, const Tensor& rows, groups::OutputMask mask) {
   if (!given.has_value()) return;
   TORCH_CHECK_VALUE(mask.rows, "monosoftmax: grad_rows is given, and the gradient of rows is not asked for");
@@ -88,5 +96,43 @@ inline void check_grad_rows(const Memory& memory, const Optional& given, const T
 }
 
 inline Tensor nothing_like(const Tensor& tensor) { return at::empty({0}, tensor.options()); }
+
+inline Optional contiguous(const Optional& tensor) {
+  return tensor.has_value() ? Optional(tensor->contiguous()) : std::nullopt;
+}
+
+template <class S>
+const S* data_of(const Optional& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr<S>() : nullptr;
+}
+
+// The raw slopes of a PLIF, [K].
+inline void check_raw_slope(const Memory& memory, const Tensor& raw_slope, double bound) {
+  TORCH_CHECK_VALUE(memory.is_ours(raw_slope), "monosoftmax: raw_slope must be on ", memory.place, ", got ",
+                    raw_slope.device());
+  TransformShape shape{};
+  find_transform("plif", &shape);
+  TORCH_CHECK_VALUE(raw_slope.dim() == 1 && shape.smallest <= raw_slope.size(0) && raw_slope.size(0) <= shape.largest,
+                    "monosoftmax: raw_slope must have shape [K] with K from ", shape.smallest, " to ", shape.largest,
+                    ", got ", raw_slope.sizes());
+  TORCH_CHECK_VALUE(bound > 0, "monosoftmax: bound must be positive, got ", bound);
+}
+
+// Room for the losses of rows; for none where row_stats say that they have been computed.
+inline groups::RowResults room_for_losses(const Tensor& rows, int64_t numbers_in_stats, const Optional& row_stats) {
+  const auto type = rows.options().dtype(arithmetic_type(rows));
+  if (row_stats.has_value()) check_beside("row_stats", *row_stats, rows, {numbers_in_stats, rows.size(0)});
+  const int64_t count = row_stats.has_value() ? 0 : rows.size(0);
+  return {at::empty({count}, type), at::empty({count}, type),
+          row_stats.has_value() ? at::empty({0}, type) : at::empty({numbers_in_stats, count}, type), Tensor(),
+          Tensor()};
+}
+
+// Room for log p, entropy, argmax, lse and rank.
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> room_for_statistics(const Tensor& rows) {
+  const auto empty = [&](at::ScalarType type) { return at::empty({rows.size(0)}, rows.options().dtype(type)); };
+  const at::ScalarType type = arithmetic_type(rows);
+  return {empty(type), empty(type), empty(at::kLong), empty(type), empty(at::kLong)};
+}
 
 }  // namespace monosoftmax

@@ -35,6 +35,10 @@ inline void bind_row_operators(pybind11::module_& module, const RowOperators& op
              py::arg("dtype"));
   module.def("log_softmax_backward", operators.log_softmax_backward, WhileComputing(), py::arg("grad_output"),
              py::arg("rows"), py::arg("transform"), py::arg("row_stats"), py::arg("output_mask"));
+  module.def("plif_coefficients", operators.plif_coefficients, WhileComputing(), py::arg("raw_slope"), py::arg("bound"),
+             py::arg("min_slope"));
+  module.def("plif_coefficients_backward", operators.plif_coefficients_backward, WhileComputing(),
+             py::arg("grad_coefficients"), py::arg("raw_slope"), py::arg("bound"), py::arg("min_slope"));
 }
 
 }  // namespace monosoftmax

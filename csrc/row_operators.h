@@ -21,10 +21,17 @@ struct RowOperators {
   std::tuple<Tensor, Tensor> (*log_softmax_backward)(const Tensor& grad_output, const Tensor& rows,
                                                      const groups::Transform&, const Tensor& row_stats,
                                                      groups::OutputMask);
+  Tensor (*plif_coefficients)(const Tensor& raw_slope, double bound, double min_slope);
+  Tensor (*plif_coefficients_backward)(const Tensor& grad_coefficients, const Tensor& raw_slope, double bound,
+                                       double min_slope);
 };
 
 namespace cpu {
 extern const RowOperators kRowOperators;
+
+Tensor plif_coefficients(const Tensor& raw_slope, double bound, double min_slope);
+Tensor plif_coefficients_backward(const Tensor& grad_coefficients, const Tensor& raw_slope, double bound,
+                                  double min_slope);
 
 // 1 / (number of targets that are not ignore_index): the upstream gradient of each loss of a mean. [], of type dtype.
 Tensor mean_scale(const Tensor& target, int64_t ignore_index, at::ScalarType dtype);
@@ -32,6 +39,10 @@ Tensor mean_scale(const Tensor& target, int64_t ignore_index, at::ScalarType dty
 
 namespace cuda {
 extern const RowOperators kRowOperators;
+
+Tensor plif_coefficients(const Tensor& raw_slope, double bound, double min_slope);
+Tensor plif_coefficients_backward(const Tensor& grad_coefficients, const Tensor& raw_slope, double bound,
+                                  double min_slope);
 
 // Multiplies contiguous memory by a number on its device; where that is 1, nothing is read or written.
 void scale_(const Tensor& tensor, const Tensor& factor);

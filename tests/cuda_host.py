@@ -81,8 +81,8 @@ def _rules(library: Path) -> str:
     torch_flags = (
         f"{includes} -Wno-missing-field-initializers -D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     )
-    with_torch = ("cuda/operators.cpp", "cuda/host/torch_device.cpp", "cuda/host/python_module.cpp")
-    sources = {_CSRC / name: torch_flags for name in with_torch}
+    with_torch = ("operators.cpp", "without_rows.cpp", "host/torch_device.cpp", "host/python_module.cpp")
+    sources = {_CSRC / "cuda" / name: torch_flags for name in with_torch}
     others = [*(_CSRC / "cuda").glob("*.cu"), _CSRC / "cuda/plan.cpp", *(_CSRC / "cuda/host").glob("*.cpp")]
     for path in sorted(others):
         sources.setdefault(path, "-x c++")

@@ -46,19 +46,21 @@ class TransformArguments {
       : name_(transform.name),
         constants_(transform.constants.data()),
         table_rows_(check_transform(transform, rows).table_rows),
-        size_(transform.coefficients.size(-1)) {
+        size_(transform.coefficients.size(-1)),
+        given_(transform.coefficients) {
     if (table_rows_ == 0) {
-      coefficients_ = transform.coefficients.contiguous();
+      coefficients_ = given_.contiguous();
       return;
     }
-    coefficients_ = at::empty({size_, table_stride(table_rows_)}, transform.coefficients.options());
-    with_kernels(rows, [&](auto zero, const auto&) { fill_table<decltype(zero)>(transform.coefficients); });
+    coefficients_ = at::empty({size_, table_stride(table_rows_)}, given_.options());
+    with_kernels(rows, [&](auto zero, const auto&) { fill_table<decltype(zero)>(); });
   }
 
   template <class S>
   Transform<S> view() const {
     return {name_, coefficients_.const_data_ptr<S>(), size_, constants_};
   }
+  const Tensor& given() const { return given_; }
   // As the kernels see them: of a table, [pieces, stride].
   const Tensor& coefficients() const { return coefficients_; }
   int table_rows() const { return table_rows_; }
@@ -66,10 +68,10 @@ class TransformArguments {
  private:
   // From [rows, pieces] to [pieces, stride], with zeros where a stride is longer than the rows are many.
   template <class S>
-  void fill_table(const Tensor& given) {
-    const S* from = given.const_data_ptr<S>();
+  void fill_table() {
+    const S* from = given_.const_data_ptr<S>();
     S* to = coefficients_.mutable_data_ptr<S>();
-    const int64_t stride = table_stride(table_rows_), to_row = given.stride(0), to_piece = given.stride(1);
+    const int64_t stride = table_stride(table_rows_), to_row = given_.stride(0), to_piece = given_.stride(1);
     for (int64_t k = 0; k < size_; ++k) {
       for (int64_t r = 0; r < stride; ++r) {
         to[k * stride + r] = r < table_rows_ ? from[r * to_row + k * to_piece] : S(0);
@@ -82,6 +84,7 @@ class TransformArguments {
   const double* constants_;
   int table_rows_;
   int64_t size_;
+  const Tensor& given_;
   Tensor coefficients_;
 };
 
@@ -95,31 +98,17 @@ inline Rows<void*> rows_if(bool written, Tensor& rows) {
                  : Rows<void*>{nullptr, element_of(rows.scalar_type()), 0};
 }
 
-// A tensor of the shape of rows, of any type that these may have, with its columns next to each other.
-inline Tensor checked_like(const Tensor& rows, const char* name, const Tensor& tensor) {
-  TORCH_CHECK_VALUE(tensor.sizes() == rows.sizes(), "monosoftmax: ", name, " must have shape ", rows.sizes(), ", got ",
-                    tensor.sizes());
-  Tensor result = tensor.stride(1) == 1 ? tensor : tensor.contiguous();
-  check_rows(name, result);
-  return result;
-}
-
 // The options of a loss that do not depend on what its target is.
 class LossArguments {
  public:
   LossArguments(const Tensor& rows, const groups::LossOptions& options)
       : classes_(rows.size(1)), label_smoothing_(options.label_smoothing), z_loss_(options.z_loss) {
     check_weight(options.weight, rows);
-    if (options.weight.has_value()) weight_ = options.weight->contiguous();
+    weight_ = contiguous(options.weight);
   }
 
  protected:
-  template <class S>
-  const S* weight() const {
-    return weight_.defined() ? weight_.const_data_ptr<S>() : nullptr;
-  }
-
-  Tensor weight_;
+  Optional weight_;
   int64_t classes_;
   double label_smoothing_, z_loss_;
 };
@@ -136,7 +125,7 @@ class IndexArguments : public LossArguments {
         weight_sum_(static_cast<double>(classes_)),
         lse_of_ignored_(options.return_lse) {
     check_indices(target, rows);
-    if (weight_.defined() && label_smoothing_ > 0) weight_sum_ = weight_.sum(at::kDouble).item<double>();
+    if (weight_.has_value() && label_smoothing_ > 0) weight_sum_ = weight_->sum(at::kDouble).item<double>();
     const int64_t* targets = target_.const_data_ptr<int64_t>();
     for (int64_t row = 0; row < target_.size(0); ++row) {
       TORCH_CHECK_INDEX(targets[row] == ignore_index_ || (0 <= targets[row] && targets[row] < classes_), "target ",
@@ -148,7 +137,7 @@ class IndexArguments : public LossArguments {
   template <class S>
   IndexTarget<S> view() const {
     return {target_.const_data_ptr<int64_t>(),
-            {classes_, ignore_index_, label_smoothing_, z_loss_, weight<S>(), weight_sum_},
+            {classes_, ignore_index_, label_smoothing_, z_loss_, data_of<S>(weight_), weight_sum_},
             lse_of_ignored_};
   }
 
@@ -165,11 +154,11 @@ class ProbabilityArguments : public LossArguments {
   static constexpr int64_t kStats = 3;
 
   ProbabilityArguments(const Tensor& rows, const Tensor& target, const groups::LossOptions& options)
-      : LossArguments(rows, options), target_(checked_like(rows, "target", target)) {}
+      : LossArguments(rows, options), target_(checked_like(kMemory, "target", target, rows)) {}
 
   template <class S>
   ProbabilityTarget<S> view() const {
-    return {rows_of(target_), {classes_, label_smoothing_, z_loss_, weight<S>()}};
+    return {rows_of(target_), {classes_, label_smoothing_, z_loss_, data_of<S>(weight_)}};
   }
 
  private:

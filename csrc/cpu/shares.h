@@ -72,7 +72,7 @@ class Shares {
 class CoefficientSums {
  public:
   CoefficientSums(const TransformArguments& transform, const Shares& shares, bool needed)
-      : table_rows_(transform.table_rows()) {
+      : transform_(transform), needed_(needed) {
     const Tensor& like = transform.coefficients();
     if (needed && like.numel() > 0) {
       at::DimVector sizes(like.sizes());
@@ -83,26 +83,28 @@ class CoefficientSums {
   double* share(int64_t index) {
     return sums_.defined() ? sums_.mutable_data_ptr<double>() + index * sums_.stride(0) : nullptr;
   }
-  Tensor total(const Tensor& coefficients, bool needed) const {
-    if (!needed) return nothing_like(coefficients);
-    if (!sums_.defined()) return at::empty_like(coefficients);
-    const Tensor total = sums_.sum(0).to(coefficients.scalar_type());
-    return table_rows_ == 0 ? total : total.narrow(1, 0, table_rows_).t().contiguous();
+  // The gradient of the coefficients, of their shape; empty where it is not needed.
+  Tensor total() const {
+    if (!needed_) return nothing_like(transform_.given());
+    if (!sums_.defined()) return at::empty_like(transform_.given());
+    const Tensor total = sums_.sum(0).to(transform_.given().scalar_type());
+    return transform_.table_rows() == 0 ? total : total.narrow(1, 0, transform_.table_rows()).t().contiguous();
   }
 
  private:
-  int table_rows_;
+  const TransformArguments& transform_;
+  bool needed_;
   Tensor sums_;
 };
 
-// work(share, begin, end, first, last) for the rows [begin, end) and columns [first, last) of every share.
+// work(share, begin, end, first, last) for the rows [begin, end) and columns [first, last) of every share of the rows.
 template <class Work>
-void for_each_block(const Shares& shares, int64_t rows, int64_t columns, Work&& work) {
+void for_each_block(const Shares& shares, const Tensor& rows, Work&& work) {
   if (!shares.by_columns()) {
-    shares.for_each([&](int64_t share, int64_t begin, int64_t end) { work(share, begin, end, 0, columns); });
+    shares.for_each([&](int64_t share, int64_t begin, int64_t end) { work(share, begin, end, 0, rows.size(1)); });
     return;
   }
-  shares.for_each([&](int64_t share, int64_t first, int64_t last) { work(share, 0, rows, first, last); });
+  shares.for_each([&](int64_t share, int64_t first, int64_t last) { work(share, 0, rows.size(0), first, last); });
 }
 
 }  // namespace monosoftmax::cpu

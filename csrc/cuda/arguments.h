@@ -1,7 +1,9 @@
-// What the kernels are given, in plain C++: the operators fill it in (operators.cpp), the launchers pass it on.
+// The arguments of the kernels, in plain C++: the operators fill them in (operators.cpp), the launchers pass them on.
 #pragma once
 
 #include <cstdint>
+
+#include "../plif_grid.h"
 
 namespace monosoftmax::cuda {
 
@@ -38,12 +40,14 @@ struct CrossEntropyArguments {
   float label_smoothing, z_loss;
   const float *weight, *weight_sum;
 
-  // What is computed of each row: its loss, or it has been and row_stats are read. lse of ignored rows only on demand.
+  // Whether losses are computed; otherwise they have been, and row_stats (largest and sum) are read. The lse of an
+  // ignored row is computed where return_lse, else it is 0.
   bool losses, return_lse;
   float *loss, *lse, *largest, *sum;
 
-  // Upstream gradients of the losses, one for all where the stride is 0, and of lse (null: 0). With a factor, by which
-  // the former are multiplied, nothing is done where it is 1: grad_input is what it would be then.
+  // Upstream gradients: of the losses, one for all where the stride is 0, and of lse (null: 0). A factor multiplies the
+  // former. It comes with a grad_input that holds the gradient for a factor of 1 already, so that nothing is done where
+  // it is 1. Only the device knows.
   const float* grad_loss;
   int64_t grad_loss_stride;
   const float *grad_lse, *factor;
@@ -92,6 +96,16 @@ struct TokenStatisticsArguments {
   int64_t ignore_index;
   float *log_prob, *entropy, *lse;
   int64_t *argmax, *rank;
+};
+
+// The coefficients of a PLIF, or the gradient of its raw slopes.
+struct PlifArguments {
+  PlifGrid grid;
+  float min_slope, scale;  // scale: 1 - min_slope, rounded once
+  const float* raw_slope;  // [K]
+  float* coefficients;     // [2, K]
+  const float* grad_coefficients;
+  float* grad_raw_slope;
 };
 
 }  // namespace monosoftmax::cuda

@@ -2,6 +2,7 @@
 #include "../transforms/registry.h"
 #include "launch_kernel.cuh"
 #include "memory.cuh"
+#include "plif_coefficients.cuh"
 #include "transform.cuh"
 #include "typed_launch.h"
 
@@ -44,6 +45,12 @@ void launch_scale_of(void* x, int64_t count, const float* factor, int multiproce
   const int64_t most = kBlocksOfMultiprocessor * multiprocessors;
   launch_kernel<E*, int64_t, const float*>(scale_kernel<E>, {static_cast<int>(blocks < most ? blocks : most), kThreads},
                                            stream, static_cast<E*>(x), count, factor);
+}
+
+// One block, of no more warps than there are pieces for.
+Shape shape_for_pieces(int64_t pieces) {
+  const int64_t threads = (pieces + kWarp - 1) / kWarp * kWarp;
+  return {1, static_cast<int>(threads < kMostThreadsOfPlif ? threads : kMostThreadsOfPlif)};
 }
 
 template <template <class> class F>
@@ -108,6 +115,14 @@ void launch_fill_table(std::string_view transform, const TransformArguments& arg
   if (transform == NAME) return fill_table_of<CLASS>(arguments, table, stream);
   MONOSOFTMAX_TRANSFORMS(ROW)
 #undef ROW
+}
+
+void launch_plif_coefficients(const PlifArguments& arguments, Stream stream) {
+  launch_kernel<PlifArguments>(plif_coefficients_kernel, shape_for_pieces(arguments.grid.pieces), stream, arguments);
+}
+void launch_plif_coefficients_backward(const PlifArguments& arguments, Stream stream) {
+  launch_kernel<PlifArguments>(plif_coefficients_backward_kernel, shape_for_pieces(arguments.grid.pieces), stream,
+                               arguments);
 }
 
 void launch_scale(void* x, ElementType element, int64_t count, const float* factor, int multiprocessors,

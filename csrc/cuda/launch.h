@@ -16,7 +16,8 @@ using Stream = void*;
 void launch_cross_entropy(const Plan& plan, std::string_view transform, ElementType element,
                           const CrossEntropyArguments& arguments, Stream stream);
 
-// log p, its gradients, and what is known of each token. Of the plan: threads and blocks; rows are read again.
+// log p, its gradients, and the statistics of each token. These take the threads and blocks of the plan, and read rows
+// again.
 void launch_log_softmax(const Plan& plan, std::string_view transform, ElementType element,
                         const LogSoftmaxArguments& arguments, Stream stream);
 void launch_log_softmax_backward(const Plan& plan, std::string_view transform, ElementType element,
@@ -24,11 +25,15 @@ void launch_log_softmax_backward(const Plan& plan, std::string_view transform, E
 void launch_token_statistics(const Plan& plan, std::string_view transform, ElementType element,
                              const TokenStatisticsArguments& arguments, Stream stream);
 
-// Numbers in the table for look-ups in global memory of a transform, TransformArguments::table; 0 for one that has
-// none.
+// How many numbers the table for look-ups in global memory has (TransformArguments::table); 0 for a transform without
+// one.
 int64_t table_numbers(std::string_view transform, int64_t size);
 // Fills it.
 void launch_fill_table(std::string_view transform, const TransformArguments& arguments, float* table, Stream stream);
+
+// The coefficients of a PLIF of up to 2^22 pieces, and the gradient of its raw slopes.
+void launch_plif_coefficients(const PlifArguments& arguments, Stream stream);
+void launch_plif_coefficients_backward(const PlifArguments& arguments, Stream stream);
 
 // x *= factor, for numbers next to each other: nothing where the factor is 1, which only the device knows.
 void launch_scale(void* x, ElementType element, int64_t count, const float* factor, int multiprocessors, Stream stream);

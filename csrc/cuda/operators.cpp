@@ -7,20 +7,12 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
-#include <limits>
 #include <string>
 
-#include "../checked.h"
-#include "torch_device.h"
+#include "limits.h"
 
 namespace monosoftmax::cuda {
 namespace {
-
-// Entries of a table are counted in the last bits of a float (arithmetic.cuh).
-constexpr int64_t kMostPieces = 1 << 22;
-// Columns are numbered by int.
-constexpr int64_t kMostColumns = std::numeric_limits<int>::max() / 2;
-const Memory kMemory{&is_ours, "a CUDA device"};
 
 ElementType element_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -39,10 +31,6 @@ void check_rows(const char* name, const Tensor& rows) {
                     " columns; the cuda backend takes up to ", kMostColumns);
   element_of(rows);
 }
-
-const float* data_of(const Optional& tensor) { return tensor.has_value() ? tensor->const_data_ptr<float>() : nullptr; }
-
-Optional contiguous(const Optional& tensor) { return tensor.has_value() ? Optional(tensor->contiguous()) : Optional(); }
 
 Tensor gradient_if(bool wanted, const Tensor& rows) {
   return wanted ? at::empty(rows.sizes(), rows.options()) : nothing_like(rows);
@@ -71,8 +59,8 @@ class Buffers {
   }
   SumsArguments sums() {
     if (!sums_.defined()) return {};
-    return sums_.scalar_type() == at::kDouble ? SumsArguments{nullptr, sums_.mutable_data_ptr<double>()}
-                                              : SumsArguments{sums_.mutable_data_ptr<float>(), nullptr};
+    if (sums_.scalar_type() == at::kDouble) return {.total = sums_.mutable_data_ptr<double>()};
+    return {.partials = sums_.mutable_data_ptr<float>()};
   }
   // The second stage.
   Tensor total() const { return sums_.sum(0, false, at::kDouble).to(at::kFloat); }
@@ -81,10 +69,8 @@ class Buffers {
   Tensor table_, sums_;
 };
 
-template <class Arguments>
-auto take_sums(Arguments& arguments, Buffers& buffers) -> decltype(arguments.sums, void()) {
-  arguments.sums = buffers.sums();
-}
+void take_sums(CrossEntropyArguments& arguments, Buffers& buffers) { arguments.sums = buffers.sums(); }
+void take_sums(LogSoftmaxBackwardArguments& arguments, Buffers& buffers) { arguments.sums = buffers.sums(); }
 void take_sums(LogSoftmaxArguments&, Buffers&) {}
 void take_sums(TokenStatisticsArguments&, Buffers&) {}
 
@@ -145,107 +131,65 @@ class RowCall {
   Tensor coefficients_;
 };
 
-// A call of the loss. Holds what the arguments of the kernel point into.
-class LossCall {
- public:
-  LossCall(const Tensor& rows, const Tensor& target, const groups::Transform& transform,
-           const groups::LossOptions& options)
-      : on_rows_(rows, transform) {
-    check_weight(options.weight, rows);
-    check_indices(target, rows);
-    target_ = target.contiguous();
-    weight_ = contiguous(options.weight);
-    if (weight_.has_value() && options.label_smoothing > 0) weight_sum_ = weight_->sum(at::kDouble).to(at::kFloat);
-    arguments_.target = target_.const_data_ptr<int64_t>();
-    arguments_.ignore_index = options.ignore_index;
-    arguments_.label_smoothing = static_cast<float>(options.label_smoothing);
-    arguments_.z_loss = static_cast<float>(options.z_loss);
-    arguments_.weight = data_of(weight_);
-    arguments_.weight_sum = data_of(weight_sum_);
-    arguments_.return_lse = options.return_lse;
-  }
-
-  at::TensorOptions numbers() const { return on_rows_.numbers(); }
-
-  void want_losses(groups::RowResults& results) {
-    arguments_.losses = true;
-    arguments_.loss = results.loss.mutable_data_ptr<float>();
-    arguments_.lse = results.lse.mutable_data_ptr<float>();
-    take_stats(results.row_stats);
-  }
-  void have_losses(const Tensor& row_stats) {
-    arguments_.losses = false;
-    take_stats(row_stats);
-  }
-  void take_upstream(const groups::Upstream& upstream) {
-    grad_loss_ = upstream.loss.has_value() ? *upstream.loss : at::zeros({}, numbers());
-    const bool one_for_all = grad_loss_.dim() == 0 || (grad_loss_.size(0) > 0 && grad_loss_.stride(0) == 0);
-    if (!one_for_all) grad_loss_ = grad_loss_.contiguous();
-    grad_lse_ = contiguous(upstream.lse);
-    arguments_.grad_loss = grad_loss_.const_data_ptr<float>();
-    arguments_.grad_loss_stride = one_for_all ? 0 : 1;
-    arguments_.grad_lse = data_of(grad_lse_);
-    arguments_.factor = data_of(upstream.factor);
-  }
-  void want_grad_rows(Tensor& grad_rows) {
-    arguments_.grad_input = grad_rows.mutable_data_ptr();
-    arguments_.grad_stride = grad_rows.stride(0);
-  }
-
-  // Returns the gradient of the coefficients.
-  Tensor run(groups::OutputMask mask) {
-    PlanRequest request = on_rows_.request();
-    request.losses = arguments_.losses;
-    request.coefficients = on_rows_.has_sums(mask);
-    request.gradient = mask.rows || request.coefficients;
-    request.weighted_smoothing = weight_sum_.has_value();
-    if (!request.losses && !request.gradient) return on_rows_.without_sums(mask);
-    return on_rows_.run(request, mask, arguments_, &launch_cross_entropy);
-  }
-
- private:
-  void take_stats(const Tensor& row_stats) {
-    arguments_.largest = row_stats.mutable_data_ptr<float>();
-    arguments_.sum = arguments_.largest + row_stats.size(1);
-  }
-
-  RowCall on_rows_;
-  Tensor target_, grad_loss_;
-  Optional weight_, weight_sum_, grad_lse_;
-  CrossEntropyArguments arguments_{};
-};
-
 groups::RowResults cross_entropy(const Tensor& rows, const Tensor& target, const groups::Transform& transform,
                                  const groups::LossOptions& options, const std::optional<groups::Upstream>& upstream,
                                  const Optional& row_stats, groups::OutputMask mask, const Optional& grad_rows) {
-  LossCall call(rows, target, transform, options);
+  const RowCall call(rows, transform);
+  check_weight(options.weight, rows);
+  check_indices(target, rows);
   check_upstream(upstream, rows, mask);
   check_grad_rows(kMemory, grad_rows, rows, mask);
-  TORCH_CHECK_VALUE(!upstream.has_value() || !upstream->factor.has_value() ||
-                        (row_stats.has_value() && grad_rows.has_value() && !mask.coefficients),
+  const auto [given_loss, given_lse, factor] = upstream.value_or(groups::Upstream{});
+  TORCH_CHECK_VALUE(!factor.has_value() || (row_stats.has_value() && grad_rows.has_value() && !mask.coefficients),
                     "monosoftmax: a factor is for the gradient of rows of an earlier call, in grad_rows");
-  const auto numbers = [&](c10::IntArrayRef shape) { return at::empty(shape, call.numbers()); };
-  const int64_t count = rows.size(0);
-  groups::RowResults results;
-  Tensor stats;
-  if (row_stats.has_value()) {
-    check_beside("row_stats", *row_stats, rows, {2, count});
-    stats = row_stats->contiguous();
-    results = {numbers({0}), numbers({0}), numbers({0})};
-    call.have_losses(stats);
-  } else {
-    results = {numbers({count}), numbers({count}), numbers({2, count})};
-    call.want_losses(results);
-    // The kernel that computes both has upstream gradients of the losses only.
-    if (mask.any() && upstream->lse.has_value()) {
-      call.run({});
-      call.have_losses(results.row_stats);
-    }
-  }
+  groups::RowResults results = room_for_losses(rows, 2, row_stats);
   results.grad_rows = grad_rows.has_value() ? *grad_rows : gradient_if(mask.rows, rows);
-  if (mask.any()) call.take_upstream(*upstream);
-  if (mask.rows) call.want_grad_rows(results.grad_rows);
-  results.grad_coefficients = call.run(mask);
+  const Tensor targets = target.contiguous();
+  const Optional weight = contiguous(options.weight), grad_lse = contiguous(given_lse);
+  Optional weight_sum;
+  if (weight.has_value() && options.label_smoothing > 0) weight_sum = weight->sum(at::kDouble).to(at::kFloat);
+  const Tensor stats = row_stats.has_value() ? row_stats->contiguous() : results.row_stats;
+  CrossEntropyArguments arguments{.target = targets.const_data_ptr<int64_t>(),
+                                  .ignore_index = options.ignore_index,
+                                  .label_smoothing = static_cast<float>(options.label_smoothing),
+                                  .z_loss = static_cast<float>(options.z_loss),
+                                  .weight = data_of<float>(weight),
+                                  .weight_sum = data_of<float>(weight_sum),
+                                  .losses = !row_stats.has_value(),
+                                  .return_lse = options.return_lse,
+                                  .loss = results.loss.mutable_data_ptr<float>(),
+                                  .lse = results.lse.mutable_data_ptr<float>(),
+                                  .largest = stats.mutable_data_ptr<float>(),
+                                  .sum = stats.mutable_data_ptr<float>() + rows.size(0),
+                                  .factor = data_of<float>(factor)};
+  const auto run = [&](groups::OutputMask wanted) {
+    PlanRequest request = call.request();
+    request.losses = arguments.losses;
+    request.coefficients = call.has_sums(wanted);
+    request.gradient = wanted.rows || request.coefficients;
+    request.weighted_smoothing = weight_sum.has_value();
+    if (!request.losses && !request.gradient) return call.without_sums(wanted);
+    return call.run(request, wanted, arguments, &launch_cross_entropy);
+  };
+  if (arguments.losses && mask.any() && grad_lse.has_value()) {
+    // The kernel that computes both has upstream gradients of the losses only.
+    run({});
+    arguments.losses = false;
+  }
+  Tensor grad_loss;
+  if (mask.any()) {
+    grad_loss = given_loss.has_value() ? *given_loss : at::zeros({}, call.numbers());
+    const bool one_for_all = grad_loss.dim() == 0 || (grad_loss.size(0) > 0 && grad_loss.stride(0) == 0);
+    if (!one_for_all) grad_loss = grad_loss.contiguous();
+    arguments.grad_loss = grad_loss.const_data_ptr<float>();
+    arguments.grad_loss_stride = one_for_all ? 0 : 1;
+    arguments.grad_lse = data_of<float>(grad_lse);
+  }
+  if (mask.rows) {
+    arguments.grad_input = results.grad_rows.mutable_data_ptr();
+    arguments.grad_stride = results.grad_rows.stride(0);
+  }
+  results.grad_coefficients = run(mask);
   return results;
 }
 
@@ -267,9 +211,7 @@ std::tuple<Tensor, Tensor> log_softmax_backward(const Tensor& grad_output, const
                                                 const groups::Transform& transform, const Tensor& row_stats,
                                                 groups::OutputMask mask) {
   const RowCall call(rows, transform);
-  check_beside("grad_output", grad_output, rows, rows.sizes(), grad_output.scalar_type());
-  const Tensor grad = grad_output.stride(1) == 1 ? grad_output : grad_output.contiguous();
-  check_rows("grad_output", grad);
+  const Tensor grad = checked_like(kMemory, "grad_output", grad_output, rows);
   check_beside("row_stats", row_stats, rows, {2, rows.size(0)});
   const Tensor stats = row_stats.contiguous();
   Tensor grad_rows = gradient_if(mask.rows, rows);
@@ -294,9 +236,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_statistics(const Tensor
   const RowCall call(rows, transform);
   check_indices(target, rows);
   const Tensor targets = target.contiguous();
-  const auto empty = [&](const at::TensorOptions& options) { return at::empty({rows.size(0)}, options); };
-  Tensor log_prob = empty(call.numbers()), entropy = empty(call.numbers()), lse = empty(call.numbers());
-  Tensor argmax = empty(target.options()), rank = empty(target.options());
+  auto results = room_for_statistics(rows);
+  auto& [log_prob, entropy, argmax, lse, rank] = results;
   TokenStatisticsArguments arguments{.target = targets.const_data_ptr<int64_t>(),
                                      .ignore_index = ignore_index,
                                      .log_prob = log_prob.mutable_data_ptr<float>(),
@@ -305,12 +246,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_statistics(const Tensor
                                      .argmax = argmax.mutable_data_ptr<int64_t>(),
                                      .rank = rank.mutable_data_ptr<int64_t>()};
   call.run(call.request(), {}, arguments, &launch_token_statistics);
-  return {log_prob, entropy, argmax, lse, rank};
+  return results;
 }
 
 }  // namespace
 
-const RowOperators kRowOperators{&cross_entropy, &token_statistics, &log_softmax, &log_softmax_backward};
+const RowOperators kRowOperators{&cross_entropy,        &token_statistics,  &log_softmax,
+                                 &log_softmax_backward, &plif_coefficients, &plif_coefficients_backward};
 
 void scale_(const Tensor& tensor, const Tensor& factor) {
   TORCH_CHECK_VALUE(is_ours(tensor) && tensor.is_contiguous(),

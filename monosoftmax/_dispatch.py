@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
     enable_single_level_autograd_function,
 )
-from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 
 _functorch = torch._C._functorch
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -134,7 +134,7 @@ def register_autograd(
     them as the caller had them. To be deleted once torch has mended pytorch#168393 and #191995.
     """
 
-    class Derivative(_SingleLevelFunction):
+    class Derivative(SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
             *inputs, run = arguments

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._dispatch import unobserved
+from .._dispatch import SingleLevelFunction, unobserved
 from ..row_kernels import RowKernels, kernels_for
 from .base import (
     MOST_PIECES,
@@ -44,7 +44,7 @@ def _coefficients(raw_slope: Tensor, bound: float, min_slope: float) -> Tensor:
     return torch.stack([slopes, values.to(slopes.dtype)])
 
 
-class _Coefficients(torch.autograd.Function):
+class _Coefficients(SingleLevelFunction):
     """:func:`_coefficients` by one kernel each way, where twenty small ones would cost more than the loss."""
 
     @staticmethod
@@ -166,7 +166,7 @@ class PLIF(MonotonicTransform):
         kernels = kernels_for(raw.device.type) if unobserved((raw,)) else None
         if kernels is None:
             return _coefficients(raw, self.bound, self.min_slope)
-        coefficients: Tensor = _Coefficients.apply(raw, self.bound, self.min_slope, kernels)  # type: ignore[no-untyped-call]
+        coefficients: Tensor = _Coefficients.apply(raw, self.bound, self.min_slope, kernels)  # type: ignore[attr-defined]
         return coefficients
 
     def constants(self) -> tuple[float, ...]:

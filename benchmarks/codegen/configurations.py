@@ -14,9 +14,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from monosoftmax import transforms
+from monosoftmax.groups import Head, LossOptions, Transform, Upstream
 from monosoftmax.triton_kernels import head_tiles, linear_cross_entropy, linear_cross_entropy_backward, operators
 from monosoftmax.triton_kernels import launch as launchers
 
@@ -54,12 +54,14 @@ BACKWARD = "backward"
 STATISTICS = "token statistics"
 LOG_SOFTMAX = "log_softmax"
 LOG_SOFTMAX_BACKWARD = "log_softmax backward"
+#: PLIF's table from its parameter, and the way back: no kernels over rows.
+COEFFICIENTS = "coefficients"
+COEFFICIENTS_BACKWARD = "coefficients backward"
 
 #: The head whose logits are in no memory.
 HEAD_LOSS = "recomputed head: loss"
 HEAD_BACKWARD = "recomputed head: gradients"
 _HEAD_ROWS, _HEAD_FEATURES = 4096, 1024
-_NO_OPTIONS = launchers.LossOptions(None, -100, 0.0, 0.0)
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -113,56 +115,53 @@ class Configuration:
     def _call(self) -> Callable[[], object]:
         name, settings = TRANSFORMS[self.transform]
         transform = transforms.make(name, **settings)
-        f = (transform.coefficients().detach().contiguous(), name, list(transform.constants()))
+        f = Transform(transform.coefficients().detach().contiguous(), name, list(transform.constants()))
         if self.operator in (HEAD_LOSS, HEAD_BACKWARD):
-            return self._head_call(*f)
+            return self._head_call(f)
+        if self.operator == COEFFICIENTS:
+            return partial(operators.plif_coefficients, torch.empty(f.coefficients.shape[1]), 20.0, 0.01)
+        if self.operator == COEFFICIENTS_BACKWARD:
+            raw_slope = torch.empty(f.coefficients.shape[1])
+            return partial(operators.plif_coefficients_backward, f.coefficients, raw_slope, 20.0, 0.01)
         logits = torch.empty(ROWS, self.classes + (_WIDER if self.sliced else 0), dtype=_DTYPES[self.dtype])
         if self.sliced:
             logits = logits[:, 1 : self.classes + 1]
         target = torch.zeros(ROWS, dtype=torch.int64)
         stats = torch.empty(2, ROWS)
-        weight: Tensor | None = torch.ones(self.classes) if self.all_options else None
-        how = (-100, 0.1, 1e-4) if self.all_options else (-100, 0.0, 0.0)
         coefficients = self.transform not in _WITHOUT_COEFFICIENTS
-        if self.operator in (LOSS, LOSS_INPUT, LOSS_ALL):
-            scale = None if self.operator == LOSS else torch.ones(())
-            return partial(
-                operators.cross_entropy, logits, target, weight, *f, *how, self.all_options, scale,
-                self.operator != LOSS, self.operator == LOSS_ALL and coefficients,
-            )  # fmt: skip
-        if self.operator == LOSS_IN_PLACE:
-            return partial(
-                operators.cross_entropy_, logits, target, weight, *f, *how, self.all_options, torch.ones(()),
-                coefficients,
-            )  # fmt: skip
+        loss = partial(operators.cross_entropy, logits, target, f, self._options())
+        if self.operator == LOSS:
+            return partial(loss, None, None, (False, False), None)
         if self.operator == BACKWARD:
-            upstream = torch.ones(ROWS), torch.ones(ROWS) if self.all_options else None
+            upstream = Upstream(torch.ones(ROWS), torch.ones(ROWS) if self.all_options else None)
+            return partial(loss, upstream, stats, (True, coefficients), None)
+        if self.operator in (LOSS_INPUT, LOSS_ALL, LOSS_IN_PLACE):
+            mask = True, self.operator != LOSS_INPUT and coefficients
             return partial(
-                operators.cross_entropy_backward, *upstream, logits, target, weight, *f, stats, *how, True, coefficients
+                loss, Upstream(torch.ones(())), None, mask, logits if self.operator == LOSS_IN_PLACE else None
             )
         if self.operator == STATISTICS:
-            return partial(operators.token_statistics, logits, target, *f, -100)
+            return partial(operators.token_statistics, logits, target, f, -100)
         if self.operator == LOG_SOFTMAX:
-            return partial(operators.log_softmax, logits, *f, logits.dtype)
-        return partial(operators.log_softmax_backward, torch.empty_like(logits), logits, *f, stats, True, coefficients)
+            return partial(operators.log_softmax, logits, f, logits.dtype)
+        return partial(operators.log_softmax_backward, torch.empty_like(logits), logits, f, stats, (True, coefficients))
 
-    def _head_call(self, coefficients: Tensor, name: str, constants: list[float]) -> Callable[[], object]:
+    def _options(self) -> LossOptions:
+        if self.all_options:
+            return LossOptions(torch.ones(self.classes), -100, 0.1, 1e-4, True)
+        return LossOptions(None, -100, 0.0, 0.0, False)
+
+    def _head_call(self, f: Transform) -> Callable[[], object]:
         input, weight = (torch.empty(n, _HEAD_FEATURES, dtype=_DTYPES[self.dtype]) for n in (_HEAD_ROWS, self.classes))
-        target = torch.zeros(_HEAD_ROWS, dtype=torch.int64)
-        call = launchers.Call.of(name, coefficients, constants)
         every = self.all_options
-        bias = torch.empty(self.classes, dtype=input.dtype) if every else None
-        options = launchers.LossOptions(torch.ones(self.classes), -100, 0.1, 1e-4) if every else _NO_OPTIONS
+        head = Head(input, weight, torch.empty(self.classes, dtype=input.dtype) if every else None)
+        loss = launchers.RowLoss.of(torch.zeros(_HEAD_ROWS, dtype=torch.int64), f, self._options())
         if self.operator == HEAD_LOSS:
-            return partial(
-                linear_cross_entropy.recompute_forward, call, input, weight, bias, target, options, return_lse=every
-            )
-        upstream = launchers.Upstream(torch.ones(()), torch.ones(_HEAD_ROWS) if every else None)
-        return partial(
-            linear_cross_entropy_backward.recompute_backward, call, upstream, input, weight, bias, target, options,
-            torch.ones(2, _HEAD_ROWS), need_input=True, need_weight=True, need_bias=every,
-            need_coefficients=self.transform not in _WITHOUT_COEFFICIENTS,
-        )  # fmt: skip
+            return partial(linear_cross_entropy.recompute_forward, head, loss)
+        upstream = Upstream(torch.ones(()), torch.ones(_HEAD_ROWS) if every else None)
+        mask = True, True, every, self.transform not in _WITHOUT_COEFFICIENTS
+        stats = torch.ones(2, _HEAD_ROWS)
+        return partial(linear_cross_entropy_backward.recompute_backward, head, loss, upstream, stats, mask)
 
 
 @contextmanager
@@ -210,6 +209,11 @@ def configurations() -> list[Configuration]:
         Configuration(transform, operator)
         for operator in (HEAD_LOSS, HEAD_BACKWARD)
         for transform in ("identity", "plif-64", "spline-16")
+    ]
+    found += [
+        Configuration(transform, operator, dtype="fp32")
+        for operator in (COEFFICIENTS, COEFFICIENTS_BACKWARD)
+        for transform in ("plif-64", "plif-1000")
     ]
     return found
 

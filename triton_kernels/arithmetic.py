@@ -1,9 +1,9 @@
 """Functions of a tensor of float32 that the transforms and the kernels share.
 
-On NVIDIA GPUs they compile to the special function unit's ex2, lg2 and rcp with subnormal numbers flushed to 0: 1 to 3
-instructions, where ``tl.exp``, ``tl.log2`` and ``/`` take 5, 31 and 10 (Triton 3.7.1, sm_90) to be right for subnormal
-numbers, too, which a probability may well round to 0. What these units round is 2 ulp; exp rounds the product with
-log2(e) before.
+On NVIDIA GPUs they compile to ex2, lg2 and rcp of the special function unit, which flush subnormal numbers to 0, in 1
+to 3 instructions. ``tl.exp``, ``tl.log2`` and ``/`` take 5, 31 and 10 (Triton 3.7.1, sm_90), since they are right for
+subnormal numbers, too. A probability as small as that may be 0. The unit's error is up to 2 ulp; exp also rounds the
+product with log2(e).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def exp(x):
 
 @triton.jit
 def decay(x):
-    """e^-|x|. A minus sign would be a subtraction from 0 (-0 is another number): the constant has it."""
+    """e^-|x|. The constant is negative because Triton compiles -x to a subtraction, one more instruction."""
     return libdevice.exp2(tl.abs(x) * -LOG2_E)
 
 
@@ -52,7 +52,7 @@ def log(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for 0 <= x <= 1, with an absolute error of 2e-7: what the rounding of 1 + x leaves."""
+    """log(1 + x) for 0 <= x <= 1, with an absolute error of 2e-7 from the rounding of 1 + x."""
     return log(1.0 + x)
 
 
@@ -65,7 +65,7 @@ def clamp(x, lo, hi):
 
 @triton.jit
 def clamp_index(x, last):
-    """floor(x) in [0, last] as int32. NaN becomes 0: the result may be used as an index."""
+    """floor(x) in [0, last] as int32. NaN becomes 0, so that the result is always a valid index."""
     return tl.minimum(tl.maximum(x, 0.0), last).to(tl.int32)
 
 
@@ -105,5 +105,5 @@ def pair_of(low, high):
 
 @triton.jit
 def entry_at(base, index, bytes: tl.constexpr, dtype: tl.constexpr):
-    """A pointer to what begins ``bytes`` * index bytes after base, whatever it points to."""
+    """A pointer to a ``dtype``, ``bytes`` * index bytes after base, whatever base points to."""
     return (base.to(tl.pointer_type(tl.int8)) + index.to(tl.int64) * bytes).to(tl.pointer_type(dtype))

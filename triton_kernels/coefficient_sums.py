@@ -1,19 +1,22 @@
 """Sums over logits of dL/dy * df/dcoefficient: the gradients of the coefficients.
 
-A program adds up the rows that it is given, and a second stage in PyTorch adds up the programs, in float64 and in one
-order. Where a logit contributes to all coefficients (a vector), each lane keeps them in registers. Where it contributes
-to those of its piece (a table of K pieces), :func:`regime_of` chooses by K:
+A program adds up the contributions of its rows. A second stage, in PyTorch, adds up the programs in float64 and in a
+fixed order. If the coefficients are a vector, each logit contributes to all of them, and each lane keeps the sums in
+registers. If they are a table of K pieces, a logit contributes to the coefficients of its piece, and :func:`regime_of`
+chooses by K:
 
-- ``"registers"``: each lane keeps the whole table in registers, and adds to each piece what falls into it, or 0.
+- ``"registers"``: each lane keeps the whole table in registers. It adds the contribution to the piece of the logit,
+  and 0 to the other pieces.
 - ``"lanes"``: each lane has a table of its own, in memory that is small enough for the L2 cache. No two threads share
-  an address, and the additions of one follow each other, so that sums are the same in every run: no atomics. That rests
-  on one layout for all accesses to the tables, in which a lane is always the same thread's; a test reads it from the
-  code.
-- ``"global"``: one table for all, to which every logit is added by atomics, in an order that changes from run to run.
-- ``"written"``: contributions are written, for PyTorch to add up in a fixed order; where determinism is asked for.
+  an address, and each thread adds in program order. So no atomics are needed, and sums are the same in every run. This
+  holds only if every access to the tables has one layout, in which a lane always belongs to the same thread: a test
+  reads the layout from the compiled code.
+- ``"global"``: all programs share one table, to which they add by atomics, in an order that changes from run to run.
+- ``"written"``: the kernel writes every contribution, and PyTorch adds them up in a fixed order. It takes the place of
+  ``"global"`` under ``torch.use_deterministic_algorithms``.
 
-Per logit, with PLIF's two rows: 5 K instructions; a load, 2 additions and a store of 8 bytes; 2 atomics; 3 stores.
-Memory of a program's lanes: 8 LANES K bytes.
+Cost for each logit, with PLIF's two rows, in this order: 5 K instructions; a load, 2 additions and a store of 8 bytes;
+2 atomics; 3 stores. The tables of a program's lanes take 8 LANES K bytes.
 """
 
 from __future__ import annotations
@@ -24,9 +27,9 @@ import triton.language as tl
 from .arithmetic import entry_at, halves_of, pair_of
 from .tiles import split_columns
 
-#: Up to so many coefficients a table is kept in registers; up to so many pieces each lane has its own. A loss with all
-#: gradients took 61 instructions a logit with 4 pieces in registers, 45 with tables of the lanes (PLIF, bf16, sm_90);
-#: what these cost in traffic to the L2 cache nobody has measured.
+#: The most coefficients of a table in registers, and the most pieces of a table of a lane. A loss with all gradients
+#: took 61 instructions for each logit with 4 pieces in registers, and 45 with tables of the lanes (PLIF, bf16, sm_90).
+#: The traffic of these tables to the L2 cache has not been measured.
 _REGISTERS, _LANES = 2, 256
 
 
@@ -44,7 +47,7 @@ def begin_sums(
     lanes, program,
     size: tl.constexpr, table_rows: tl.constexpr, regime: tl.constexpr, count: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """``count`` sums [LANES] of nothing, and the program's part of ``lanes``, set to 0 where it has one."""
+    """Returns ``count`` sums [LANES] of 0, and the program's part of ``lanes``, which it sets to 0."""
     sums = ()
     for _ in tl.static_range(count):
         sums = sums + (tl.zeros((LANES,), tl.float32),)
@@ -62,10 +65,10 @@ def add_contributions(
     functions: tl.constexpr, size: tl.constexpr, groups: tl.constexpr, table_rows: tl.constexpr, regime: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """``sums`` with a tile's weight * df/dcoefficient, for the logits z and f's point ``at_z`` there.
+    """Returns ``sums`` with a tile's contributions, weight * df/dcoefficient at the logits z. ``at_z`` is f's point.
 
-    "global" adds them to ``totals`` [table_rows, size]; "written" stores them in ``totals`` [table_rows, elements] at
-    ``index``, and the pieces in ``lanes`` [elements]. Their weights are 0 where not ``inside``.
+    "global" adds the contributions to ``totals`` [table_rows, size]. "written" stores them in ``totals`` [table_rows,
+    elements] at ``index``, and their pieces in ``lanes`` [elements]. ``weight`` is 0 where not ``inside``.
     """
     if regime == "registers":
         return _add_to_registers(sums, z, at_z, weight, parameters, functions[3], size, groups, table_rows)
@@ -108,7 +111,7 @@ def _add_to_registers(
     sums, z, at_z, weight, parameters,
     contributions: tl.constexpr, size: tl.constexpr, groups: tl.constexpr, table_rows: tl.constexpr,
 ):  # fmt: skip
-    """``sums`` with a tile's contributions: to a vector, group by group; to a table, row by row to each piece."""
+    """Returns ``sums`` with a tile's contributions: to a vector group by group, to a table row by row."""
     updated = ()
     if table_rows > 0:
         terms = contributions(0, at_z, z, weight, parameters, size)
@@ -126,9 +129,9 @@ def _add_to_registers(
 
 @triton.jit
 def _add_to_lanes(lanes, terms, piece, size: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """Adds a tile's contributions, a tuple of [LANES, WIDTH] for each row of the table, to the table of each lane.
+    """Adds a tile's contributions to the tables of the lanes. ``terms`` has a [LANES, WIDTH] for each row of a table.
 
-    The WIDTH logits of a lane may lie in one piece: they are added one after the other.
+    The WIDTH logits of a lane may lie in the same piece. So they are added one after the other.
     """
     pieces = split_columns(piece, WIDTH)
     of_lane = lanes + tl.arange(0, LANES)

@@ -5,17 +5,17 @@
 
 for upstream gradients g of the loss and h of lse, as :mod:`monosoftmax.reference` and ``csrc/row/loss.h`` have it.
 
-One kernel, three uses: the losses; the gradients, from the row_stats of an earlier call; both. A program takes every
-num_programs-th row, or one where there are no sums to keep. Memory traffic per logit: the losses read it once; a
-gradient reads it once and writes once; both together read it once from memory and once more from a cache. Arithmetic is
-float32, each result is rounded once. A target outside [0, V) that is not ignore_index is read nowhere and makes its row
-NaN. The columns may be those of a shard of the vocabulary: then ``column_offset`` is its first class, targets and
-``weight`` are of all classes, and the row_stats that gradients are formed from those of whole rows.
+One kernel has three uses: it computes the losses; or the gradients, from the row_stats of an earlier call; or both. A
+program takes every num_programs-th row, or one row if it keeps no sums. Memory traffic for each logit: the losses read
+it once. A gradient reads it once and writes once. Both together read it once from memory and once more from a cache.
+Arithmetic is float32, and each result is rounded once. A target outside [0, V) that is not ignore_index is not used as
+an index, and makes its row NaN. The columns may be those of a shard of the vocabulary. Then ``column_offset`` is the
+first class of the shard, targets and ``weight`` count all classes, and gradients need the row_stats of whole rows.
 
 Hazards: a lane beyond V is masked after f, since f(-inf) may be finite. The gradient of the target's column is formed
-in float32, as its two parts cancel where p is next to 1. Rows that are ignored may hold anything, and their gradient is
-0: they are not loaded. grad_input may be input: a thread reads what it writes, and reads it first; the target's logit
-is read by all threads, before a barrier, and overwritten by one, after it.
+in float32, as its two parts cancel where p is next to 1. Rows that are ignored may hold anything: they are not loaded,
+and their gradient is 0. grad_input may be input. Then each thread reads a logit before it overwrites this logit. The
+target's logit is read by all threads, before a barrier, and overwritten by one thread, after the barrier.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def cross_entropy_kernel(
 ):  # fmt: skip
     """See :mod:`.launch` for the arguments.
 
-    ``losses``: scan the rows and write loss, lse and row_stats (``partial``: what a shard of the columns contributes).
-    ``gradient``: write grad_input; ``has_factor``: for upstream gradients times factor, or not at all where it is 1, as
-    grad_input is what it would be then. ``regime`` other than "none": sum the contributions to f's coefficients.
+    ``losses``: scan the rows, and write loss, lse and row_stats (``partial``: row_stats, target_y and weighted_y of a
+    shard). ``gradient``: write grad_input. ``has_factor``: multiply grad_loss by factor; if factor is 1, do nothing,
+    since grad_input has the result already. ``regime`` other than "none": sum the contributions to f's coefficients.
     """
     program = tl.program_id(0)
     parameters = functions[0](coefficients, size, c0, c1, c2)
@@ -86,7 +86,7 @@ def cross_entropy_kernel(
             row_loss, row_lse = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
             if return_lse | (t != ignore_index):
                 of_target = functions[1](tl.load(start + (at + shift)).to(tl.float32), parameters, size)
-                # The sum of V numbers of the size of y would lose the loss.
+                # Subtracted from every y: in a sum of V numbers of the size of y, rounding would hide the loss.
                 reference = tl.where(tl.abs(of_target) < float("inf"), of_target, 0.0)
                 if partial:
                     reference = 0.0
@@ -111,7 +111,8 @@ def cross_entropy_kernel(
                     row_loss = tl.where(valid, row_loss, float("nan"))
                     row_loss = tl.where(ignored, 0.0, row_loss)
             if gradient & (LANES <= 64):
-                # In one warp: sums of more end in a barrier.
+                # All threads must have read the target's logit before one overwrites it. With more than one warp, the
+                # sums above end in a barrier already.
                 tl.debug_barrier()
             tl.store(row_stats + row, largest)
             tl.store(row_stats + rows + row, total)
@@ -134,7 +135,8 @@ def cross_entropy_kernel(
             of_p = of_target
             if smooths:
                 of_p += of_weight * all_weights
-            # A row of -inf only has no p: NaN, as its loss. One that is not present has the gradient 0 * p, p finite.
+            # A row of -inf only has no p: its gradient is NaN, as its loss is. A row that is not present has the
+            # gradient 0 * p, for which p must be finite.
             inverse = tl.where((total == 0) | ~(valid | ignored), float("nan"), 1.0 / total)
             inverse = tl.where(present, inverse, 0.0)
             largest = tl.where(present, largest, 0.0)
@@ -192,7 +194,10 @@ def _gradient_of_y(
     functions: tl.constexpr, size: tl.constexpr, smooths: tl.constexpr, has_extra: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """z as it is used, f there, and dL/dy. of_p and extra are divided by the row's sum; target_place is in the tile."""
+    """Returns z, raised to LOWEST at least, f's point there, and dL/dy.
+
+    ``of_p`` and ``extra`` are divided by the row's sum already. ``target_place`` is a position in the tile.
+    """
     z = tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     at_z = functions[2](z, parameters, size)
     e = exp(at_z[0] - largest)

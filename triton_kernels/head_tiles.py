@@ -1,8 +1,9 @@
 """What the recompute head's kernels share: tiles of logits that exist in registers only.
 
-A tile [BN, BV] is the product of BN rows of input and BV rows of linear_weight, summed over d in float32. What
-follows, f and the loss, takes several times the registers of its logits: a tile goes through it in column parts, one
-after the other (:func:`column_parts`). Whole, one of 128 x 128 with PLIF spilled 2000 bytes of a thread (sm_90).
+A tile [BN, BV] is the product of BN rows of input and BV rows of linear_weight, summed over d in float32. f and the
+loss, which follow, take several times as many registers as the logits. So the kernels apply them to the column parts of
+a tile, one after the other (:func:`column_parts`). Applied to a whole tile of 128 x 128, PLIF spilled 2000 bytes of
+each thread (sm_90).
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from .launch import Call, RowLoss
 def load_tile(
     source, row, column, rows, columns, stride, DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """The tile [ROWS, COLUMNS] at (row, column) of a matrix, which is 0 beyond its rows and columns.
+    """The tile [ROWS, COLUMNS] at (row, column) of a matrix; 0 beyond the rows and columns of the matrix.
 
-    DESCRIPTORS: source is a tensor descriptor, and else a pointer.
+    DESCRIPTORS: source is a tensor descriptor, not a pointer.
     """
     if DESCRIPTORS:
         return source.load([row, column])
@@ -51,7 +52,7 @@ def logits_tile(
 
 @triton.jit
 def column_parts(tile, PARTS: tl.constexpr):
-    """The PARTS (a power of two) column parts of a tile, from left to right; each stays in the registers it is in."""
+    """The PARTS (a power of two) column parts of a tile, from left to right. No element changes its register."""
     if PARTS == 1:
         return (tile,)
     else:
@@ -75,7 +76,7 @@ def join_columns(parts):
 
 @triton.jit
 def place_of(program, row_blocks, others, GROUP: tl.constexpr):
-    """(row block, other) of a program: GROUP row blocks take turns, so that they read the same weights at one time."""
+    """(row block, other) of a program. GROUP row blocks take turns, so that they read the same weights together."""
     per_group = GROUP * others
     first = program // per_group * GROUP
     members = tl.minimum(row_blocks - first, GROUP)
@@ -85,7 +86,7 @@ def place_of(program, row_blocks, others, GROUP: tl.constexpr):
 
 @triton.jit
 def load_targets(target, r, rows, column_offset, classes, all_classes, ignore_index):
-    """Of rows r: the target; its column, or -1 where that is not among these; whether it is valid; whether ignored."""
+    """For rows r: the target; its column, or -1 if another shard has it; whether it is valid; whether it is ignored."""
     t = tl.load(target + r, mask=r < rows, other=ignore_index)
     ignored = t == ignore_index
     valid = (t >= 0) & (t < all_classes) & ~ignored
@@ -95,9 +96,9 @@ def load_targets(target, r, rows, column_offset, classes, all_classes, ignore_in
 
 
 class HeadTile(NamedTuple):
-    """BN rows, BV classes and BD features of a tile, the PARTS that follow one another, warps, and pipeline stages.
+    """A tile of BN rows, BV classes and BD features, its column PARTS, and the warps and pipeline stages of a launch.
 
-    ``registers`` of a thread where ptxas is to be told: it spills a few bytes to stay below 128 otherwise.
+    ``registers`` is the limit for a thread, 0 for none. Without a limit ptxas may spill a few bytes to stay below 128.
     """
 
     BN: int
@@ -109,18 +110,19 @@ class HeadTile(NamedTuple):
     registers: int = 0
 
     def arguments(self) -> dict[str, Any]:
-        """What a kernel is compiled for."""
+        """The constants and compiler options of a kernel."""
         sizes = {"BN": self.BN, "BV": self.BV, "BD": self.BD, "PARTS": self.PARTS, "GROUP": GROUP}
         options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
         return sizes | options | ({"maxnreg": self.registers} if self.registers else {})
 
 
-#: Row blocks whose programs take turns, so that they read the same tiles of linear_weight while an L2 cache has them.
+#: The number of row blocks whose programs take turns: they read a tile of linear_weight while the L2 cache has it.
 GROUP = 8
 
-#: The tiles of bfloat16 and float16, by family and by how much a transform needs. Measured with Triton 3.7.1, bfloat16,
-#: nine transforms, no options and all of them: most registers of a thread, and KiB of shared memory. Nothing spills,
-#: and all products are the family's matrix instructions (tests/test_codegen.py compiles them).
+#: The tiles for bfloat16 and float16, by family and by the registers that a transform needs. The table has the largest
+#: number of registers of a thread, and KiB of shared memory, with Triton 3.7.1 and bfloat16, of nine transforms without
+#: options and with all of them. Nothing spills, and all products are the family's matrix instructions
+#: (tests/test_codegen.py compiles them).
 #:
 #:            forward light  heavy          backward light heavy
 #:   sm_80    221    48      255    48      255    56      255    56
@@ -129,8 +131,8 @@ GROUP = 8
 #:   sm_120   180    64      184    64      255    48      180    48
 #:   gfx942   178    64      312    32      436    32      424    32
 #:
-#: With larger tiles something spilled: 128 x 256 on sm_90 where smoothed labels are summed, 128 x 128 backward on sm_80
-#: and sm_120 (24 to 232 bytes). Parts narrower than the columns that warps share are computed by each of them.
+#: Larger tiles spilled 24 to 232 bytes: 128 x 256 on sm_90 with smoothed labels, 128 x 128 backward on sm_80 and
+#: sm_120. If a part is narrower than the columns that the warps share, every warp computes all of it.
 FORWARD = {
     ("sm_80", "light"): HeadTile(128, 128, 32, 8, 8, 4),
     ("sm_80", "heavy"): HeadTile(128, 128, 32, 8, 8, 4),
@@ -155,12 +157,12 @@ BACKWARD = {
     ("gfx942", "light"): HeadTile(64, 128, 32, 8, 4, 2),
     ("gfx942", "heavy"): HeadTile(64, 128, 32, 8, 4, 2),
 }
-#: Of float32, whose products are those of single numbers on NVIDIA GPUs.
+#: The tile for float32. NVIDIA GPUs have no matrix instructions for float32: products are fused multiply-adds.
 FLOAT32 = HeadTile(64, 64, 16, 4, 8, 2, 255)
 
 
 def family_of(device: torch.device) -> str:
-    """The row of the tables for a device; Triton's interpreter has that of the oldest."""
+    """The row of the tables for a device. Triton's interpreter takes the row of the oldest family."""
     if device.type != "cuda":
         return "sm_80"
     if torch.version.hip is not None:
@@ -170,12 +172,12 @@ def family_of(device: torch.device) -> str:
 
 
 def forward_tile(loss: RowLoss, input: Tensor) -> HeadTile:
-    """Heavy are tables, and the sums that smoothed labels need."""
+    """The tile of the losses. Tables are heavy, and so are the sums for smoothed labels."""
     return _tile(FORWARD, loss.call.functions.table_rows > 0 or loss.smooths, input)
 
 
 def backward_tile(call: Call, input: Tensor) -> HeadTile:
-    """Heavy are tables, and vectors of more coefficients than a thread has registers for."""
+    """The tile of the gradients. Tables are heavy, and so are vectors that are too long for registers."""
     return _tile(BACKWARD, call.functions.table_rows > 0 or call.size > 8, input)
 
 
@@ -197,5 +199,5 @@ def has_descriptors(device: torch.device, *matrices: Tensor) -> bool:
 
 
 def described(matrix: Tensor, rows: int, columns: int, descriptors: bool) -> Any:
-    """A matrix as the kernels take it: by a descriptor of tiles [rows, columns], or by its pointer."""
+    """The kernels' argument for a matrix: a descriptor of tiles [rows, columns], or the matrix itself."""
     return TensorDescriptor.from_tensor(matrix, [rows, columns]) if descriptors else matrix

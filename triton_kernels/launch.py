@@ -1,6 +1,7 @@
-"""What the launches of the kernels share, and the launcher of the loss kernel, all on the device's stream.
+"""What the launches of the kernels have in common, and the launcher of the loss kernel.
 
-Tile sizes and registers are chosen here, by tables: nothing is tuned when it runs, and nothing waits for the device.
+Tile sizes and registers come from tables and rules in this file. Nothing is tuned at run time, and nothing waits for
+the device.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from .transforms import REGISTRY, TransformFunctions
 
 
 class Tuning(NamedTuple):
-    """Sizes that a launch chooses freely. Benchmarks and tests override them with :func:`tuned`."""
+    """Sizes that change the speed only. Benchmarks and tests override them with :func:`tuned`."""
 
-    #: Lanes of a tile, each a thread.
+    #: Lanes of a tile; each lane is a thread.
     lanes: int = 256
-    #: The same where each lane has a table of its own.
+    #: Lanes of a tile if each lane has a table of its own.
     lanes_with_tables: int = 128
-    #: Programs on each multiprocessor that keep sums.
+    #: Programs on each multiprocessor, if programs keep sums.
     programs: int = 4
 
 
@@ -48,10 +49,10 @@ def tuned(**wishes: int) -> Iterator[None]:
         _tuning = before
 
 
-#: Bytes that the tables of all lanes may take together.
+#: The most bytes that the tables of all lanes take together.
 _TABLE_BYTES = 64 * 2**20
 
-#: Logits whose contributions are written, for PyTorch to add up, at a time.
+#: The regime "written" takes so many logits at a time: their contributions are written, then added up by PyTorch.
 _WRITTEN = 2**24
 
 
@@ -171,7 +172,7 @@ def as_read(upstream: Upstream, like: Tensor) -> Upstream:
 
 
 def lanes_of(classes: int, width: int, most: int) -> int:
-    """LANES: a power of two, as many as a row has use for, up to ``most``."""
+    """LANES: a power of two, enough for a whole row or ``most``, and at least 32."""
     return int(min(most, max(32, triton.next_power_of_2(triton.cdiv(classes, width)))))
 
 

@@ -1,20 +1,20 @@
 """The recompute head: the losses of rows of an LM head whose logits are in no memory, only in registers.
 
-    z = input linear_weight^T + linear_bias,   y = f(z),   and of y the loss of :mod:`.cross_entropy`
+    z = input linear_weight^T + linear_bias,   y = f(z),   and the loss of y as in :mod:`.cross_entropy`
 
-A program has a block of BN rows and a split of the classes, which it goes through in tiles of BV. A thread keeps, for
-each of its rows and every WIDTH-th column, the largest y and sum exp(y - largest) so far, which costs one exponential a
-logit and tells the other threads nothing; they are put together at the end of the split. The splits are then merged as
-shards of the vocabulary are (:func:`.vocabulary_parallel.merge_shards`), and a shard is what is left unmerged.
+A program has a block of BN rows and a split of the classes, which it goes through in tiles of BV. For each of its rows
+and every WIDTH-th column, a thread keeps the largest y and sum exp(y - largest) so far. This costs one exponential for
+each logit, and threads exchange nothing before the end of the split. Then the splits are merged as shards of the
+vocabulary are (:func:`.vocabulary_parallel.merge_shards`). :func:`recompute_shard` gives them unmerged.
 
-Memory: 3 or 4 float32 for each row and split. Traffic: every tile reads (BN + BV) d numbers, from the L2 cache as far
-as GROUP row blocks take turns on the same classes; from memory input is then read once, and linear_weight once for
-GROUP row blocks. Arithmetic: products of the operands' type summed in float32 (float32 ones as they are, not as
-TF32), and nothing is rounded before the loss, so that it is closer to the truth than that of logits in bfloat16. The
-result is the same in every run.
+Memory: 3 or 4 float32 for each row and split. Traffic: every tile reads (BN + BV) d numbers. GROUP row blocks take
+turns on the same classes, so that most reads hit the L2 cache: memory is read once for input, and once for
+linear_weight for every GROUP row blocks. Arithmetic: products in the operands' type (float32 is not cut to TF32),
+summed in float32. Nothing is rounded before the loss, which is thus closer to the truth than a loss of logits in
+bfloat16. The result is the same in every run.
 
 Hazards: a column beyond V is masked after f, since f(-inf) may be finite. A target outside [0, V) that is not
-ignore_index makes its row NaN. What ignored rows hold does not matter; a block of only such rows costs nothing.
+ignore_index makes its row NaN. Ignored rows may hold anything, and a block of ignored rows costs nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .head_tiles import (
 from .launch import RowLoss, ShardResults, multiprocessors, on_device
 from .vocabulary_parallel import merge_shards
 
-#: Programs that a multiprocessor gets, at least where there are classes enough.
+#: The least number of programs for each multiprocessor, if there are classes enough.
 _PROGRAMS = 4
 
 #: Not -inf, so that no thread ever forms inf - inf.
@@ -57,10 +57,10 @@ def linear_cross_entropy_kernel(
     DESCRIPTORS: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """row_stats [splits, 2, rows], target_y and, where labels are smoothed, weighted_y [splits, rows].
+    """Writes row_stats [splits, 2, rows], target_y and, where labels are smoothed, weighted_y [splits, rows].
 
-    ``classes`` of ``all_classes`` begin at ``column_offset``; ``target`` and ``weight`` count all. target_y is -inf
-    where another split or shard has the target. ``every_row``: ignored rows have an lse, too.
+    ``classes`` of ``all_classes`` begin at ``column_offset``; ``target`` and ``weight`` count all classes. target_y is
+    -inf where another split or shard has the target. ``every_row``: compute the row_stats of ignored rows, too.
     """
     row_blocks = tl.cdiv(rows, BN)
     row_block, split = place_of(tl.program_id(0), row_blocks, splits, GROUP)
@@ -104,7 +104,7 @@ def linear_cross_entropy_kernel(
                     w = tl.load(weight + (column_offset + column), mask=inside, other=0.0)[None, :]
                 gaps += tl.where(inside[None, :], w * y, 0.0)
     row_largest = tl.max(largest, 1)
-    # ``+ 0.0``: as in rows.py. The lanes that share a row write its total to one place, which must be one number.
+    # ``+ 0.0``: as in rows.py. The lanes that share a row write its total to one address, and must agree on it.
     row_total = tl.sum(total * exp(largest - row_largest[:, None]) + 0.0, 1)
     stored = r < rows
     has_target = (at >= first * BV) & (at < last * BV)
@@ -178,7 +178,7 @@ def _of_splits(
 
 
 def splits_of(row_blocks: int, tiles: int, device: torch.device) -> int:
-    """Splits of the vocabulary: as many as give each multiprocessor a few programs."""
+    """The number of splits of the vocabulary, which gives each multiprocessor a few programs."""
     return int(min(tiles, triton.cdiv(_PROGRAMS * multiprocessors(device), max(1, row_blocks))))
 
 

@@ -2,24 +2,24 @@
 
     dz = dL/dy f'(z)   (dL/dy: :mod:`.cross_entropy`),   dinput = dz linear_weight,   dlinear_weight = dz^T input
 
-A program has a tile of logits [BN, BV]. It forms them again, and from them and row_stats dz, part by part; then, d in
-blocks of BD, the two products of dz, which it adds to float32 gradients by atomics. So the order of additions, and the
-last bits of every gradient, change from run to run: the chunked head (:mod:`monosoftmax.chunked_head`) is the
-deterministic one.
+A program has a tile of logits [BN, BV]. It forms the logits again and, part by part, dz from them and row_stats. Then,
+for d in blocks of BD, it forms the two products of dz, and adds them to float32 gradients by atomics. So the order of
+additions, and the last bits of every gradient, change from run to run. The chunked head
+(:mod:`monosoftmax.chunked_head`) is deterministic.
 
-Traffic: a tile reads twice (BN + BV) d numbers, from the L2 cache mostly, and adds as many float32 to it; for d = 4096
-and tiles of 128 x 128 that is 4 MiB of atomics for 16384 logits. The chunked head adds up in its products instead, and
-is to be preferred where its chunk of logits fits and few tiles can be left out. Memory: the gradients, of input a
-second time in float32; contributions to coefficients, in up to 16 MiB. Nothing of N V.
+Traffic: a tile reads (BN + BV) d numbers twice, mostly from the L2 cache, and adds as many float32 in the L2 cache. For
+d = 4096 and tiles of 128 x 128, this is 4 MiB of atomics for 16384 logits. The chunked head needs no atomics, and is
+the better one where its chunk of logits fits into memory and few tiles can be left out. Memory: the gradients, a
+float32 copy of the gradient of input, and up to 16 MiB for the sums of the coefficients. Nothing grows with N V.
 
-Tiles left out: one whose every |dz_ij| <= filter_eps |g_i|, g_i the upstream gradient of row i's loss, costs no
-products and no atomics. What a gradient loses is then at most filter_eps sum_j |g_i| |linear_weight_jk| (of input_ik)
-or filter_eps sum_i |g_i| |input_ik| (of linear_weight_jk). With filter_eps = 0 that is nothing: only tiles of zeros are
-left out. linear_bias and the coefficients lose nothing in either case.
+Tiles left out: if all |dz_ij| of a tile are <= filter_eps |g_i|, where g_i is the upstream gradient of row i's loss,
+the tile costs no products and no atomics. The error is then at most filter_eps sum_j |g_i| |linear_weight_jk| in the
+gradient of input_ik, and filter_eps sum_i |g_i| |input_ik| in that of linear_weight_jk. With filter_eps = 0 there is no
+error: only tiles of zeros are left out. The gradients of linear_bias and of the coefficients have no error in any case.
 
-Numerics: as :mod:`.cross_entropy`; dz is rounded to the operands' type for the products. float16 may round it to 0:
-there the upstream gradients are to be scaled (:func:`monosoftmax.float16.float16_shift`). A row without a
-distribution makes itself and all of linear_weight's gradient NaN, as it does in PyTorch.
+Numerics: as :mod:`.cross_entropy`. For the products dz is rounded to the operands' type. float16 may round it to 0, so
+that the caller must scale the upstream gradients (:func:`monosoftmax.float16.float16_shift`). A row without a
+distribution makes its own gradient and all of linear_weight's gradient NaN, as in PyTorch.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from .launch import RowLoss, as_read, on_device, warp_size
 from .linear_cross_entropy import unit_columns
 from .rows import LOWEST, log_of_sum
 
-#: Tables to which contributions are added, and numbers in all of them, at most.
+#: The most slots (tables of sums for the coefficients), and the most numbers in all slots together.
 _SLOTS, _NUMBERS = 1024, 2**22
 
 
@@ -67,10 +67,10 @@ def linear_cross_entropy_backward_kernel(
     DESCRIPTORS: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr,
     GROUP: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """grad_input [rows, features], grad_weight [classes, features] and grad_bias [classes], float32, are added to.
+    """Adds to grad_input [rows, features], grad_weight [classes, features] and grad_bias [classes], all float32.
 
-    So are totals [SLOTS, coefficients], each program to one of the slots: atomics to one address take turns. The
-    contributions to a vector are summed over the tile first, those to a table are added logit by logit.
+    Adds to totals [SLOTS, coefficients], too. Each program has one of the slots, since atomics to one address wait for
+    each other. Contributions to a vector are summed over the tile first, contributions to a table logit by logit.
     """
     WIDTH: tl.constexpr = BV // PARTS
     dtype: tl.constexpr = input.dtype if DESCRIPTORS else input.dtype.element_ty
@@ -94,12 +94,12 @@ def linear_cross_entropy_backward_kernel(
     of_p = of_target
     if smooths:
         of_p += of_weight * (tl.load(weight_sum) if weighted else all_classes * 1.0)
-    # A row of -inf only has no p: NaN, as its loss.
+    # A row of -inf only has no p: its gradient is NaN, as its loss is.
     inverse = tl.where((total == 0) | ~(valid | ignored), float("nan"), 1.0 / total)
     of_p *= inverse
     extra *= inverse
     negligible = filter_eps * tl.abs(g)
-    # Rows of which nothing is asked cost no product.
+    # A block of rows that have no gradient costs no product.
     length = tl.where(tl.max(present.to(tl.int32), 0) == 1, features, 0)
     logits = logits_tile(
         input, linear_weight, row, begin, rows, classes, features, length, input_stride, weight_stride,
@@ -122,7 +122,7 @@ def linear_cross_entropy_backward_kernel(
         z = tl.where(present[:, None], tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL), 0.0)
         at_z = functions[2](z, parameters, size)
         e = exp(at_z[0] - largest[:, None])
-        # In float32, and in this order: the two parts cancel where p is next to 1.
+        # In float32, and in this order, as the two parts cancel where p is next to 1.
         dy = e * of_p[:, None] - tl.where(column[None, :] == at[:, None], of_target[:, None], 0.0)
         if smooths:
             q = of_weight[:, None]
@@ -137,8 +137,8 @@ def linear_cross_entropy_backward_kernel(
             tl.atomic_add(grad_bias + column, tl.sum(dz, 0), mask=inside, sem="relaxed")
         rounded = dz.to(dtype)
         gradients = gradients + (rounded,)
-        # Of the rounded gradient, which this keeps in its place: what only the products need, LLVM moves behind their
-        # branch, where all parts at once take more registers than there are.
+        # Counted from the rounded gradient, so that it is needed here. If only the products needed it, LLVM would move
+        # the rounding of all parts behind the branch of the products, where they take more registers than there are.
         beyond += of_lanes(tl.where(tl.abs(rounded.to(tl.float32)) <= negligible[:, None], 0, 1), LANES)
         if need_coefficients:
             if table_rows > 0:
@@ -179,7 +179,7 @@ def linear_cross_entropy_backward_kernel(
 
 @triton.jit
 def of_lanes(tile, LANES: tl.constexpr):
-    """Sums of a tile, [LANES]: each thread adds up what it has, and which that is does not matter."""
+    """Partial sums of a tile, [LANES]. Each thread adds up its own elements, in any order."""
     parts = tl.reshape(tile, (LANES, tile.shape[0] * tile.shape[1] // LANES), can_reorder=True)
     return tl.sum(parts, 1)
 
@@ -197,8 +197,9 @@ def recompute_backward(
 ) -> HeadGradients:
     """The gradients that ``output_mask`` asks for, in the order of :class:`monosoftmax.groups.HeadGradients`.
 
-    ``row_stats`` [2, N] are those of all classes, also where ``head`` has the weights of a shard. The gradient of input
-    has its type, those of linear_weight and linear_bias are float32. What is kept of tiles: see above, ``filter_eps``.
+    ``row_stats`` [2, N] are of whole rows, also where ``head`` has the weights of a shard. The gradient of input has
+    the type of input. The gradients of linear_weight and linear_bias are float32. ``filter_eps`` leaves out tiles: see
+    the top of this file.
     """
     input, linear_weight = unit_columns(head.input), unit_columns(head.linear_weight)
     assert input.dtype == linear_weight.dtype and input.shape[1] == linear_weight.shape[1]

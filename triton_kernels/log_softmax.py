@@ -3,9 +3,9 @@
     log p_j = (y_j - largest) - log(sum_k exp(y_k - largest))
     dL/dy_j = G_j - p_j sum_k G_k
 
-for upstream gradients G. Memory traffic per logit: log p reads it once from memory and once from a cache, and writes
-once; the gradient reads G twice (once from a cache) and the logit once, and writes once. Arithmetic is float32, each
-result is rounded once. Hazards: as :mod:`.cross_entropy`; a row of -inf only has no distribution and is NaN.
+for upstream gradients G. Memory traffic for each logit: log p reads it once from memory and once from a cache, and
+writes once. The gradient reads G twice (once from a cache) and the logit once, and writes once. Arithmetic is float32,
+and each result is rounded once. Hazards: as :mod:`.cross_entropy`. A row of -inf only has no distribution and is NaN.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def log_softmax_kernel(
     ALIGNMENT: tl.constexpr, OUT_ALIGNED: tl.constexpr, EDGES: tl.constexpr, WHOLE: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """output [rows, classes] and row_stats [2, rows]; one program a row."""
+    """Writes output [rows, classes] and row_stats [2, rows]. Each row has a program."""
     row = tl.program_id(0).to(tl.int64)
     parameters = functions[0](coefficients, size, c0, c1, c2)
     shift = row_shift(input, row, stride, ALIGNMENT)
@@ -72,9 +72,9 @@ def log_softmax_backward_kernel(
     ALIGNMENT: tl.constexpr, GRAD_ALIGNED: tl.constexpr, OUT_ALIGNED: tl.constexpr,
     EDGES: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """grad_input [rows, classes] where ``gradient``; ``regime`` other than "none": the sums of the contributions.
+    """``gradient``: write grad_input [rows, classes]. ``regime`` other than "none": sum the contributions.
 
-    A program has one row, or every num_programs-th where there are sums to keep.
+    A program has one row, or every num_programs-th row if it keeps sums.
     """
     program = tl.program_id(0)
     parameters = functions[0](coefficients, size, c0, c1, c2)
@@ -131,7 +131,10 @@ def log_softmax_backward_kernel(
 
 @triton.jit
 def _gradient_of_y(z, g, inside, parameters, largest, of_p, functions: tl.constexpr, size: tl.constexpr):
-    """z as it is used, f there, and dL/dy, which is 0 where not inside. of_p is divided by the row's sum."""
+    """Returns z, raised to LOWEST at least, f's point there, and dL/dy, which is 0 where not ``inside``.
+
+    ``of_p`` is divided by the row's sum already.
+    """
     z = tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     at_z = functions[2](z, parameters, size)
     return z, at_z, tl.where(inside, g - of_p * exp(at_z[0] - largest), 0.0)

@@ -8,19 +8,19 @@ upstream gradients s of the slopes and v of the values, the gradient of slope_k 
 
     s_k - width sum_{i <= k} v_i  (k < centre)   or   s_k + width sum_{i > k} v_i - [k = centre] inside sum_i v_i
 
-``PLIF.coefficients`` has the same in PyTorch, an operator a step: two dozen launches each way, where this is one.
+``PLIF.coefficients`` is the same formula in PyTorch: one launch for each of two dozen steps. Here each way is a launch.
 
-One program goes through the pieces in blocks: the values outwards from 0, their gradients from both ends towards 0. It
-carries one sum from block to block, so that results are the same in every run. Memory traffic: raw_slope is read once
-and the table written once; the way back reads 3 K numbers and writes K.
+One program goes through the pieces in blocks: outwards from 0 for the values, from both ends towards 0 for the
+gradients. It carries a sum from block to block, so that results are the same in every run. Memory traffic: forward,
+raw_slope is read once and the table is written once; backward, 3 K numbers are read and K are written.
 
-Numerics: slopes are computed in the type of raw_slope, as in PyTorch; sums and values in float64, each rounded once.
-Triton would round a Python float that is given to a kernel to float32: the launchers give the bits of a float64, as an
-integer (:func:`_bits`). Without fused products, which would round at_centre another way than PyTorch does.
+Numerics: slopes are computed in the type of raw_slope, as in PyTorch. Sums and values are float64, and each result is
+rounded once. Triton rounds a Python float that is given to a kernel to float32; so the launchers pass the bits of each
+float64 as an integer (:func:`_bits`). Fused products are off: they would round the slopes in another way than PyTorch.
 
-Hazards: a piece without upstream gradient, and with none beyond it as seen from 0, must have a gradient of exactly 0
-(Adam blows up noise), which is why the gradients are summed from the ends. The gradient passes the limit of the slopes
-where slope <= limit, as through torch.clamp. A slope that is NaN is NaN in the table; its gradient is 0.
+Hazards: if a piece and all pieces beyond it, as seen from 0, have no upstream gradient, its gradient must be exactly 0,
+as Adam would blow up noise. This is why gradients are summed from the ends. The gradient passes the limit of the slopes
+where slope <= limit, as in torch.clamp. If raw_slope is NaN, the slope is NaN, and the gradient is 0 * NaN.
 """
 
 from __future__ import annotations

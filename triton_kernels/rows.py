@@ -1,8 +1,8 @@
 """What the kernels over rows share: the log-sum-exp of a row that arrives in tiles.
 
-As on the CPU (``csrc/row``), a row is described by its largest y and sum exp(y - largest), not by lse alone, which
-carries the rounding of a large number into every p. Each lane of a tile (:mod:`.tiles`) has its own largest y and sum
-until the row ends: that costs one more exponential for WIDTH logits, and spares what threads would tell each other.
+As on the CPU (``csrc/row``), a row is described by its largest y and sum exp(y - largest). lse alone would carry the
+rounding of a large number into every p. Each lane of a tile (:mod:`.tiles`) keeps its own largest y and sum until the
+row ends. This costs one more exponential for WIDTH logits, and saves an exchange between threads in every tile.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import triton.language as tl
 from .arithmetic import exp, log
 from .tiles import edge_begin, full_tiles, inside_row, load_full_tile, positions_from
 
-#: Logits below this are taken for it where gradients are formed: their probability is 0 as that of -inf is, and the
-#: products of a gradient of 0 with what the coefficients' gradients need of z stay 0.
+#: The kernels of gradients raise every logit to at least this number. The probability of such a logit is 0, as that of
+#: -inf is, and its contribution to the coefficients, a product of 0 and z, is 0, too: with z = -inf it would be NaN.
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
 
 _LOWEST_FLOAT: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
@@ -22,9 +22,10 @@ _LOWEST_FLOAT: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 
 @triton.jit
 def add_tile(largest, total, y):
-    """(largest, total) [LANES] with the tile y [LANES, WIDTH].
+    """Adds the tile y [LANES, WIDTH] to (largest, total) [LANES].
 
-    -inf contributes 0. NaN and +inf make the total NaN: the maximum may drop NaN, the sum does not, nor inf - inf.
+    -inf contributes 0. NaN and +inf make the total NaN: the maximum may drop a NaN, but the sum keeps it, and for +inf
+    the sum has inf - inf.
     """
     new = tl.maximum(largest, tl.max(y, 1))
     return new, total * exp(largest - new) + tl.sum(exp(y - new[:, None]), 1)
@@ -36,7 +37,7 @@ def scan_row(
     value: tl.constexpr, size: tl.constexpr, weighted: tl.constexpr, smooths: tl.constexpr,
     EDGES: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """largest, total and, where labels are smoothed, sum_j w_j (y_j - reference) of a row.
+    """Computes largest and total of a row and, where labels are smoothed, sum_j w_j (y_j - reference).
 
     ``input`` points to position 0 of the row, ``weight`` to column 0 of the weights.
     """
@@ -64,7 +65,8 @@ def scan_row(
             w = tl.load(weight + (position - shift), mask=inside, other=0.0) if weighted else 1.0
             weighted_y += tl.sum(tl.where(inside, w * (y - reference), 0.0), 1)
     row_largest = tl.max(largest, 0)
-    # ``+ 0.0``: a product that went into the first addition would differ from lane to lane, and so would the total.
+    # Without ``+ 0.0`` the compiler may fuse the product with the first addition of the sum. Which operand is fused
+    # differs from lane to lane, and the lanes would have different totals.
     return row_largest, tl.sum(total * exp(largest - row_largest) + 0.0, 0), tl.sum(weighted_y, 0)
 
 

@@ -1,8 +1,8 @@
-"""input *= factor, where factor is a number on the device, at no cost where it is 1.
+"""input *= factor, where factor is a number on the device. If it is 1, this costs nothing but the launch.
 
-Gradients that were computed ahead, in the forward pass, are multiplied by the upstream gradient of the loss. That is 1
-as a rule, which only the device knows. Memory traffic: nothing for a factor of 1, and else a read and a write of each
-element; the product is formed in float32 and rounded once.
+Gradients that were computed ahead, in the forward pass, are multiplied by the upstream gradient of the loss. It is 1 as
+a rule, but only the device knows. Memory traffic: none for a factor of 1, otherwise a read and a write of each element.
+The product is formed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from .launch import multiprocessors, on_device
 
 _BLOCK, _WARPS = 4096, 8
 
-#: Programs on each multiprocessor, which take turns at the blocks.
+#: Programs on each multiprocessor. Each takes every num_programs-th block.
 _PROGRAMS = 8
 
 
 @triton.jit(do_not_specialize=["elements"])
 def scale_kernel(input, factor, elements, BLOCK: tl.constexpr):
-    """In place, for contiguous memory."""
+    """Multiplies ``elements`` numbers that lie next to each other, in place."""
     by = tl.load(factor).to(tl.float32)
     blocks = tl.where(by == 1.0, 0, tl.cdiv(elements, BLOCK))
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):

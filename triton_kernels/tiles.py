@@ -1,10 +1,10 @@
 """A row of logits in tiles of [LANES, WIDTH]: a thread holds the WIDTH neighbours that it loads at once, in 16 bytes.
 
-Sums over WIDTH then stay in the thread, and LANES partial sums are left for the end of the row. A row is counted in
-positions: column + shift, where the shift of a row is the number of columns by which it begins after a multiple of 16
-bytes. ALIGNMENT says what is known of the rows: ``"aligned"``, each begins at a multiple of 16 bytes; ``"shifted"``,
-each begins anywhere, so that the first tile begins before the row. Full tiles, which need no mask, are loaded without;
-EDGES tiles, the last and in shifted rows the first, are masked.
+Sums over WIDTH then stay in the thread, and LANES partial sums are left for the end of the row. A position in a row is
+column + shift. The shift of a row is the number of columns between the last multiple of 16 bytes and the begin of the
+row. ALIGNMENT is what the launcher knows of the rows. ``"aligned"``: each row begins at a multiple of 16 bytes.
+``"shifted"``: a row begins anywhere, so that its first tile begins before the row. Full tiles are loaded without a
+mask. EDGES tiles are masked: the last one and, in shifted rows, the first one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _BYTES = 16
 
 
 def width_of(dtype: torch.dtype) -> int:
-    """WIDTH: how many elements are 16 bytes."""
+    """WIDTH: the number of elements in 16 bytes."""
     return _BYTES // dtype.itemsize
 
 
@@ -28,7 +28,7 @@ def alignment_of(rows: Tensor) -> str:
 
 
 def as_aligned(rows: Tensor, others: Tensor) -> bool:
-    """Whether position 0 of each row of ``rows`` begins at a multiple of 16 bytes because those of ``others`` do."""
+    """Whether position 0 of a row of ``rows`` is at a multiple of 16 bytes wherever position 0 in ``others`` is."""
     return _place(rows) == _place(others) and (rows.dtype == others.dtype or _place(rows) == (0, 0))
 
 
@@ -48,7 +48,7 @@ def row_shift(pointer, row, stride, ALIGNMENT: tl.constexpr):
 
 @triton.jit
 def row_start(pointer, row, stride, shift, ALIGNED: tl.constexpr):
-    """A pointer to position 0 of row number row of the matrix at pointer; ALIGNED: that is a multiple of 16 bytes."""
+    """A pointer to position 0 of row number row of the matrix at pointer; ALIGNED: a multiple of 16 bytes."""
     if ALIGNED:
         return tl.multiple_of(pointer + (row * stride - shift), 16)
     else:
@@ -63,21 +63,21 @@ def positions_from(begin, LANES: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def full_tiles(length, EDGES: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """How many tiles of a row of length positions need no mask; the first begins at (EDGES - 1) tiles."""
+    """The number of full tiles in a row of length positions. The first full tile is tile number EDGES - 1."""
     return tl.maximum(length // (LANES * WIDTH) - (EDGES - 1), 0)
 
 
 @triton.jit
 def edge_begin(edge, full, EDGES: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """Where edge tile number ``edge`` of EDGES begins: the last one after the full tiles."""
+    """The first position of edge tile number ``edge``. The last edge tile comes after the full tiles."""
     return tl.where(edge == EDGES - 1, EDGES - 1 + full, 0) * (LANES * WIDTH)
 
 
 @triton.jit
 def load_full_tile(start, begin, present, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """The tile that begins at position begin, in float32; 0 where not present, which is one for all."""
+    """The tile that begins at position begin, in float32; 0 if the row is not ``present``."""
     if start.dtype.element_ty == tl.bfloat16:
-        # As pairs: a bfloat16 is the upper half of its float32, and is taken out of a pair in one instruction.
+        # Loaded as pairs: a bfloat16 is the upper half of its float32, so that one instruction takes it out of a pair.
         half = begin // 2 + tl.arange(0, LANES)[:, None] * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :]
         pair = tl.load(tl.multiple_of(start.to(tl.pointer_type(tl.int32)), 16) + half, mask=present, other=0)
         low, high = (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
@@ -89,7 +89,7 @@ def load_full_tile(start, begin, present, LANES: tl.constexpr, WIDTH: tl.constex
 
 @triton.jit
 def inside_row(begin, shift, length, WHOLE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """Which lanes of an edge tile are columns. WHOLE: the WIDTH elements of a thread are either all or none."""
+    """Which elements of an edge tile are columns. WHOLE: either all WIDTH elements of a thread are, or none."""
     if WHOLE:
         first = begin + tl.arange(0, LANES)[:, None] * WIDTH
         return (first < length) & (tl.arange(0, WIDTH)[None, :] >= 0)
@@ -103,9 +103,9 @@ def load_tile(
     start, begin, shift, length,
     FULL: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The tile that begins at position begin, in float32, and which of its lanes are columns; 0 where they are not.
+    """The tile that begins at position begin, in float32, and which of its elements are columns; the others are 0.
 
-    FULL: all are. ALIGNED: start is at a multiple of 16 bytes.
+    FULL: all elements are columns. ALIGNED: start is at a multiple of 16 bytes.
     """
     position = positions_from(begin, LANES, WIDTH)
     if FULL:
@@ -121,7 +121,7 @@ def load_tile(
 
 @triton.jit
 def split_columns(tile, WIDTH: tl.constexpr):
-    """The WIDTH columns [LANES] of a tile [LANES, WIDTH], in no order; each stays where it is."""
+    """The WIDTH columns [LANES] of a tile [LANES, WIDTH], in any order. Each element stays in its thread."""
     if WIDTH == 1:
         return (tl.reshape(tile, (tile.shape[0],)),)
     else:

@@ -1,9 +1,9 @@
-"""What is known of each token under softmax(f(logits)): log p of the target, entropy, argmax, lse, rank of the target.
+"""Statistics of each token under softmax(f(logits)): log p of the target, entropy, argmax, lse, rank of the target.
 
     entropy = log(sum_j e_j) + sum_j e_j (largest - y_j) / sum_j e_j,   e_j = exp(y_j - largest)
 
-f is increasing: the argmax and the rank are those of the logits. One program a row. Memory traffic per logit: one read
-from memory, two from a cache. Hazards: as :mod:`.cross_entropy`.
+f is increasing, so that the argmax and the rank of y are the argmax and the rank of the logits. Each row has a program.
+Memory traffic for each logit: one read from memory, two from a cache. Hazards: as :mod:`.cross_entropy`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def token_statistics_kernel(
     functions: tl.constexpr, size: tl.constexpr,
     ALIGNMENT: tl.constexpr, EDGES: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One number a row into each of log_prob, entropy, argmax, lse and rank."""
+    """Writes log_prob, entropy, argmax, lse and rank [rows]."""
     row = tl.program_id(0).to(tl.int64)
     parameters = functions[0](coefficients, size, c0, c1, c2)
     shift = row_shift(input, row, stride, ALIGNMENT)
@@ -39,7 +39,7 @@ def token_statistics_kernel(
         start, shift, length, parameters, entropy, 0.0, functions[1], size, False, False, EDGES, WHOLE, LANES, WIDTH
     )
     full = full_tiles(length, EDGES, LANES, WIDTH)
-    # The largest logit, how many are larger than the target's, and sum_j e_j (largest - y_j).
+    # The largest logit, the number of logits above the target's, and sum_j e_j (largest - y_j).
     state = (
         tl.full((LANES,), float("-inf"), tl.float32), tl.zeros((LANES,), tl.int32), tl.zeros((LANES,), tl.float32)
     )  # fmt: skip
@@ -62,7 +62,7 @@ def token_statistics_kernel(
         begin = edge_begin(edge, full, EDGES, LANES, WIDTH)
         z, inside = load_tile(start, begin, shift, length, False, True, WHOLE, LANES, WIDTH)
         first = tl.minimum(first, _first_place(inside & (z == largest_z), begin, LANES, WIDTH))
-    # Where nothing equals the largest, a NaN is in the row, and the place means nothing: but it is a class.
+    # If no logit equals the largest one, the row has a NaN. Then the place has no meaning, but is kept a class.
     place = tl.minimum(tl.min(first, 0), length - 1) - shift
     log_sum = log_of_sum(total)
     log_p = (functions[1](target_z, parameters, size) - largest) - log_sum
@@ -85,5 +85,5 @@ def _with_tile(state, z, inside, target_z, largest, parameters, functions: tl.co
 
 @triton.jit
 def _first_place(found, begin, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """The first position of each lane that is found."""
+    """The first position in each lane where ``found`` is true; _NOWHERE if there is none."""
     return tl.min(tl.where(found, positions_from(begin, LANES, WIDTH), _NOWHERE), 1)

@@ -2,21 +2,20 @@
 
 A file has four functions of float32; ``z`` is a tensor of any shape, ``size`` a constexpr.
 
-- ``parameters(coefficients, size, c0, c1, c2)`` loads what a program needs before its first logit: a tuple, the
-  ``parameters`` of the others. ``coefficients`` points to what ``pack`` gave (or else to what
-  :meth:`monosoftmax.transforms.MonotonicTransform.coefficients` gives), ``size`` is the number of coefficients, or of
-  the pieces of a table; ``c0``, ``c1`` and ``c2`` are the transform's constants, 0 where it has fewer.
-- ``value(z, parameters, size)`` is f(z).
-  Its last operation is no product: the compiler would contract it with the subtraction of the row's largest y in one
-  place and not in another, and y would have two roundings. ``+ 0.0`` keeps them apart, at no cost: it is the product's
-  own fused addition.
-- ``point(z, parameters, size)`` is a tuple of the same f(z), f'(z) and what ``contributions`` needs of them, from one
-  evaluation; for a table the third is the piece, int32, in which z lies.
-- ``contributions(group, point, z, weight, parameters, size)`` is a tuple of weight * df/dcoefficient: of a table, for
-  each of its rows, at the piece of z; of a vector, for the coefficients of ``group``, a constexpr.
+- ``parameters(coefficients, size, c0, c1, c2)`` loads what a program needs before its first logit. It returns a tuple,
+  the ``parameters`` of the other functions. ``coefficients`` points to the result of ``pack``. ``size`` is the number
+  of coefficients, or of the pieces of a table. ``c0``, ``c1`` and ``c2`` are the transform's constants, and 0 if it has
+  fewer.
+- ``value(z, parameters, size)`` is f(z). Its last operation must not be a product. The compiler would fuse the product
+  with the subtraction of the row's largest y in one place and not in another, and y would be rounded in two ways.
+  ``+ 0.0`` after the product prevents this, at no cost: the product is fused with the addition of 0.
+- ``point(z, parameters, size)`` is a tuple: the same f(z), f'(z), and what else ``contributions`` needs, from one
+  evaluation. For a table the third element is the piece of z, int32.
+- ``contributions(group, point, z, weight, parameters, size)`` is a tuple of weight * df/dcoefficient. For a table it
+  has an element for each row, at the piece of z. For a vector it has the coefficients of ``group``, a constexpr.
 
-``pack(coefficients, constants)``, in plain PyTorch, lays the coefficients out as the kernels read them, and
-``unpack(sums)`` brings the sums of the contributions of a vector, in the order of the groups, into theirs.
+``pack(coefficients, constants)``, in plain PyTorch, lays the coefficients out as the kernels read them. The sums of a
+vector come in the order of the groups; ``unpack(sums)`` puts them into the order of the coefficients.
 """
 
 from __future__ import annotations
@@ -44,9 +43,9 @@ def _in_order(sums: Tensor) -> Tensor:
 
 
 class TransformFunctions(NamedTuple):
-    """The functions of a transform, and the rows of its table of coefficients (0: they are a vector).
+    """The functions of a transform, and the number of rows of its table of coefficients (0: a vector, no table).
 
-    ``value_of_half`` and ``point_of_half`` stand for ``value`` and ``point`` where logits are bfloat16 or float16.
+    For bfloat16 and float16 logits ``value_of_half`` and ``point_of_half`` replace ``value`` and ``point``.
     """
 
     parameters: JITFunction

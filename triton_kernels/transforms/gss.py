@@ -16,7 +16,7 @@ def parameters(coefficients, size: tl.constexpr, c0, c1, c2):
 @triton.jit
 def value(z, parameters, size: tl.constexpr):
     k, c = parameters
-    # As factor -1 the minus sign becomes part of exp2's instruction, as does the absolute value.
+    # A factor of -1 becomes part of exp2's instruction, as the absolute value does. A minus sign does not.
     return _from(z, log1p(exp2(tl.abs(z * LOG2_E - c * LOG2_E) * -1.0)), k, c)
 
 
@@ -36,5 +36,5 @@ def contributions(group: tl.constexpr, point, z, weight, parameters, size: tl.co
 
 @triton.jit
 def _from(z, log_term, k, c):
-    # Of softplus, the linear part is taken out by hand: no inf - inf at either end.
+    # Written without the linear part of softplus, so that neither end has inf - inf.
     return tl.where(z < c, k * z + (1.0 - k) * c, z) - (k - 1.0) * log_term

@@ -77,7 +77,7 @@ def contributions(group: tl.constexpr, point, z, weight, parameters, size: tl.co
     if group == 0:
         return (weight * z,)
     else:
-        # A unit is evaluated again: kept, 2 H values of each logit would leave the registers.
+        # Evaluates the unit again. 2 H values of each logit, if kept, would not fit into registers.
         amplitude, _, tanh, slope = _unit(z, parameters[0] + 3 * group - 2)
         by_shift = weight * amplitude * slope
         return weight * tanh, by_shift * z, by_shift

@@ -1,9 +1,9 @@
 """f(z) = intercept_k + slope_k z, k = clamp(floor((z - lo) / width), 0, K - 1).
 
-The table that the kernels read has two int64 a piece. The halves of the first are slope and intercept = value - slope *
-knot in float32, one look-up of 8 bytes; the second has the knot, which only the gradient of a slope needs. f rounds one
-product slope * z, where value + slope * (z - knot) rounds smaller ones: as f(0) = 0, they differ where f bends strongly
-only. Constants: lo, width, 1 / width.
+The kernels read a table with two int64 for each piece. The first int64 has slope and intercept = value - slope * knot,
+both float32, so that one load of 8 bytes gives both. The second int64 has the knot, which only the gradient of a slope
+needs. slope * z is rounded at the size of z, while value + slope * (z - knot) would round smaller numbers. As f(0) = 0,
+this matters only where f bends strongly. Constants: lo, width, 1 / width.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def value(z, parameters, size: tl.constexpr):
 @triton.jit
 def point(z, parameters, size: tl.constexpr):
     table, lo, inverse_width = parameters
-    # In these very operations the reference finds the piece: both see a logit next to a knot on the same side.
+    # The same operations as in the reference, so that both find the same piece for a logit next to a knot.
     piece = clamp_index((z - lo) * inverse_width, size - 1.0)
     slope, intercept = halves_of(tl.load(entry_at(table, piece, 16, tl.int64)))
     return slope * z + intercept, slope, piece

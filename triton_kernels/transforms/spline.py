@@ -57,7 +57,7 @@ def contributions(group: tl.constexpr, point, z, weight, parameters, size: tl.co
     # With N the numerator: d(N/D)/ds = (xi^2 D - N (xi^2 + (1-xi)^2)) / D^2, whose parts in s cancel exactly.
     by_slope = scaled * inverse_denominator * (d1 * xi * xi - d0 * rest * rest)
     inverse_width = divide(1.0, width)
-    # width moves the piece under a fixed z: xi falls by xi / width, where z is inside.
+    # The derivative by width, for a fixed z inside the piece: xi decreases by xi / width.
     inside = -derivative * xi - by_slope * (height * inverse_width) * inverse_width
     return (
         -weight * derivative,

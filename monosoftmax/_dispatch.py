@@ -17,10 +17,14 @@ from torch import Tensor
 from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
     enable_single_level_autograd_function,
 )
-from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+from torch.autograd.function import _SingleLevelFunction
 
 _functorch = torch._C._functorch
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+#: An autograd function that may be applied inside a kernel, and costs less than torch.autograd.Function. Where
+#: :func:`unobserved` is false, nested ``torch.func`` transforms need more: see :func:`register_autograd`.
+SingleLevelFunction = _SingleLevelFunction
 
 
 def has_values(tensor: Tensor) -> bool:

@@ -70,7 +70,8 @@ class _Head:
         self.rows = rows_in_chunk or chunk_rows(classes, input.dtype, input.device.type)
         self.wide = not _has_fast_products(input)
         self._product = None if self.wide else _onednn_product(input)
-        self._buffer = input.new_empty((min(rows, self.rows) if self._product is None else 0, classes))
+        #: One chunk of logits; oneDNN makes a new tensor of each.
+        self._buffer = input.new_empty((min(rows, self.rows), classes)) if self._product is None else input
         # The first chunk overwrites, so that no pass over these is spent on zeros.
         self.grad_input = input.new_empty(input.shape if self.need_input else 0)
         dtype = arithmetic_dtype(input.dtype)
@@ -130,17 +131,15 @@ class _Head:
 
     def _add_grad_weight(self, dz: Tensor, x: Tensor, first: bool) -> None:
         total = self.grad_weight
-        if self.wide or dz.dtype == total.dtype:
-            x = x.to(total.dtype)
-            for block in self._blocks() if self.wide else (slice(None),):
-                part = dz[:, block].to(total.dtype).t()
-                if first:
-                    torch.mm(part, x, out=total[block])
-                else:
-                    total[block].addmm_(part, x)
+        if dz.dtype == total.dtype:
+            _add_product(total, dz, x, first)
             return
+        x = x.to(total.dtype) if self.wide else x
         for block in self._blocks():
-            _add(total[block], _product_to_be_summed(dz[:, block].t(), x), first)
+            if self.wide:
+                _add_product(total[block], dz[:, block].to(total.dtype), x, first)
+            else:
+                _add(total[block], _product_to_be_summed(dz[:, block].t(), x), first)
 
     def summed(self, grad_coefficients: Tensor | None) -> HeadGradients:
         """The gradients, with ``grad_coefficients``, a sum over the chunks."""
@@ -156,6 +155,10 @@ class _Head:
 
 def _add(total: Tensor, part: Tensor, first: bool) -> None:
     total.copy_(part) if first else total.add_(part)
+
+
+def _add_product(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
+    torch.mm(dz.t(), x, out=total) if first else total.addmm_(dz.t(), x)
 
 
 def _product_to_be_summed(a: Tensor, b: Tensor) -> Tensor:

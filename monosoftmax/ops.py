@@ -3,12 +3,13 @@
 An operator, such as ``torch.ops.monosoftmax.cross_entropy``, is what ``torch.compile`` and ``torch.func`` see of a
 call. Its schema is made from two NamedTuples, the arguments and the results; a group among the arguments
 (:mod:`monosoftmax.groups`) takes a place for each of its fields. Python calls an :class:`Operator` by its NamedTuple,
-which is flattened for torch's dispatcher and nowhere else. What an operator computes is set by
-:mod:`monosoftmax.compute`, its derivative by :mod:`monosoftmax.autograd`.
+which is flattened for torch's dispatcher and autograd only. :mod:`monosoftmax.row_operators` and
+:mod:`monosoftmax.chunked_head` set what an operator computes, :mod:`monosoftmax.autograd` its derivative.
 
 ``input`` is [N, V], with rows of any stride and columns next to each other, or in a :class:`.groups.Head` [N, d].
 ``output_mask`` says which gradients an operator computes, in the order of its gradients among the results; the others
-are empty. What a :class:`.row_kernels.RowKernels` says of targets, upstream gradients and row_stats holds here, too.
+are empty. A backward pass scales the gradients of ``total`` in place: nobody else may keep them. What
+:class:`.row_kernels.RowKernels` says of targets, upstream gradients and row_stats holds here, too.
 """
 
 from __future__ import annotations
@@ -209,8 +210,7 @@ class Operator(Generic[Arguments, Results]):
         library.define(f"{name}({', '.join(fields)}) -> ({returns})", tags=(torch.Tag.pt2_compliant_tag,))
         self.overload: Any = getattr(torch.ops.monosoftmax, name).default
         if not _IMPORTED_BEFORE:
-            fake_kernel = self._by_arguments(fake)
-            torch.library.register_fake(self.name, fake_kernel, lib=library)
+            torch.library.register_fake(self.name, self._by_arguments(fake), lib=library)
         #: The places of tensors among them.
         self.tensors = [place for place, each in enumerate(fields) if each.startswith("Tensor")]
 
@@ -279,7 +279,7 @@ def _fake_cross_entropy(call: CrossEntropy) -> Losses:
     return Losses(loss, lse, row_stats, *_scale_and_total(call.reduction, loss), *gradients)
 
 
-def _fake_cross_entropy_backward(call: CrossEntropyBackward) -> Gradients:
+def _fake_gradients(call: CrossEntropyBackward | LogSoftmaxBackward) -> Gradients:
     return Gradients(*_masked(call.output_mask, call.input, call.transform.coefficients))
 
 
@@ -306,14 +306,8 @@ def _fake_log_softmax(call: LogSoftmax) -> LogProbabilities:
     return LogProbabilities(call.input.new_empty(call.input.shape, dtype=call.dtype), _row_results(call.input)[2])
 
 
-def _fake_log_softmax_backward(call: LogSoftmaxBackward) -> Gradients:
-    return Gradients(*_masked(call.output_mask, call.input, call.transform.coefficients))
-
-
 cross_entropy = Operator("cross_entropy", CrossEntropy, Losses, _fake_cross_entropy)
-cross_entropy_backward = Operator(
-    "cross_entropy_backward", CrossEntropyBackward, Gradients, _fake_cross_entropy_backward
-)
+cross_entropy_backward = Operator("cross_entropy_backward", CrossEntropyBackward, Gradients, _fake_gradients)
 linear_cross_entropy = Operator("linear_cross_entropy", LinearCrossEntropy, LinearLosses, _fake_linear_cross_entropy)
 linear_cross_entropy_backward = Operator(
     "linear_cross_entropy_backward", LinearCrossEntropyBackward, HeadGradients, _fake_linear_gradients
@@ -322,7 +316,7 @@ linear_token_statistics = Operator(
     "linear_token_statistics", LinearTokenStatistics, TokenStatistics, _fake_linear_token_statistics
 )
 log_softmax = Operator("log_softmax", LogSoftmax, LogProbabilities, _fake_log_softmax)
-log_softmax_backward = Operator("log_softmax_backward", LogSoftmaxBackward, Gradients, _fake_log_softmax_backward)
+log_softmax_backward = Operator("log_softmax_backward", LogSoftmaxBackward, Gradients, _fake_gradients)
 
 #: The seven by name.
 OPERATORS: dict[str, Operator[Any, Any]] = {

@@ -20,7 +20,7 @@ float64 as an integer (:func:`_bits`). Fused products are off: they would round 
 
 Hazards: if a piece and all pieces beyond it, as seen from 0, have no upstream gradient, its gradient must be exactly 0,
 as Adam would blow up noise. This is why gradients are summed from the ends. The gradient passes the limit of the slopes
-where slope <= limit, as in torch.clamp. If raw_slope is NaN, the slope is NaN, and the gradient is 0 * NaN.
+where slope <= limit, as in torch.clamp. A raw_slope that is NaN makes its slope and its gradient NaN.
 """
 
 from __future__ import annotations

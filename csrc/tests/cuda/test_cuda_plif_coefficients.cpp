@@ -48,7 +48,9 @@ void run(int64_t pieces, double bound) {
   std::vector<Slope> slopes;
   for (int64_t k = 0; k < pieces; ++k) slopes.emplace_back(raw[k]);
   for (int64_t k = 0; k < pieces; ++k) {
-    double value = 0, size = 0, of_slope = upstream[k], size_of_gradient = std::fabs(of_slope);
+    // Parts of the piece in which 0 lies may cancel.
+    double value = 0, size = grid.width * slopes[grid.centre].value;
+    double of_slope = upstream[k], size_of_gradient = std::fabs(of_slope);
     for (int64_t j = 0; j < pieces; ++j) {
       const double part = rise_of(grid, k, j) * slopes[j].value, back = rise_of(grid, j, k) * upstream[pieces + j];
       value += part;

@@ -1,6 +1,6 @@
-// The fused kernels over rows of logits, and the table through which the launcher (cross_entropy.cpp) reaches the build
-// of them for an instruction set. Nothing here knows of threads: a kernel does rows [begin, end), one thread's share.
-// Of few long rows the threads share the columns [first, last), in two steps: scan, then what needs the whole row.
+// The fused kernels over rows of logits, and the table through which operators.cpp reaches their build for an
+// instruction set. Nothing here knows of threads: a kernel does rows [begin, end), one thread's share. Of few long rows
+// the threads share the columns [first, last), in two steps: scan, then what needs the whole row.
 //
 // Memory traffic per logit, beyond what stays in the caches: cross_entropy reads it once, and writes the gradient where
 // one is asked for; its backward reads it once and writes the gradient; log_softmax reads it once and writes once; its

@@ -88,7 +88,7 @@ class _OfLoss(_Derivative[Any, Any]):
         gradients = output[-len(mask) :]
         ahead = [each for each, computed in zip(gradients, mask, strict=True) if computed]
         # What a trace computes ahead waits when the program runs, if it does: nobody counts it.
-        if ahead and has_values(ahead[0]):
+        if ahead and type(ahead[0]) is Tensor and not torch.compiler.is_compiling():
             gradients_ahead.let_wait(ahead)
         row_stats, scale, total = output[self.row_stats], output[self.scale], output[self.total]
         self.save(ctx, inputs, row_stats, scale, *ahead)

@@ -144,9 +144,9 @@ class _Head:
     def summed(self, grad_coefficients: Tensor | None) -> HeadGradients:
         """The gradients, with ``grad_coefficients``, a sum over the chunks."""
         assert grad_coefficients is not None  # there is at least one chunk
-        return HeadGradients(
-            self.grad_input, self.grad_weight, self.grad_bias, grad_coefficients.to(self.grad_weight.dtype)
-        )
+        if grad_coefficients.dtype != self.grad_weight.dtype:
+            grad_coefficients = grad_coefficients.to(self.grad_weight.dtype)
+        return HeadGradients(self.grad_input, self.grad_weight, self.grad_bias, grad_coefficients)
 
     def _blocks(self) -> Iterator[slice]:
         classes = self.weight.shape[0]
@@ -213,18 +213,23 @@ def _linear_cross_entropy(call: ops.LinearCrossEntropy) -> ops.LinearLosses:
         _check_targets(call)
     if scale is not None and any(call.output_mask) and head.input.dtype == torch.float16:
         upstream = Upstream(scale * float16_shift(scale, target, options.weight, options.ignore_index))
+    kernel = row_kernels(call.backend).cross_entropy
     parts: list[Sequence[Tensor]] = []
+    log_probs: list[Tensor] = []
     grad_coefficients: Tensor | None = None
     for chunk, logits in head:
-        rows = functools.partial(row_kernels(call.backend).cross_entropy, logits, _of(target, chunk), transform)
-        # Before the gradient is written over the logits.
-        log_prob = rows(plain)[0].neg_() if call.return_log_prob else None
-        *of_rows, _, gradient = rows(options, upstream=upstream, **head.gradients(logits, need_coefficients))
-        parts.append((*of_rows, of_rows[0].new_empty(0) if log_prob is None else log_prob))
-        grad_coefficients = _sum(grad_coefficients, gradient)
+        indices = _of(target, chunk)
+        if call.return_log_prob:
+            # Before the gradient is written over the logits.
+            log_probs.append(kernel(logits, indices, transform, plain)[0].neg_())
+        wanted = head.gradients(logits, need_coefficients)
+        results = kernel(logits, indices, transform, options, upstream=upstream, **wanted)
+        parts.append(results[:3])
+        grad_coefficients = _sum(grad_coefficients, results[4])
         head.add_gradients(chunk, logits)
-        del logits, rows
-    loss, lse, row_stats, log_prob = _joined(parts)
+        del logits, wanted, results
+    loss, lse, row_stats = _joined(parts)
+    log_prob = torch.cat(log_probs) if call.return_log_prob else loss.new_empty(0)
     gradients = head.summed(grad_coefficients)
     return ops.LinearLosses(loss, lse, row_stats, log_prob, *reduced(loss, scale), *gradients)
 
@@ -246,14 +251,15 @@ def _linear_cross_entropy_backward(call: ops.LinearCrossEntropyBackward) -> Head
         shift = float16_shift(largest, target, options.weight, options.ignore_index)
         upstream = Upstream(*(None if each is None else each * shift for each in upstream))
     for chunk, logits in head:
-        *_, gradient = row_kernels(call.backend).cross_entropy(
+        wanted = head.gradients(logits, need_coefficients)
+        results = row_kernels(call.backend).cross_entropy(
             logits, _of(target, chunk), call.transform, options,
             upstream=Upstream(*(None if each is None else _of(each, chunk) for each in upstream)),
-            row_stats=call.row_stats[:, chunk], **head.gradients(logits, need_coefficients),
+            row_stats=call.row_stats[:, chunk], **wanted,
         )  # fmt: skip
-        grad_coefficients = _sum(grad_coefficients, gradient)
+        grad_coefficients = _sum(grad_coefficients, results[4])
         head.add_gradients(chunk, logits)
-        del logits
+        del logits, wanted, results
     gradients = head.summed(grad_coefficients)
     return gradients if shift is None else HeadGradients(*(each.div_(shift) for each in gradients))
 
@@ -294,7 +300,8 @@ def _operands(head: Head) -> Head:
     A copy of the weight lives as long as a call. oneDNN reads a bias as if it were contiguous, whatever its stride is.
     """
     input, weight, bias = head
-    return Head(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype).contiguous())
+    weight = weight if weight.dtype == input.dtype else weight.to(input.dtype)
+    return Head(input, weight, None if bias is None else bias.to(input.dtype).contiguous())
 
 
 def _check_targets(call: ops.LinearCrossEntropy | ops.LinearTokenStatistics) -> None:

@@ -164,8 +164,9 @@ class MonotonicTransform(nn.Module):
         """
         # Told by what they can do: an import of torch.distributed takes a second, and some builds have none. Parameters
         # without ado, which are no DTensors, are let through without a walk over them by name.
-        plain = not self._modules and all(type(raw) is nn.Parameter for raw in self._parameters.values())
-        sharded = [] if plain else [name for name, raw in self.named_parameters() if hasattr(raw, "full_tensor")]
+        sharded: list[str] = []
+        if self._modules or any([type(raw) is not nn.Parameter for raw in self._parameters.values()]):
+            sharded = [name for name, raw in self.named_parameters() if hasattr(raw, "full_tensor")]
         if sharded:
             raise NotImplementedError(
                 f"transform has parameters that are DTensors ({', '.join(sharded)}), as those of fully_shard(module) "
@@ -273,7 +274,9 @@ def coefficients_of(transform: MonotonicTransform, device: torch.device, dtype: 
     Raises:
         TypeError: something has rounded them to half precision on their way.
     """
-    coefficients: Tensor = transform()
+    # What has no parameters has nothing that a hook could prepare.
+    called = transform._parameters or transform._modules or transform._forward_pre_hooks or transform._forward_hooks
+    coefficients: Tensor = transform() if called else transform.coefficients()
     if coefficients.dtype in (torch.float16, torch.bfloat16):
         raise TypeError(
             f"transform must have float32 or float64 coefficients, got {coefficients.dtype}: fully_shard(transform) "
@@ -301,7 +304,8 @@ def widened(raw: Tensor, size: int = 1) -> Tensor:
             "FullyShardedDataParallel leaves pieces of parameters outside of forward: call the module that it wraps, "
             "or use FullyShardedDataParallel.summon_full_params(module)"
         )
-    return raw.to(arithmetic_dtype(raw.dtype))
+    dtype = arithmetic_dtype(raw.dtype)
+    return raw if raw.dtype == dtype else raw.to(dtype)
 
 
 def of_pieces(coefficients: Tensor, piece: Tensor) -> tuple[Tensor, ...]:

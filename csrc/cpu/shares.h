@@ -86,12 +86,30 @@ class CoefficientSums {
   // The gradient of the coefficients, of their shape; empty where it is not needed.
   Tensor total() const {
     if (!needed_) return nothing_like(transform_.given());
-    if (!sums_.defined()) return at::empty_like(transform_.given());
-    const Tensor total = sums_.sum(0).to(transform_.given().scalar_type());
-    return transform_.table_rows() == 0 ? total : total.narrow(1, 0, transform_.table_rows()).t().contiguous();
+    const Tensor& given = transform_.given();
+    Tensor total = at::empty(given.sizes(), given.options());
+    if (!sums_.defined()) return total;
+    const Tensor sum = sums_.size(0) == 1 ? sums_ : sums_.sum(0);
+    if (given.scalar_type() == at::kDouble) {
+      round_into<double>(total, sum.const_data_ptr<double>());
+    } else {
+      round_into<float>(total, sum.const_data_ptr<double>());
+    }
+    return total;
   }
 
  private:
+  // From the layout of the kernels: of a table, from [pieces, stride] to [rows, pieces].
+  template <class S>
+  void round_into(Tensor& total, const double* sum) const {
+    S* to = total.mutable_data_ptr<S>();
+    const int64_t rows = transform_.table_rows() == 0 ? 1 : transform_.table_rows();
+    const int64_t size = total.size(-1), stride = transform_.table_rows() == 0 ? 1 : transform_.coefficients().size(1);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t k = 0; k < size; ++k) to[r * size + k] = static_cast<S>(sum[k * stride + r]);
+    }
+  }
+
   const TransformArguments& transform_;
   bool needed_;
   Tensor sums_;

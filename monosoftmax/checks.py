@@ -124,17 +124,16 @@ def check_head(head: Head, target: Tensor) -> Tensor:
             f"got {tuple(target.shape)}"
         )
     classes = linear_weight.shape[0]
-    operands = {"linear_weight": linear_weight}
     if linear_bias is not None:
         check_floating("linear_bias", linear_bias)
         if linear_bias.shape != (classes,):
             raise ValueError(f"linear_bias must have shape ({classes},), got {tuple(linear_bias.shape)}")
-        operands["linear_bias"] = linear_bias
-    autocast = autocast_enabled(input.device.type)
-    for name, operand in operands.items():
+    for name, operand in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if operand is None:
+            continue
         if operand.device != input.device:
             raise ValueError(f"{name} must be on {input.device} like input, got {operand.device}")
-        if operand.dtype != input.dtype and not autocast:
+        if operand.dtype != input.dtype and not autocast_enabled(input.device.type):
             raise TypeError(f"{name} must have the dtype of input, {input.dtype}, got {operand.dtype}")
     check_classes(classes)
     return target

@@ -286,7 +286,7 @@ def linear_cross_entropy(
         >>> head.weight.grad.shape
         torch.Size([10000, 64])
     """
-    options = LossOptions(weight, ignore_index, label_smoothing, z_loss, return_lse)
+    options = LossOptions(weight, check_ignore_index(ignore_index), label_smoothing, z_loss, return_lse)
     check_head_options(method, chunk_rows, filter_eps, grad_in_forward, reduction)
     losses = linear_losses(
         Head(input, linear_weight, linear_bias),
@@ -317,7 +317,6 @@ def linear_losses(
     input, linear_weight, linear_bias = head
     transform = check_transform(transform)
     target, classes = check_head(head, target), linear_weight.shape[0]
-    options = options._replace(ignore_index=check_ignore_index(options.ignore_index))
     check_loss_options(options, classes, input.device, reduction)
     check_device("transform", transform, input.device)
     call = Call(
@@ -340,20 +339,19 @@ def linear_losses(
             plain = LossOptions(None, options.ignore_index, 0.0, 0.0, False)
             losses = losses._replace(log_prob=-reference.cross_entropy(logits, target, transform, plain)[0])
         return _reshaped(losses, shape)
-    head = head._replace(input=_autocast(rows))
-    options, f = _typed(options, head.input), _for_kernels(transform, head.input)
-    operands = (*head, f.coefficients)
+    rows = _autocast(rows)
+    options, f = _typed(options, rows), _for_kernels(transform, rows)
+    operands = (rows, linear_weight, linear_bias, f.coefficients)
     if head_options.method == "auto":
-        needed = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in operands)
+        needed = torch.is_grad_enabled() and any([each is not None and each.requires_grad for each in operands])
         chunked = return_log_prob or head_options.chunk_rows > 0
-        features, dtype = head.input.shape[1], head.input.dtype
-        method = "chunked" if chunked else head_method(chosen, features, dtype, needed)
-        head_options = head_options._replace(method=method)
+        method = "chunked" if chunked else head_method(chosen, rows.shape[1], rows.dtype, needed)
+        head_options = HeadOptions(method, head_options.chunk_rows, head_options.filter_eps)
     wish = False if reduction == "none" or head_options.method == "recompute" else grad_in_forward
     results = ops.linear_cross_entropy(
         ops.LinearCrossEntropy(
             backend=chosen,
-            head=head,
+            head=Head(rows, linear_weight, linear_bias),
             target=target,
             transform=f,
             options=options,

@@ -294,7 +294,8 @@ class MonotonicSoftmax(nn.Module):
         return OutputAndLoss(output, losses.rows if losses.total is None else losses.total)
 
     def _options(self) -> LossOptions:
-        return LossOptions(self.class_weight, self.ignore_index, self.label_smoothing, self.z_loss, False)
+        ignore_index = check_ignore_index(self.ignore_index)
+        return LossOptions(self.class_weight, ignore_index, self.label_smoothing, self.z_loss, False)
 
     def log_prob(self, input: Tensor) -> Tensor:
         """Log-probabilities of all classes, (..., V)."""

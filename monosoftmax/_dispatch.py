@@ -81,11 +81,14 @@ def assume_constant(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def onednn_linear() -> Callable[..., Tensor] | None:
-    """oneDNN's linear, which torch.compile uses, too: (input, weight, bias, "none", [], ""). None without it."""
+    """oneDNN's linear, which torch.compile uses, too: of input, weight and bias. None where torch has none."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
     product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    return None if product is None else product.default  # the overload, so that a call need not look for it
+    if product is None:
+        return None
+    linear = product.default  # the overload, so that a call need not look for it
+    return lambda input, weight, bias: linear(input, weight, bias, attr="none", scalars=[], algorithm="")
 
 
 @functools.cache

@@ -175,7 +175,14 @@ class _OfLogSoftmax(_Derivative[ops.LogSoftmax, ops.LogProbabilities]):
             return self.placed([None, None], needs)
         inputs, (row_stats,) = self.saved(ctx)
         backend, input, transform, _ = self.operator.named(inputs)
-        call = ops.LogSoftmaxBackward(backend, upstream[0], input, transform, row_stats, (needs[0], needs[1]))
+        call = ops.LogSoftmaxBackward(
+            backend=backend,
+            grad_output=upstream[0],
+            input=input,
+            transform=transform,
+            row_stats=row_stats,
+            output_mask=needs,
+        )
         return self.placed(ops.log_softmax_backward(call), needs)
 
 

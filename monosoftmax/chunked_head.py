@@ -85,7 +85,7 @@ class _Head:
             chunk = slice(start, min(start + self.rows, rows))
             x = _of(self.input, chunk)
             if self._product is not None:
-                yield chunk, self._product(x, self.weight, self.bias, "none", [], "")
+                yield chunk, self._product(x, self.weight, self.bias)
             else:
                 logits = _of(self._buffer, slice(0, chunk.stop - start))
                 self._logits(x, logits)
@@ -203,10 +203,10 @@ def _linear_cross_entropy(call: ops.LinearCrossEntropy) -> ops.LinearLosses:
     if call.head_options.method == "recompute":
         _check_targets(call)
         recompute = functools.partial(_recompute_head(call.backend), _operands(call.head), target, transform)
-        loss, lse, row_stats, gradients = recompute(options, upstream=upstream, output_mask=call.output_mask)
+        *of_rows, gradients = recompute(options, upstream=upstream, output_mask=call.output_mask)
         # By a second product: this method has no logits to look at twice.
-        log_prob = recompute(plain)[0].neg_() if call.return_log_prob else loss.new_empty(0)
-        return ops.LinearLosses(loss, lse, row_stats, log_prob, *reduced(loss, scale), *gradients)
+        log_prob = recompute(plain)[0].neg_() if call.return_log_prob else of_rows[0].new_empty(0)
+        return ops.LinearLosses._make([*of_rows, log_prob, *reduced(of_rows[0], scale), *gradients])
     head = _Head(call.head, head_mask, call.head_options.chunk_rows)
     if head.rows < target.shape[0] or call.backend != "cpu":
         # A row kernel counts rows from the start of a chunk, and a kernel for GPUs does not tell.
@@ -228,10 +228,10 @@ def _linear_cross_entropy(call: ops.LinearCrossEntropy) -> ops.LinearLosses:
         grad_coefficients = _sum(grad_coefficients, results[4])
         head.add_gradients(chunk, logits)
         del logits, wanted, results
-    loss, lse, row_stats = _joined(parts)
-    log_prob = torch.cat(log_probs) if call.return_log_prob else loss.new_empty(0)
+    of_rows = _joined(parts)
+    log_prob = torch.cat(log_probs) if call.return_log_prob else of_rows[0].new_empty(0)
     gradients = head.summed(grad_coefficients)
-    return ops.LinearLosses(loss, lse, row_stats, log_prob, *reduced(loss, scale), *gradients)
+    return ops.LinearLosses._make([*of_rows, log_prob, *reduced(of_rows[0], scale), *gradients])
 
 
 def _linear_cross_entropy_backward(call: ops.LinearCrossEntropyBackward) -> HeadGradients:

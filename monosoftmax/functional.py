@@ -56,7 +56,15 @@ class Losses(NamedTuple):
         return (loss, self.lse) if return_lse else loss
 
 
-_AUTO = HeadOptions("auto", 0, 0.0)
+class HeadCall(NamedTuple):
+    """What a call of the head asks for beside its loss: see :func:`linear_cross_entropy`."""
+
+    method: HeadMethod = "auto"
+    #: 0 leaves them to the backend.
+    chunk_rows: int = 0
+    filter_eps: float = 0.0
+    grad_in_forward: bool | None = None
+    return_log_prob: bool = False
 
 
 class _LossKeywords(TypedDict, total=False):
@@ -293,10 +301,9 @@ def linear_cross_entropy(
         target,
         transform,
         options,
-        HeadOptions(method, chunk_rows or 0, filter_eps),
+        HeadCall(method, chunk_rows or 0, filter_eps, grad_in_forward),
         reduction=reduction,
         backend=backend,
-        grad_in_forward=grad_in_forward,
     )
     return losses.result(return_lse)
 
@@ -306,12 +313,10 @@ def linear_losses(
     target: Tensor,
     transform: MonotonicTransform | None,
     options: LossOptions,
-    head_options: HeadOptions = _AUTO,
+    how: HeadCall,
     *,
     reduction: Reduction,
     backend: BackendName,
-    grad_in_forward: bool | None = None,
-    return_log_prob: bool = False,
 ) -> Losses:
     """:func:`linear_cross_entropy`: the losses of the rows and their mean or sum both, and log p of the targets."""
     input, linear_weight, linear_bias = head
@@ -324,9 +329,9 @@ def linear_losses(
         input.device.type,
         input.dtype,
         transform,
-        head_options.method,
-        has_chunk_rows=head_options.chunk_rows > 0,
-        has_grad_in_forward=grad_in_forward is not None,
+        how.method,
+        has_chunk_rows=how.chunk_rows > 0,
+        has_grad_in_forward=how.grad_in_forward is not None,
         classes=classes,
     )
     chosen = choose(call, backend)
@@ -335,19 +340,19 @@ def linear_losses(
     if chosen == "reference":
         logits = F.linear(rows, linear_weight, linear_bias)
         losses = _losses_of_rows(chosen, logits, target, transform, options, reduction=reduction)
-        if return_log_prob:
+        if how.return_log_prob:
             plain = LossOptions(None, options.ignore_index, 0.0, 0.0, False)
             losses = losses._replace(log_prob=-reference.cross_entropy(logits, target, transform, plain)[0])
         return _reshaped(losses, shape)
     rows = _autocast(rows)
     options, f = _typed(options, rows), _for_kernels(transform, rows)
     operands = (rows, linear_weight, linear_bias, f.coefficients)
-    if head_options.method == "auto":
+    method: str = how.method
+    if method == "auto":
         needed = torch.is_grad_enabled() and any([each is not None and each.requires_grad for each in operands])
-        chunked = return_log_prob or head_options.chunk_rows > 0
+        chunked = how.return_log_prob or how.chunk_rows > 0
         method = "chunked" if chunked else head_method(chosen, rows.shape[1], rows.dtype, needed)
-        head_options = HeadOptions(method, head_options.chunk_rows, head_options.filter_eps)
-    wish = False if reduction == "none" or head_options.method == "recompute" else grad_in_forward
+    wish = False if reduction == "none" or method == "recompute" else how.grad_in_forward
     results = ops.linear_cross_entropy(
         ops.LinearCrossEntropy(
             backend=chosen,
@@ -355,14 +360,14 @@ def linear_losses(
             target=target,
             transform=f,
             options=options,
-            head_options=head_options,
+            head_options=HeadOptions(method, how.chunk_rows, how.filter_eps),
             reduction=reduction,
-            return_log_prob=return_log_prob,
+            return_log_prob=how.return_log_prob,
             output_mask=output_mask(operands, chosen, wish),
         )
     )
     total = None if reduction == "none" else results.total
-    return _reshaped(Losses(results.loss, results.lse, total, results.log_prob if return_log_prob else None), shape)
+    return _reshaped(Losses(results.loss, results.lse, total, results.log_prob if how.return_log_prob else None), shape)
 
 
 def linear_token_statistics(

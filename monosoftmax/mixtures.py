@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,25 +23,31 @@ if TYPE_CHECKING:
 LOGITS_BUDGET = 64 * 2**20
 
 
+class _Sizes(NamedTuple):
+    in_features: int
+    n_classes: int
+    n_experts: int
+    #: None: as many as in_features.
+    expert_features: int | None
+
+
 class _Experts(nn.Module):
-    """K context vectors tanh(U_k g) with weights pi = softmax(V g), and the decoder that all of them share."""
+    """K context vectors tanh(U_k g) with weights pi = softmax(V g), and the decoder that all of them share.
+
+    ``decoder``: keyword arguments of :class:`MonotonicSoftmax`.
+    """
 
     def __init__(
         self,
-        in_features: int,
-        n_classes: int,
-        n_experts: int,
-        expert_features: int | None,
-        bias: bool,
+        sizes: _Sizes,
+        *,
         dropout: float,
-        ignore_index: int,
-        label_smoothing: float,
-        z_loss: float,
-        backend: BackendName,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        **decoder: Any,
     ) -> None:
         super().__init__()
+        in_features, n_classes, n_experts, expert_features = sizes
         self.in_features = require_count("in_features", in_features)
         self.n_classes = require_count("n_classes", n_classes)
         self.n_experts = require_count("n_experts", n_experts)
@@ -53,17 +59,7 @@ class _Experts(nn.Module):
         self.dropout = dropout
         self.prior = nn.Linear(in_features, n_experts, bias=False, device=device, dtype=dtype)
         self.latent = nn.Linear(in_features, n_experts * self.expert_features, device=device, dtype=dtype)
-        self.decoder = MonotonicSoftmax(
-            self.expert_features,
-            n_classes,
-            bias=bias,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            backend=backend,
-            device=device,
-            dtype=dtype,
-        )
+        self.decoder = MonotonicSoftmax(self.expert_features, n_classes, device=device, dtype=dtype, **decoder)
 
     def reset_parameters(self) -> None:
         """Set everything to the values of a new layer, drawn as :class:`torch.nn.Linear` draws them.
@@ -163,9 +159,14 @@ class MixtureOfSoftmaxes(_Experts):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            in_features, n_classes, n_experts, expert_features, bias, dropout, ignore_index, 0.0, 0.0,
-            backend, device, dtype,
-        )  # fmt: skip
+            _Sizes(in_features, n_classes, n_experts, expert_features),
+            dropout=dropout,
+            device=device,
+            dtype=dtype,
+            bias=bias,
+            ignore_index=ignore_index,
+            backend=backend,
+        )
         if chunk_rows is not None:
             require_count("chunk_rows", chunk_rows)
         for name, given in (("chunk_rows", chunk_rows is not None), ("backend", backend != "auto")):
@@ -316,9 +317,16 @@ class MixtureOfContexts(_Experts):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            in_features, n_classes, n_experts, expert_features, bias, dropout, ignore_index, label_smoothing, z_loss,
-            backend, device, dtype,
-        )  # fmt: skip
+            _Sizes(in_features, n_classes, n_experts, expert_features),
+            dropout=dropout,
+            device=device,
+            dtype=dtype,
+            bias=bias,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            backend=backend,
+        )
 
     def logits(self, input: Tensor) -> Tensor:
         """The logits, (..., V)."""

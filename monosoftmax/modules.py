@@ -18,7 +18,7 @@ from .checks import (
     check_tensor,
     check_transform,
 )
-from .functional import cross_entropy, linear_losses, log_softmax
+from .functional import HeadCall, cross_entropy, linear_losses, log_softmax
 from .groups import Head, LossOptions
 from .transforms import Identity, MonotonicTransform
 from .transforms.base import require_count
@@ -286,9 +286,9 @@ class MonotonicSoftmax(nn.Module):
             target,
             self.transform,
             self._options(),
+            HeadCall(return_log_prob=not plain),
             reduction=self.reduction,
             backend=self.backend,
-            return_log_prob=not plain,
         )
         output = -losses.rows if losses.log_prob is None else losses.log_prob
         return OutputAndLoss(output, losses.rows if losses.total is None else losses.total)

@@ -292,8 +292,8 @@ def _fake_linear_gradients(call: LinearCrossEntropy | LinearCrossEntropyBackward
 def _fake_linear_cross_entropy(call: LinearCrossEntropy) -> LinearLosses:
     loss, lse, row_stats = _row_results(call.head.input)
     log_prob = loss.new_empty(loss.shape if call.return_log_prob else 0)
-    reduced = _scale_and_total(call.reduction, loss)
-    return LinearLosses(loss, lse, row_stats, log_prob, *reduced, *_fake_linear_gradients(call))
+    of_rows, reduced = (loss, lse, row_stats, log_prob), _scale_and_total(call.reduction, loss)
+    return LinearLosses(*of_rows, *reduced, *_fake_linear_gradients(call))
 
 
 def _fake_linear_token_statistics(call: LinearTokenStatistics) -> TokenStatistics:

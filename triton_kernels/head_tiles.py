@@ -116,6 +116,10 @@ class HeadTile(NamedTuple):
         return sizes | options | ({"maxnreg": self.registers} if self.registers else {})
 
 
+def _tiles(rows: dict[tuple[str, str], tuple[int, ...]]) -> dict[tuple[str, str], HeadTile]:
+    return {key: HeadTile(*row) for key, row in rows.items()}
+
+
 #: The number of row blocks whose programs take turns: they read a tile of linear_weight while the L2 cache has it.
 GROUP = 8
 
@@ -133,32 +137,36 @@ GROUP = 8
 #:
 #: Larger tiles spilled 24 to 232 bytes: 128 x 256 on sm_90 with smoothed labels, 128 x 128 backward on sm_80 and
 #: sm_120. If a part is narrower than the columns that the warps share, every warp computes all of it.
-FORWARD = {
-    ("sm_80", "light"): HeadTile(128, 128, 32, 8, 8, 4),
-    ("sm_80", "heavy"): HeadTile(128, 128, 32, 8, 8, 4),
-    ("sm_90", "light"): HeadTile(128, 256, 64, 16, 8, 4),
-    ("sm_90", "heavy"): HeadTile(128, 128, 64, 8, 8, 4),
-    ("sm_100", "light"): HeadTile(128, 256, 64, 8, 8, 4),
-    ("sm_100", "heavy"): HeadTile(128, 128, 64, 8, 8, 4),
-    ("sm_120", "light"): HeadTile(128, 128, 64, 8, 8, 3),
-    ("sm_120", "heavy"): HeadTile(128, 128, 64, 8, 8, 3),
-    ("gfx942", "light"): HeadTile(128, 128, 64, 8, 8, 2),
-    ("gfx942", "heavy"): HeadTile(64, 128, 64, 8, 4, 2),
-}
-BACKWARD = {
-    ("sm_80", "light"): HeadTile(64, 128, 32, 4, 8, 3, 255),
-    ("sm_80", "heavy"): HeadTile(64, 128, 32, 8, 8, 3),
-    ("sm_90", "light"): HeadTile(128, 128, 64, 16, 8, 3),
-    ("sm_90", "heavy"): HeadTile(128, 128, 64, 16, 8, 3),
-    ("sm_100", "light"): HeadTile(128, 128, 64, 8, 8, 3),
-    ("sm_100", "heavy"): HeadTile(128, 128, 64, 16, 8, 3),
-    ("sm_120", "light"): HeadTile(64, 128, 32, 4, 8, 2, 255),
-    ("sm_120", "heavy"): HeadTile(64, 128, 32, 8, 8, 2),
-    ("gfx942", "light"): HeadTile(64, 128, 32, 8, 4, 2),
-    ("gfx942", "heavy"): HeadTile(64, 128, 32, 8, 4, 2),
-}
+FORWARD = _tiles(
+    {
+        ("sm_80", "light"): (128, 128, 32, 8, 8, 4),
+        ("sm_80", "heavy"): (128, 128, 32, 8, 8, 4),
+        ("sm_90", "light"): (128, 256, 64, 16, 8, 4),
+        ("sm_90", "heavy"): (128, 128, 64, 8, 8, 4),
+        ("sm_100", "light"): (128, 256, 64, 8, 8, 4),
+        ("sm_100", "heavy"): (128, 128, 64, 8, 8, 4),
+        ("sm_120", "light"): (128, 128, 64, 8, 8, 3),
+        ("sm_120", "heavy"): (128, 128, 64, 8, 8, 3),
+        ("gfx942", "light"): (128, 128, 64, 8, 8, 2),
+        ("gfx942", "heavy"): (64, 128, 64, 8, 4, 2),
+    }
+)
+BACKWARD = _tiles(
+    {
+        ("sm_80", "light"): (64, 128, 32, 4, 8, 3, 255),
+        ("sm_80", "heavy"): (64, 128, 32, 8, 8, 3),
+        ("sm_90", "light"): (128, 128, 64, 16, 8, 3),
+        ("sm_90", "heavy"): (128, 128, 64, 16, 8, 3),
+        ("sm_100", "light"): (128, 128, 64, 8, 8, 3),
+        ("sm_100", "heavy"): (128, 128, 64, 16, 8, 3),
+        ("sm_120", "light"): (64, 128, 32, 4, 8, 2, 255),
+        ("sm_120", "heavy"): (64, 128, 32, 8, 8, 2),
+        ("gfx942", "light"): (64, 128, 32, 8, 4, 2),
+        ("gfx942", "heavy"): (64, 128, 32, 8, 4, 2),
+    }
+)
 #: The tile for float32. NVIDIA GPUs have no matrix instructions for float32: products are fused multiply-adds.
-FLOAT32 = HeadTile(64, 64, 16, 4, 8, 2, 255)
+FLOAT32 = HeadTile._make((64, 64, 16, 4, 8, 2, 255))
 
 
 def family_of(device: torch.device) -> str:

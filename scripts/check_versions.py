@@ -43,7 +43,7 @@ TESTS = (
     ("tests/test_linear_cross_entropy.py tests/test_soft_targets.py", "compile or func or triton"),
     ("tests/test_gradients_ahead.py tests/test_edges.py tests/test_training.py", ""),
     ("tests/test_transform_modules.py tests/test_transform_state.py", ""),
-    ("tests/test_hands_traced.py tests/test_hands_operands.py", ""),
+    ("tests/test_hands_traced.py tests/test_hands_operands.py tests/test_nested_transforms.py", ""),
     ("tests/test_hands_sharded.py tests/test_hands_parameters.py tests/test_hands_training.py", ""),
     ("tests/test_cross_entropy.py", "triton or cuda"),
     ("tests/test_overhead_benchmark.py", "agree or older_torch"),

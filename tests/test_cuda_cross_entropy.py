@@ -16,10 +16,13 @@ from losses import (
     head_loss_and_gradients,
     loss_and_gradients,
 )
+from operator_calls import PLAIN, check_row_kernels, kernel_transform, opcheck
 from torch import Tensor
 
 import monosoftmax as ms
-from monosoftmax.ops import operator
+from monosoftmax import ops
+from monosoftmax.groups import LossOptions, Upstream
+from monosoftmax.row_kernels import row_kernels
 
 #: How a row comes to its gradient: kept by a block, by a cluster, read again.
 STRATEGIES = {"block": {}, "cluster": {"fewest_blocks": 4}, "reread": {"keeps_rows": False}}
@@ -271,17 +274,26 @@ def test_the_head_in_chunks(host: Any, dtype: torch.dtype, case: int) -> None:
         assert distance(result[key], value) <= (1e-5 if dtype == torch.float32 else 2e-2) * value.float().norm(), key
 
 
-def test_nothing_is_waited_for() -> None:
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_nothing_is_waited_for(reduction: str) -> None:
     """No number is brought to the host: calls can be captured in CUDA graphs."""
     input, target = torch.randn(4, 70), torch.randint(0, 70, (4,))
-    transform = disturbed("plif")
-    coefficients, constants = transform.coefficients().detach(), list(transform.constants())
-    weight, scale = torch.rand(70), torch.tensor(0.5)
+    transform, options = kernel_transform(disturbed("plif")), LossOptions(torch.rand(70), -100, 0.1, 0.1, True)
+    call = ops.CrossEntropy("cuda", input, target, transform, options, reduction, output_mask=(True, True))
     with executing(), torch.profiler.profile() as profile:
-        operator("cross_entropy", "cuda")(
-            input, target, weight, coefficients, "plif", constants, -100, 0.1, 0.1, True, scale, True, True
+        row_stats = ops.cross_entropy(call).row_stats
+        kernels, scale = row_kernels("cuda"), torch.tensor(0.5)
+        kernels.scale_(input.clone(), scale)
+        kernels.cross_entropy(
+            input,
+            target,
+            transform,
+            options,
+            upstream=Upstream(scale, None, scale),
+            row_stats=row_stats,
+            output_mask=(True, False),
+            grad_rows=torch.empty_like(input),
         )
-        operator("scale_", "cuda")(input, scale)
     names = {event.name for event in profile.events()}
     assert "monosoftmax::cross_entropy" in names
     assert not names & {"aten::item", "aten::_local_scalar_dense", "aten::nonzero"}
@@ -289,20 +301,43 @@ def test_nothing_is_waited_for() -> None:
 
 def test_operators_check_out() -> None:
     input, target = torch.randn(4, 70), torch.randint(0, 70, (4,))
+    options = LossOptions(torch.rand(70), -100, 0.1, 0.1, True)
     with executing():
         for name in ("identity", "plif", "monotonic_mlp"):
-            transform = disturbed(name)
-            of_transform = (transform.coefficients().detach(), transform.kernel, list(transform.constants()))
-            below = (target, torch.rand(70), *of_transform)
-            options, scale = (-100, 0.1, 0.1), torch.tensor(0.5)
-            row_stats = operator("cross_entropy", "cuda")(input, *below, *options, True, None, False, False)[2]
-            calls: dict[str, tuple[Any, ...]] = {
-                "cross_entropy": (input, *below, *options, True, scale, True, True),
-                "cross_entropy_": (input.clone(), *below, *options, True, scale, True),
-                "cross_entropy_backward": (torch.rand(4), None, input, *below, row_stats, *options, True, True),
-                "cross_entropy_backward_": (torch.rand(4), None, input.clone(), *below, row_stats, *options, True),
-                "scale_": (input.clone(), scale),
-                "cross_entropy_rescale_": (torch.zeros_like(input), scale, scale, input, *below, row_stats, *options),
-            }
-            for operation, arguments in calls.items():
-                torch.library.opcheck(operator(operation, "cuda"), arguments)
+            transform = kernel_transform(disturbed(name))
+            call = ops.CrossEntropy("cuda", input, target, transform, options, "mean", output_mask=(True, True))
+            opcheck(call)
+            row_stats = ops.cross_entropy(call).row_stats
+            for grad_lse in (None, torch.rand(4)):
+                backward = ops.CrossEntropyBackward(
+                    backend="cuda",
+                    grad_loss=torch.rand(4),
+                    grad_lse=grad_lse,
+                    input=input,
+                    target=target,
+                    transform=transform,
+                    options=options,
+                    row_stats=row_stats,
+                    output_mask=(True, True),
+                )
+                opcheck(backward)
+            for each in (PLAIN, options):
+                check_row_kernels("cuda", input, target, transform, each)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_factor_of_the_upstream_gradient(host: Any, dtype: torch.dtype) -> None:
+    """1 leaves the gradient where it is alone; for another number it is computed again, for the product."""
+    input, target = logits_and_target(517, 1)
+    input, transform, scale = input.to(dtype), kernel_transform(disturbed("plif")), torch.tensor(0.3)
+    cross_entropy = row_kernels("cuda").cross_entropy
+    ahead = cross_entropy(input, target, transform, PLAIN, upstream=Upstream(scale), output_mask=(True, False))
+    for factor in (1.0, 2.0):
+        into = torch.full_like(input, 5.0)
+        again = {"row_stats": ahead[2], "output_mask": (True, False), "grad_rows": into}
+        cross_entropy(input, target, transform, PLAIN, upstream=Upstream(scale, None, torch.tensor(factor)), **again)
+        assert (into == 5).all() if factor == 1 else torch.equal(into, factor * ahead[3])
+    for factor in (1.0, 0.5, torch.nan):
+        scaled = input.clone()
+        row_kernels("cuda").scale_(scaled, torch.tensor(factor))
+        torch.testing.assert_close(scaled, (input.float() * factor).to(dtype), rtol=0, atol=0, equal_nan=True)

@@ -10,11 +10,13 @@ import pytest
 import torch
 from cuda_host import executing
 from losses import TRANSFORMS, disturbed
+from operator_calls import check_function, kernel_transform, opcheck
 from torch import Tensor
 
 import monosoftmax as ms
-from monosoftmax import reference
-from monosoftmax.ops import operator
+from monosoftmax import ops, reference
+from monosoftmax.groups import Head
+from monosoftmax.row_kernels import row_kernels
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -110,9 +112,7 @@ def test_one_result_in_every_order() -> None:
 
 
 def _statistics(input: Tensor, target: Tensor, transform: Any, backend: str = "cuda") -> tuple[Tensor, ...]:
-    arguments = (input, target, transform.coefficients().detach(), transform.kernel, list(transform.constants()), -100)
-    statistics: tuple[Tensor, ...] = operator("token_statistics", backend)(*arguments)
-    return statistics
+    return row_kernels(backend).token_statistics(input, target, kernel_transform(transform), -100)
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -163,9 +163,9 @@ def test_the_head() -> None:
 
 def test_operators_check_out() -> None:
     input, target, transform = rows(70, torch.float32), torch.tensor([0, 5, 69, -100, 17]), disturbed("plif")
-    of_transform = (transform.coefficients().detach(), transform.kernel, list(transform.constants()))
-    stats = operator("log_softmax", "cuda")(input, *of_transform, torch.float32)[1]
-    torch.library.opcheck(operator("log_softmax", "cuda"), (input, *of_transform, torch.bfloat16))
-    torch.library.opcheck(operator("token_statistics", "cuda"), (input, target, *of_transform, -100))
-    arguments = (torch.rand(5, 70), input, *of_transform, stats, True, True)
-    torch.library.opcheck(operator("log_softmax_backward", "cuda"), arguments)
+    f = kernel_transform(transform)
+    opcheck(ops.LogSoftmax("cuda", input, f, torch.bfloat16))
+    check_function(row_kernels("cuda").token_statistics, input, target, f, -100)
+    row_stats = ops.log_softmax(ops.LogSoftmax("cuda", input, f, torch.float32)).row_stats
+    opcheck(ops.LogSoftmaxBackward("cuda", torch.rand(5, 70), input, f, row_stats, output_mask=(True, True)))
+    opcheck(ops.LinearTokenStatistics("cuda", Head(torch.randn(5, 3), torch.randn(70, 3), None), target, f, -100))

@@ -13,11 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from losses import disturbed, loss_and_gradients
+from operator_calls import PLAIN, flattened
 from torch import Tensor
 from torch.nn import functional as F
 
 import monosoftmax as ms
-from monosoftmax import ops
+from monosoftmax import ops, row_kernels
+from monosoftmax.groups import Transform
 
 BACKENDS = ["reference", "cpu"]
 LOGITS, TARGET = torch.randn(4, 9), torch.tensor([0, 8, -100, 3])
@@ -142,26 +144,30 @@ dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    ("position", "value", "message"),
+    ("name", "value", "message"),
     [
-        (0, torch.randn(4, 9, 2), "input must have shape"),
-        (0, torch.randn(9, 4).t(), "columns next to each other"),
-        (1, TARGET[:2], "target must have shape"),
-        (2, torch.rand(9, dtype=torch.float64), "weight must be"),
-        (3, torch.ones(3), "do not fit transform"),
-        (3, torch.ones(2, 4, dtype=torch.float64), "coefficients must be"),
-        (4, "nothing", 'unknown transform "nothing"'),
-        (5, [1.0], "plif takes 3 constants"),
+        ("input", torch.randn(4, 9, 2), "input must have shape"),
+        ("input", torch.randn(9, 4).t(), "columns next to each other"),
+        ("target", TARGET[:2], "target must have shape"),
+        ("weight", torch.rand(9, dtype=torch.float64), "weight must be"),
+        ("coefficients", torch.ones(3), "do not fit transform"),
+        ("coefficients", torch.ones(2, 4, dtype=torch.float64), "coefficients must be"),
+        ("name", "nothing", 'unknown transform "nothing"'),
+        ("constants", [1.0], "plif takes 3 constants"),
     ],
 )
-def test_the_operator_checks_what_it_is_given(position: int, value: Any, message: str) -> None:
-    arguments: list[Any] = [
-        LOGITS, TARGET, None, torch.ones(2, 4), "plif", [-1.0, 0.5, 2.0], -100, 0.0, 0.0, False, None, False, False
-    ]  # fmt: skip
-    ops.operator("cross_entropy", "cpu")(*arguments)
-    arguments[position] = value
-    with pytest.raises((ValueError, TypeError), match=message):
-        ops.operator("cross_entropy", "cpu")(*arguments)
+def test_the_operator_checks_what_it_is_given(name: str, value: Any, message: str) -> None:
+    """Called by its arguments, and by its name at the dispatcher."""
+    operator = ops.cross_entropy
+    transform = Transform(torch.ones(2, 4), "plif", [-1.0, 0.5, 2.0])
+    call = ops.CrossEntropy("cpu", LOGITS, TARGET, transform, PLAIN, "none", output_mask=(False, False))
+    operator(call)
+    arguments = list(flattened(call))
+    assert operator.named(arguments) == call
+    arguments[operator.names.index(name)] = value
+    for function in (lambda: operator(operator.named(arguments)), lambda: operator.overload(*arguments)):
+        with pytest.raises((ValueError, TypeError), match=message):
+            function()
 
 
 def test_explain() -> None:
@@ -314,15 +320,13 @@ def test_any_arguments(
     ],
 )  # fmt: skip
 def test_gpus_that_compiled_kernels_run_on(gpu: tuple[int, int], architecture: str, runs: bool) -> None:
-    assert ms.backends._runs_on(gpu, architecture) is runs
+    assert row_kernels.runs_on(gpu, architecture) is runs
 
 
 def test_why_the_cuda_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a build with CUDA says where there is no GPU, or another one, whatever there is on this machine."""
     build = {"torch": torch.__version__, "cuda": "13.0", "cuda_architectures": "8.0 9.0 10.0+PTX"}
-    monkeypatch.setattr(
-        ms.backends, "extension", SimpleNamespace(build_info=lambda: build, cpu_capability=lambda: "avx2")
-    )
+    monkeypatch.setattr(row_kernels, "extension", SimpleNamespace(build_info=lambda: build))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert str(ms.backends.available()["cuda"]).startswith(
         "not available: built, no device: CUDA 13.0 kernels for 8.0 9.0 10.0+PTX"
@@ -330,8 +334,8 @@ def test_why_the_cuda_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    assert "but this GPU is 7.5: install again with TORCH_CUDA_ARCH_LIST=7.5" in str(ms.backends._cuda_problem())
+    assert "but this GPU is 7.5: install again with TORCH_CUDA_ARCH_LIST=7.5" in str(row_kernels.PROBLEMS["cuda"]())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert ms.backends._cuda_problem() is None
+    assert row_kernels.PROBLEMS["cuda"]() is None
     build["cuda"], build["cuda_problem"] = None, "torch is a CPU build"  # type: ignore[assignment]
-    assert str(ms.backends._cuda_problem()) == "the C++ extension was built without CUDA: torch is a CPU build"
+    assert str(row_kernels.PROBLEMS["cuda"]()) == "the C++ extension was built without CUDA: torch is a CPU build"

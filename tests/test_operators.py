@@ -9,18 +9,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.utils.checkpoint
 from losses import TRANSFORMS, disturbed, loss_and_gradients
+from operator_calls import PLAIN, check_row_kernels, flattened, kernel_transform, opcheck
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import monosoftmax as ms
 from monosoftmax import ops
 from monosoftmax.backends import extension
+from monosoftmax.groups import Head, HeadOptions, LossOptions
 
 ROWS, CLASSES = 6, 41
 
@@ -33,86 +36,131 @@ def batch() -> tuple[Tensor, Tensor]:
     return 3 * torch.randn(ROWS, CLASSES), target
 
 
-def _arguments(name: str) -> tuple[Tensor, str, list[float]]:
-    transform = disturbed(name)
-    return transform.coefficients().detach().requires_grad_(), name, list(transform.constants())
-
-
-_OPTIONS = [(-100, 0.0, 0.0, False), (-100, 0.1, 0.01, True)]
-
-
-def _opcheck(name: str, arguments: tuple[Any, ...]) -> None:
-    torch.library.opcheck(ops.operator(name, "cpu"), arguments)
+#: The options of a loss: nothing, or all of them.
+_OPTIONS = [PLAIN, LossOptions(torch.linspace(0.1, 1.0, CLASSES), -100, 0.1, 0.01, True)]
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("options", _OPTIONS)
-def test_opcheck_cross_entropy(batch: tuple[Tensor, Tensor], name: str, options: tuple[Any, ...]) -> None:
+@pytest.mark.parametrize("options", _OPTIONS, ids=["plain", "all"])
+def test_opcheck_cross_entropy(batch: tuple[Tensor, Tensor], name: str, options: LossOptions) -> None:
     input, target = batch
-    weight = torch.rand(CLASSES) if options[1] else None
-    coefficients, *rest = _arguments(name)
-    arguments = (input.requires_grad_(), target, weight, coefficients, *rest, *options)
-    _opcheck("cross_entropy", (*arguments, None, False, False))
-    _opcheck("cross_entropy", (*arguments, torch.tensor(0.3), False, False))
-    row_stats = ops.operator("cross_entropy", "cpu")(*arguments, None, False, False)[2].detach()
-    upstream = torch.rand(ROWS), torch.rand(ROWS) if options[3] else None
-    below = (target, weight, coefficients.detach(), *rest)
-    for needs in [(True, True), (True, False), (False, True)]:
-        _opcheck("cross_entropy", (*arguments, torch.tensor(0.3), *needs))
-        _opcheck("cross_entropy_backward", (*upstream, input.detach(), *below, row_stats, *options[:3], *needs))
-    for need in (True, False):
-        _opcheck("cross_entropy_", (input.detach().clone(), *below, *options, torch.tensor(0.3), need))
-        _opcheck("cross_entropy_backward_", (*upstream, input.detach().clone(), *below, row_stats, *options[:3], need))
+    transform = kernel_transform(disturbed(name), requires_grad=True)
+    call = ops.CrossEntropy("cpu", input.requires_grad_(), target, transform, options, "none", (False, False))
+    for reduction in ("none", "mean", "sum"):
+        opcheck(call._replace(reduction=reduction))
+    row_stats = ops.cross_entropy(call).row_stats.detach()
+    below = transform._replace(coefficients=transform.coefficients.detach())
+    backward = ops.CrossEntropyBackward(
+        backend="cpu",
+        grad_loss=torch.rand(ROWS),
+        grad_lse=torch.rand(ROWS) if options.return_lse else None,
+        input=input.detach(),
+        target=target,
+        transform=below,
+        options=options,
+        row_stats=row_stats,
+        output_mask=(True, True),
+    )
+    for mask in [(True, True), (True, False), (False, True)]:
+        opcheck(call._replace(reduction="mean", output_mask=mask))
+        opcheck(backward._replace(output_mask=mask))
 
 
 @pytest.mark.parametrize("name", ["identity", "plif", "gss"])
-@pytest.mark.parametrize("options", _OPTIONS)
+@pytest.mark.parametrize("options", _OPTIONS, ids=["plain", "all"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_opcheck_linear_cross_entropy(name: str, options: tuple[Any, ...], bias: bool) -> None:
+def test_opcheck_linear_cross_entropy(name: str, options: LossOptions, bias: bool) -> None:
     torch.manual_seed(0)
     target = torch.randint(0, CLASSES, (ROWS,))
-    head = [torch.randn(ROWS, 5), torch.randn(CLASSES, 5), torch.randn(CLASSES) if bias else None]
-    leaves = [None if each is None else each.clone().requires_grad_() for each in head]
-    weight = torch.rand(CLASSES) if options[1] else None
-    coefficients, *rest = _arguments(name)
-    return_lse, options = options[3], (*options[:3], "chunked", 0, 0.0)
-    wishes = (None, return_lse, return_lse)  # when gradients are computed, log_prob, lse
-    arguments = (*leaves, target, weight, coefficients, *rest, *options, *wishes)
-    _opcheck("linear_cross_entropy", (*arguments, None, *(False,) * 4))
-    _opcheck("linear_cross_entropy", (*arguments, torch.tensor(0.3), *(False,) * 4))
-    row_stats = ops.operator("linear_cross_entropy", "cpu")(*arguments, None, *(False,) * 4)[2].detach()
-    upstream = torch.rand(ROWS), torch.rand(ROWS) if return_lse else None
-    below = (*head, target, weight, coefficients.detach(), *rest)
-    for needs in [(True, True, bias, True), (False, True, False, False), (False, False, False, True)]:
-        _opcheck("linear_cross_entropy", (*below, *options, *wishes, torch.tensor(0.3), *needs))
-        _opcheck("linear_cross_entropy_backward", (*upstream, *below, row_stats, *options, *needs))
-    _opcheck("linear_token_statistics", (*head, target, coefficients.detach(), *rest, -100))
-
-
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_opcheck_token_statistics(batch: tuple[Tensor, Tensor], name: str) -> None:
-    coefficients, *rest = _arguments(name)
-    _opcheck("token_statistics", (*batch, coefficients.detach(), *rest, -100))
+    head = Head(torch.randn(ROWS, 5), torch.randn(CLASSES, 5), torch.randn(CLASSES) if bias else None)
+    leaves = Head(*(None if each is None else each.clone().requires_grad_() for each in head))
+    transform = kernel_transform(disturbed(name), requires_grad=True)
+    below = transform._replace(coefficients=transform.coefficients.detach())
+    call = ops.LinearCrossEntropy(
+        backend="cpu",
+        head=leaves,
+        target=target,
+        transform=transform,
+        options=options,
+        head_options=HeadOptions("chunked", 0, 0.0),
+        reduction="none",
+        return_log_prob=options.return_lse,
+        output_mask=(False,) * 4,
+    )
+    for reduction in ("none", "mean", "sum"):
+        opcheck(call._replace(reduction=reduction))
+    backward = ops.LinearCrossEntropyBackward(
+        backend="cpu",
+        grad_loss=torch.rand(ROWS),
+        grad_lse=torch.rand(ROWS) if options.return_lse else None,
+        head=head,
+        target=target,
+        transform=below,
+        options=options,
+        head_options=call.head_options,
+        row_stats=ops.linear_cross_entropy(call).row_stats.detach(),
+        output_mask=(True,) * 4,
+    )
+    for mask in [(True, True, bias, True), (False, True, False, False), (False, False, False, True)]:
+        opcheck(call._replace(head=head, transform=below, reduction="mean", output_mask=mask))
+        opcheck(call._replace(reduction="mean", output_mask=mask))
+        opcheck(backward._replace(output_mask=mask))
+    opcheck(ops.LinearTokenStatistics("cpu", head, target, below, -100))
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_log_softmax(batch: tuple[Tensor, Tensor], name: str, dtype: torch.dtype) -> None:
-    input = batch[0]
-    coefficients, *rest = _arguments(name)
-    torch.library.opcheck(ops.operator("log_softmax", "cpu"), (input.requires_grad_(), coefficients, *rest, dtype))
-    row_stats = ops.operator("log_softmax", "cpu")(input, coefficients, *rest, dtype)[1].detach()
-    backward = (
-        torch.rand_like(input).to(dtype), input.detach(), coefficients.detach(), *rest, row_stats, True, True
-    )  # fmt: skip
-    torch.library.opcheck(ops.operator("log_softmax_backward", "cpu"), backward)
+    input, transform = batch[0], kernel_transform(disturbed(name), requires_grad=True)
+    call = ops.LogSoftmax("cpu", input.requires_grad_(), transform, dtype)
+    opcheck(call)
+    below = transform._replace(coefficients=transform.coefficients.detach())
+    row_stats = ops.log_softmax(call).row_stats.detach()
+    upstream = torch.rand_like(input).to(dtype)
+    for mask in [(True, True), (True, False), (False, True)]:
+        opcheck(ops.LogSoftmaxBackward("cpu", upstream, input.detach(), below, row_stats, output_mask=mask))
 
 
 def test_every_operator_is_opchecked() -> None:
     """In the tests above."""
-    losses = {"cross_entropy", "cross_entropy_backward", "cross_entropy_", "cross_entropy_backward_"}
+    losses = {"cross_entropy", "cross_entropy_backward"}
     linear = {"linear_cross_entropy", "linear_cross_entropy_backward", "linear_token_statistics"}
-    assert set(ops.SCHEMAS) == losses | linear | {"token_statistics", "log_softmax", "log_softmax_backward"}
+    assert set(ops.OPERATORS) == losses | linear | {"log_softmax", "log_softmax_backward"}
+    assert set(dir(torch.ops.monosoftmax)) >= set(ops.OPERATORS)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("options", _OPTIONS, ids=["plain", "all"])
+def test_row_kernels(batch: tuple[Tensor, Tensor], name: str, options: LossOptions) -> None:
+    """What opcheck would find in operators: the functions that chunks of a head call are none."""
+    check_row_kernels("cpu", *batch, kernel_transform(disturbed(name)), options)
+
+
+@pytest.mark.parametrize("observed", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_a_call_is_the_same_whether_the_dispatcher_sees_it(
+    batch: tuple[Tensor, Tensor], reduction: str, observed: bool
+) -> None:
+    """By name, at the dispatcher, and by its arguments: under a profiler, which sees it, and without one."""
+    transform = kernel_transform(disturbed("plif"), requires_grad=True)
+    mask = (reduction != "none",) * 2
+    input = batch[0].requires_grad_()
+    call = ops.CrossEntropy("cpu", input, batch[1], transform, _OPTIONS[1], reduction, mask)
+    wanted = torch.ops.monosoftmax.cross_entropy.default(*flattened(call))
+    with torch.profiler.profile() if observed else nullcontext() as profile:
+        got = ops.cross_entropy(call)
+    assert type(got) is ops.Losses
+    for each, other in zip(got, wanted, strict=True):
+        assert torch.equal(each, other) and each.requires_grad == other.requires_grad
+    if observed:
+        assert "monosoftmax::cross_entropy" in {event.name for event in profile.events()}
+    leaves = (input, transform.coefficients)
+    gradients = []
+    for each in (got, ops.Losses(*wanted)):
+        total = each.loss.sum() if reduction == "none" else each.total
+        gradients.append(torch.autograd.grad(total + each.lse.sum(), leaves))
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(("compiler", "exact"), [("aot_eager", True), ("inductor", False)])

@@ -31,7 +31,7 @@ from setuptools.errors import SetupError
 import monosoftmax as ms
 import monosoftmax.info
 import monosoftmax.triton_kernels
-from monosoftmax import _installation
+from monosoftmax import _installation, row_kernels
 
 ROOT = Path(__file__).parents[1]
 LOSS = "import torch, monosoftmax as ms; print(ms.cross_entropy(torch.zeros(1, 2), torch.tensor([0])).item())"
@@ -185,12 +185,12 @@ def test_extension_that_cannot_be_used_is_built_again(monkeypatch: pytest.Monkey
         raise ImportError("undefined symbol: _ZN3c10")
 
     monkeypatch.setattr(_installation, "import_extension", refuse)
-    module, problem = ms.backends._load_extension()
+    module, problem = _installation.load_extension()
     assert module is None
     assert problem == f"the C++ extension does not load (undefined symbol: _ZN3c10): {_installation.command()}"
     old = SimpleNamespace(build_info=lambda: {"torch": "1.2.3+cu92"})
     monkeypatch.setattr(_installation, "import_extension", lambda: old)
-    module, problem = ms.backends._load_extension()
+    module, problem = _installation.load_extension()
     assert module is None
     running = torch.__version__.partition("+")[0]
     expected = f"the C++ extension was built against torch 1.2.3, this is torch {running}: {_installation.command()}"
@@ -199,11 +199,11 @@ def test_extension_that_cannot_be_used_is_built_again(monkeypatch: pytest.Monkey
 
 def test_kernels_for_other_gpus_are_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
     built = {"cuda": "13.0", "cuda_architectures": "9.0"}
-    monkeypatch.setattr(ms.backends, "extension", SimpleNamespace(build_info=lambda: built))
+    monkeypatch.setattr(row_kernels, "extension", SimpleNamespace(build_info=lambda: built))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     expected = f"this GPU is 7.5: install again with TORCH_CUDA_ARCH_LIST=7.5 {_installation.command()}"
-    assert ms.backends._cuda_problem().endswith(expected)
+    assert row_kernels.PROBLEMS["cuda"]().endswith(expected)
 
 
 def test_readme_installs_what_the_build_requires() -> None:

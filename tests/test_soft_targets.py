@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from losses import TRANSFORMS, ErrorsBesideThoseOfPyTorch, distance, disturbed, loss_and_gradients
+from operator_calls import PLAIN, check_row_kernels, kernel_transform, opcheck
 from torch import Tensor
 from torch.nn import functional as F
 
 import monosoftmax as ms
 from monosoftmax import ops
+from monosoftmax.groups import LossOptions, Transform
 
 BACKENDS = ["reference", "cpu"]
 CLASSES = 41
@@ -378,9 +380,8 @@ def test_who_takes_them() -> None:
     with pytest.raises(ValueError, match=f'backend="cpu" cannot take this call: {reason}'):
         ms.cross_entropy(LOGITS, target.clone().requires_grad_(), backend="cpu")
     with pytest.raises(ValueError, match="target must not require a gradient"):
-        coefficients = torch.empty(0)
-        arguments = (LOGITS, target.clone().requires_grad_(), None, coefficients, "identity", [], 0.0, 0.0, False)
-        ops.operator("cross_entropy_of_probabilities", "cpu")(*arguments, None, False, False)
+        leaf, identity = target.clone().requires_grad_(), Transform(torch.empty(0), "identity", [])
+        ops.cross_entropy(ops.CrossEntropy("cpu", LOGITS, leaf, identity, PLAIN, "none", output_mask=(False, False)))
     call = ms.backends.Call("cross_entropy", "cuda", torch.float32, ms.transforms.Identity(), target_kind="indices")
     soft = ms.backends.Call(
         "cross_entropy", "cuda", torch.float32, ms.transforms.Identity(), target_kind="probabilities"
@@ -414,31 +415,38 @@ def test_module() -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "options"), [("identity", (0.0, 0.0, False)), ("plif", (0.1, 0.01, True))])
-def test_opcheck(name: str, options: tuple[float, float, bool]) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("identity", PLAIN), ("plif", LossOptions(torch.linspace(0.1, 1.0, CLASSES), -100, 0.1, 0.01, True))],
+    ids=["plain", "all"],
+)
+def test_opcheck(name: str, options: LossOptions) -> None:
+    """The operators of class indices take class probabilities."""
     torch.manual_seed(0)
-    transform = disturbed(name)
-    coefficients = transform.coefficients().detach().requires_grad_()
-    input, target = torch.randn(6, CLASSES), probabilities(6, CLASSES)
-    weight = torch.rand(CLASSES) if options[0] else None
-    rest = (name, list(transform.constants()))
-    forward = ops.operator("cross_entropy_of_probabilities", "cpu")
-    arguments = (input.requires_grad_(), target, weight, coefficients, *rest, *options)
-    torch.library.opcheck(forward, (*arguments, None, False, False))
-    torch.library.opcheck(forward, (*arguments, torch.tensor(0.3), False, False))
-    row_stats = forward(*arguments, None, False, False)[2].detach()
-    upstream = torch.rand(6), torch.rand(6) if options[2] else None
-    below = (input.detach(), target, weight, coefficients.detach(), *rest)
-    for needs in [(True, True), (True, False), (False, True)]:
-        torch.library.opcheck(forward, (*below, *options, torch.tensor(0.3), *needs))
-        backward = (*upstream, *below, row_stats, *options[:2], *needs)
-        torch.library.opcheck(ops.operator("cross_entropy_of_probabilities_backward", "cpu"), backward)
-
-
-def test_every_operator_of_probabilities_is_opchecked() -> None:
-    """In the test above."""
-    names = {"cross_entropy_of_probabilities", "cross_entropy_of_probabilities_backward"}
-    assert set(ops.OF_PROBABILITIES) == names
+    transform = kernel_transform(disturbed(name), requires_grad=True)
+    below = transform._replace(coefficients=transform.coefficients.detach())
+    input, target = torch.randn(6, CLASSES).requires_grad_(), probabilities(6, CLASSES)
+    call = ops.CrossEntropy("cpu", input, target, transform, options, "none", output_mask=(False, False))
+    for reduction in ("none", "mean", "sum"):
+        opcheck(call._replace(reduction=reduction))
+    row_stats = ops.cross_entropy(call).row_stats.detach()
+    assert row_stats.shape == (3, 6)
+    backward = ops.CrossEntropyBackward(
+        backend="cpu",
+        grad_loss=torch.rand(6),
+        grad_lse=torch.rand(6) if options.return_lse else None,
+        input=input.detach(),
+        target=target,
+        transform=below,
+        options=options,
+        row_stats=row_stats,
+        output_mask=(True, True),
+    )
+    for mask in [(True, True), (True, False), (False, True)]:
+        opcheck(call._replace(input=input.detach(), transform=below, reduction="mean", output_mask=mask))
+        opcheck(call._replace(reduction="mean", output_mask=mask))
+        opcheck(backward._replace(output_mask=mask))
+    check_row_kernels("cpu", input.detach(), target, below, options)
 
 
 def test_compiled() -> None:
@@ -496,6 +504,5 @@ def test_the_gradient_of_a_mean_is_computed_with_the_loss() -> None:
         gradient = loss.grad_fn.saved_tensors[-2]  # type: ignore[union-attr]
         loss.backward()
     names = {event.name for event in profile.events()}  # type: ignore[union-attr]
-    assert "monosoftmax::cross_entropy_of_probabilities" in names
-    assert "monosoftmax::cross_entropy_of_probabilities_backward" not in names
+    assert "monosoftmax::cross_entropy" in names and "monosoftmax::cross_entropy_backward" not in names
     assert gradient.shape == input.shape and large == {each.data_ptr() for each in (input, target, gradient)}

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from losses import TRANSFORMS, distance, disturbed, head_loss_and_gradients, loss_and_gradients
+from operator_calls import PLAIN, kernel_transform
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -22,13 +23,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton_interpreter import interpreting
 
 import monosoftmax as ms
-from monosoftmax import autograd, gradients_ahead, reference
+from monosoftmax import gradients_ahead, ops, reference
+from monosoftmax.groups import LossOptions, RowResults, Upstream
 from monosoftmax.triton_kernels import coefficient_sums, launch, operators
-from monosoftmax.triton_kernels.vocabulary_parallel import (
-    merge_shards,
-    shard_backward,
-    shard_forward,
-)
+from monosoftmax.triton_kernels.vocabulary_parallel import merge_shards, shard_backward, shard_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS, IGNORED = 5, 2
@@ -161,15 +159,18 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype, in_place: bool) -> N
     transform = disturbed("plif").to(DEVICE)
     input, target = _rows(300, dtype), _target(300)
     exact = loss_and_gradients(input, target, transform, "reference", torch.float64, reduction="sum")["input"]
-    arguments = (target, None, transform.coefficients().detach(), "plif", list(transform.constants()), -100, 0.0, 0.0)
-    scale = torch.ones((), device=DEVICE)
-    if in_place:
-        operators.cross_entropy_(input, *arguments, False, scale, True)
-        gradient = input
-    else:
-        before = input.clone()
-        gradient = operators.cross_entropy(input, *arguments, False, scale, True, True)[4]
-        assert torch.equal(input, before)
+    upstream, before = Upstream(torch.ones((), device=DEVICE)), input.clone()
+    results = operators.cross_entropy(
+        input,
+        target,
+        kernel_transform(transform),
+        PLAIN,
+        upstream=upstream,
+        output_mask=(True, True),
+        grad_rows=input if in_place else None,
+    )
+    gradient = results.grad_rows
+    assert gradient is input if in_place else torch.equal(input, before)
     assert gradient.dtype == dtype
     # Half an ulp, and what float32 arithmetic adds.
     ulp = torch.finfo(dtype).eps * exact.abs() + (2**-24 if dtype == torch.float16 else 0)
@@ -179,25 +180,34 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype, in_place: bool) -> N
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_in_place_and_later_are_the_same(name: str) -> None:
     """The gradient of the one kernel for both, of the backward one, and of those that overwrite the logits."""
-    transform = disturbed(name).to(DEVICE)
-    coefficients = transform.coefficients().detach()
-    arguments = (_target(300), None, coefficients, name, list(transform.constants()))
-    options, scale = (-100, 0.1, 0.01), torch.tensor(0.3, device=DEVICE)
-    input = _rows(300, torch.float32)
-    loss, lse, stats, total, gradient, sums = operators.cross_entropy(
-        input, *arguments, *options, True, scale, True, True
-    )
-    torch.testing.assert_close(total, 0.3 * loss.sum())
-    upstream = scale.expand(ROWS)
-    later = operators.cross_entropy_backward(upstream, None, input, *arguments, stats, *options, True, True)
+    transform, target = kernel_transform(disturbed(name), device=DEVICE), _target(300)
+    options, input, both = LossOptions(None, -100, 0.1, 0.01, True), _rows(300, torch.float32), (True, True)
+    results = ops.cross_entropy(ops.CrossEntropy("triton", input, target, transform, options, "mean", output_mask=both))
+    scale = results.scale
+    assert scale == 1 / (ROWS - 1)
+    torch.testing.assert_close(results.total, results.loss.sum() / (ROWS - 1))
+
+    def call(rows: Tensor, upstream: Tensor, row_stats: Tensor | None, into: Tensor | None = None) -> RowResults:
+        return operators.cross_entropy(
+            rows,
+            target,
+            transform,
+            options,
+            upstream=Upstream(upstream),
+            row_stats=row_stats,
+            output_mask=both,
+            grad_rows=into,
+        )
+
+    later = call(input, scale.expand(ROWS), results.row_stats)
     over, again = _rows(300, torch.float32), _rows(300, torch.float32)
-    in_place = operators.cross_entropy_(over, *arguments, *options, True, scale, True)
-    sums_later = operators.cross_entropy_backward_(upstream, None, again, *arguments, stats, *options, True)
-    for each in (later[0], over, again):
-        assert torch.equal(each, gradient)
-    for each in (later[1], in_place[3], sums_later):
-        torch.testing.assert_close(each, sums, rtol=1e-6, atol=1e-7)
-    assert torch.equal(in_place[0], loss) and torch.equal(in_place[1], lse)
+    in_place = call(over, scale, None, into=over)
+    in_place_later = call(again, scale.expand(ROWS), results.row_stats, into=again)
+    for each in (later.grad_rows, over, again):
+        assert torch.equal(each, results.grad_input)
+    for each in (later, in_place, in_place_later):
+        torch.testing.assert_close(each.grad_coefficients, results.grad_coefficients, rtol=1e-6, atol=1e-7)
+    assert torch.equal(in_place.loss, results.loss) and torch.equal(in_place.lse, results.lse)
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.3])
@@ -206,16 +216,22 @@ def test_gradient_ahead_is_rounded_once_whatever_comes_later(
     factor: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where values cannot be looked at, as on a GPU: the device decides whether the gradient is computed again."""
-    for module in (autograd, gradients_ahead):
-        monkeypatch.setattr(module, "tells_values", lambda tensor: False)
-    calls = []
-    rescale = operators.launch_cross_entropy
-    monkeypatch.setattr(operators, "launch_cross_entropy", lambda *a, **k: (calls.append(k), rescale(*a, **k)))
+    monkeypatch.setattr(gradients_ahead, "tells_values", lambda tensor: False)
+    calls: list[tuple[bool, bool]] = []
+    launched = operators.launch_cross_entropy
+
+    def launch_and_note(
+        rows: Tensor, loss: launch.RowLoss, upstream: Upstream | None, results: RowResults, sums: launch.Sums
+    ) -> None:
+        calls.append((results.loss.numel() > 0, upstream is not None and upstream.factor is not None))
+        launched(rows, loss, upstream, results, sums)
+
+    monkeypatch.setattr(operators, "launch_cross_entropy", launch_and_note)
     transform = disturbed("plif").to(DEVICE)
     input, target = _rows(300, dtype), _target(300)
     upstream = (torch.tensor(factor, device=DEVICE),)
     result = loss_and_gradients(input, target, transform, "triton", upstream=upstream)
-    assert [each["losses"] for each in calls] == [True, False]
+    assert calls == [(True, False), (False, True)]  # losses, and a factor
     exact = loss_and_gradients(input, target, transform, "reference", torch.float64, upstream=upstream)
     ulp = torch.finfo(dtype).eps * exact["input"].abs() + (2**-24 if dtype == torch.float16 else 0)
     assert ((result["input"].double() - exact["input"]).abs() <= 0.502 * ulp + 2e-6 * exact["input"].abs()).all()
@@ -223,8 +239,7 @@ def test_gradient_ahead_is_rounded_once_whatever_comes_later(
 
 
 def test_batched_upstream_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (autograd, gradients_ahead):
-        monkeypatch.setattr(module, "tells_values", lambda tensor: False)
+    monkeypatch.setattr(gradients_ahead, "tells_values", lambda tensor: False)
     upstream = torch.tensor([1.0, -2.0], device=DEVICE)
     for dtype in (torch.bfloat16, torch.float32):
         leaf = _rows(9, dtype).clone().requires_grad_()
@@ -238,8 +253,7 @@ def test_batched_upstream_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("factor", [1.0, 0.3])
 @pytest.mark.parametrize("head", [False, True])
 def test_gradients_ahead_are_scaled_on_the_device(factor: float, head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (autograd, gradients_ahead):
-        monkeypatch.setattr(module, "tells_values", lambda tensor: False)
+    monkeypatch.setattr(gradients_ahead, "tells_values", lambda tensor: False)
     scaled = []
     scale = operators.launch_scale
     monkeypatch.setattr(operators, "launch_scale", lambda *a: (scaled.append(a[0].shape), scale(*a)))
@@ -339,9 +353,18 @@ def test_rows_further_apart_than_an_int32_counts() -> None:
     near, target = _rows(129, torch.bfloat16)[:3].contiguous(), torch.tensor([3, 1, 2], device=DEVICE)
     far = torch.empty(2**31 + 129, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 129), (2**30, 1))
     far.copy_(near)
-    arguments = (target, None, transform.coefficients().detach(), "plif", list(transform.constants()), -100, 0.0, 0.0)
-    scale = torch.ones((), device=DEVICE)
-    results = [operators.cross_entropy_(each, *arguments, False, scale, True) for each in (near, far)]
+    results = [
+        operators.cross_entropy(
+            each,
+            target,
+            kernel_transform(transform),
+            PLAIN,
+            upstream=Upstream(torch.ones((), device=DEVICE)),
+            output_mask=(True, True),
+            grad_rows=each,
+        )
+        for each in (near, far)
+    ]
     assert torch.equal(near, far)
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
@@ -377,10 +400,8 @@ def test_token_statistics(name: str, dtype: torch.dtype) -> None:
     input, target = _rows(525, dtype), _target(525)
     input[0, 300:] = input[0, 100]  # ties
     input[1, target[1]] = -torch.inf
-    coefficients = transform.coefficients().detach()
-    log_prob, entropy, argmax, lse, rank = operators.token_statistics(
-        input, target, coefficients, name, list(transform.constants()), -100
-    )
+    f = kernel_transform(transform, device=DEVICE)
+    log_prob, entropy, argmax, lse, rank = operators.token_statistics(input, target, f, ignore_index=-100)
     log_p = reference.log_softmax(input.double(), transform, torch.float64)
     valid = target != -100
     at = torch.where(valid, target, 0)
@@ -425,21 +446,23 @@ def test_shards_of_the_vocabulary(name: str, cuts: tuple[int, ...], options: dic
     parameters = list(transform.parameters())
     valid = torch.tensor([True, False, True, True, True], device=DEVICE)
     wanted_gradient, *wanted_of_parameters = torch.autograd.grad(wanted[valid], [whole, *parameters], upstream[valid])
-    call = launch.Call.of(name, transform.coefficients().detach(), transform.constants())
-    options_of_all = launch.LossOptions(weight, -100, **numbers)
-    bounds = [0, *cuts, 300]
-    shards = [(slice(a, b), launch.Shard(a, 300)) for a, b in pairwise(bounds)]
-    parts = []
-    for columns, shard in shards:
-        parts.append(shard_forward(call, input[:, columns], target, options_of_all, shard))
-    stacked = [torch.stack(each) for each in zip(*parts, strict=True)]
-    loss, lse, row_stats = merge_shards(*stacked, target, options_of_all, 300, return_lse=True)
+    f, options_of_all = (
+        kernel_transform(transform, device=DEVICE),
+        LossOptions(weight, -100, **numbers, return_lse=True),
+    )
+    shards = [
+        (slice(a, b), launch.RowLoss.of(target, f, options_of_all, launch.Shard(a, 300)))
+        for a, b in pairwise([0, *cuts, 300])
+    ]
+    parts = [shard_forward(input[:, columns], loss_of_shard) for columns, loss_of_shard in shards]
+    stacked = launch.ShardResults(*(torch.stack(each) for each in zip(*parts, strict=True)))
+    loss, lse, row_stats = merge_shards(stacked, target, options_of_all, 300)
     torch.testing.assert_close(loss, wanted, equal_nan=True)
     torch.testing.assert_close(lse, wanted_lse)
     sums = torch.zeros_like(transform.coefficients())
-    for columns, shard in shards:
+    for columns, loss_of_shard in shards:
         gradient, of_coefficients = shard_backward(
-            call, input[:, columns], target, options_of_all, shard, row_stats, launch.Upstream(upstream * valid), True
+            input[:, columns], loss_of_shard, row_stats, Upstream(upstream * valid), need_coefficients=True
         )
         torch.testing.assert_close(gradient[valid], wanted_gradient[:, columns][valid])
         sums = sums + of_coefficients

@@ -5,28 +5,28 @@ Interpreted, tiles are small, so that a few rows and classes make several, the l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from losses import TRANSFORMS, distance, disturbed
+from operator_calls import kernel_transform
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton_interpreter import interpreting
 
-from monosoftmax import reference
+from monosoftmax import groups, reference
+from monosoftmax.groups import LossOptions, Upstream
 from monosoftmax.triton_kernels.head_tiles import HeadTile
-from monosoftmax.triton_kernels.launch import Call, LossOptions, RowResults, Shard, Upstream
-from monosoftmax.triton_kernels.linear_cross_entropy import recompute_forward
-from monosoftmax.triton_kernels.linear_cross_entropy_backward import (
-    recompute_backward,
-)
+from monosoftmax.triton_kernels.launch import RowLoss, Shard, ShardResults
+from monosoftmax.triton_kernels.linear_cross_entropy import recompute_forward, recompute_shard
+from monosoftmax.triton_kernels.linear_cross_entropy_backward import recompute_backward
 from monosoftmax.triton_kernels.vocabulary_parallel import merge_shards
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,6 +46,15 @@ OPTIONS: list[dict[str, Any]] = [
 def _interpreted() -> Iterator[None]:
     with interpreting() if DEVICE == "cpu" else nullcontext():
         yield
+
+
+GRADIENTS = ("input", "linear_weight", "linear_bias", "coefficients")
+
+
+class Losses(NamedTuple):
+    loss: Tensor
+    lse: Tensor
+    row_stats: Tensor
 
 
 class Head(SimpleNamespace):
@@ -81,25 +90,29 @@ class Head(SimpleNamespace):
             grad_lse=torch.rand(rows, generator=generator).to(DEVICE) if return_lse else None,
         )  # fmt: skip
 
-    def call(self) -> Call:
-        return Call.of(self.transform.kernel, self.transform.coefficients().detach(), self.transform.constants())
+    def head(self) -> groups.Head:
+        return groups.Head(self.input, self.linear_weight, self.linear_bias)
 
     def options(self) -> LossOptions:
-        return LossOptions(self.weight, -100, self.label_smoothing, self.z_loss)
+        return LossOptions(self.weight, -100, self.label_smoothing, self.z_loss, self.return_lse)
 
-    def tensors(self) -> tuple[Any, ...]:
-        return self.input, self.linear_weight, self.linear_bias, self.target
+    def loss(self, shard: Shard | None = None) -> RowLoss:
+        return RowLoss.of(self.target, kernel_transform(self.transform, device=DEVICE), self.options(), shard)
 
-    def forward(self, **how: Any) -> RowResults:
-        how = {"tile": TILE, "splits": 2, "return_lse": self.return_lse} | how
-        return recompute_forward(self.call(), *self.tensors(), self.options(), **how)
+    def forward(self, **how: Any) -> Losses:
+        return Losses(*recompute_forward(self.head(), self.loss(), **{"tile": TILE, "splits": 2} | how))
 
-    def backward(self, row_stats: Tensor, **how: Any) -> dict[str, Tensor]:
-        needs = {"need_input": True, "need_weight": True, "need_bias": self.linear_bias is not None}
-        how = needs | {"need_coefficients": True, "tile": TILE} | how
-        upstream = Upstream(self.grad_loss, self.grad_lse)
-        results = recompute_backward(self.call(), upstream, *self.tensors(), self.options(), row_stats, **how)
-        return dict(zip(("input", "linear_weight", "linear_bias", "coefficients"), results, strict=True))
+    def shard_forward(self, shard: Shard) -> ShardResults:
+        return recompute_shard(self.head(), self.loss(shard), tile=TILE, splits=2)
+
+    def backward(
+        self, row_stats: Tensor, asked: Sequence[str] = GRADIENTS, shard: Shard | None = None, **how: Any
+    ) -> dict[str, Tensor]:
+        mask = [each in asked and (each != "linear_bias" or self.linear_bias is not None) for each in GRADIENTS]
+        upstream, how = Upstream(self.grad_loss, self.grad_lse), {"tile": TILE} | how
+        results = recompute_backward(self.head(), self.loss(shard), upstream, row_stats, mask, **how)
+        assert results._fields == GRADIENTS
+        return results._asdict()
 
     def results(self, **how: Any) -> dict[str, Tensor]:
         rows = self.forward()
@@ -115,8 +128,7 @@ class Head(SimpleNamespace):
         transform.coefficients = lambda: leaves["coefficients"]
         logits = torch.nn.functional.linear(leaves["input"], leaves["linear_weight"], leaves.get("linear_bias"))
         weight = None if self.weight is None else self.weight.to(dtype)
-        options = (-100, self.label_smoothing, self.z_loss, self.return_lse)
-        loss, lse = reference.cross_entropy(logits, self.target, transform, weight, *options)
+        loss, lse = reference.cross_entropy(logits, self.target, transform, self.options()._replace(weight=weight))
         del transform.coefficients
         transform.float()
         outputs = {"loss": loss} | ({"lse": lse} if self.return_lse else {})
@@ -195,10 +207,8 @@ def test_each_gradient_alone() -> None:
     head = Head("plif", bias=True)
     row_stats = head.forward().row_stats
     wanted = head.backward(row_stats)
-    names = {"input": "input", "weight": "linear_weight", "bias": "linear_bias", "coefficients": "coefficients"}
-    for asked, key in names.items():
-        needs = {f"need_{each}": each == asked for each in names}
-        results = head.backward(row_stats, **needs)
+    for key in GRADIENTS:
+        results = head.backward(row_stats, asked=[key])
         torch.testing.assert_close(results.pop(key), wanted[key])
         assert all(each.numel() == 0 for each in results.values())
 
@@ -218,7 +228,7 @@ def test_target_out_of_range_poisons_its_row_only(outside: int) -> None:
     head = Head("plif", weighted=True)
     clean = head.results()
     head.target[1] = outside
-    results = head.results(need_weight=False)
+    results = head.results(asked=["input", "coefficients"])
     others = [row for row in range(20) if row != 1]
     for key in ("loss", "input"):
         assert results[key][1].isnan().all()
@@ -315,10 +325,9 @@ def test_shards_of_the_vocabulary(name: str, cuts: tuple[int, ...]) -> None:
     parts, shards = [], [(slice(a, b), Shard(a, 150)) for a, b in pairwise([0, *cuts, 150])]
     for classes, shard in shards:
         head.linear_weight, head.linear_bias = weight[classes], bias[classes]
-        rows = head.forward(shard=shard)
-        parts.append((rows.row_stats, rows.target_y, rows.weighted_y))
-    stacked = [torch.stack(each) for each in zip(*parts, strict=True)]
-    loss, _, row_stats = merge_shards(*stacked, head.target, head.options(), 150)
+        parts.append(head.shard_forward(shard))
+    stacked = ShardResults(*(torch.stack(each) for each in zip(*parts, strict=True)))
+    loss, _, row_stats = merge_shards(stacked, head.target, head.options(), 150)
     torch.testing.assert_close(loss, whole["loss"])
     sums = dict.fromkeys(("input", "coefficients"), 0)
     for classes, shard in shards:

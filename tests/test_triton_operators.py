@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from losses import distance, disturbed, head_loss_and_gradients, loss_and_gradients
+from operator_calls import PLAIN, check_row_kernels, kernel_transform, opcheck
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,6 +25,7 @@ from triton_interpreter import interpreting  # noqa: E402
 
 import monosoftmax as ms  # noqa: E402
 from monosoftmax import backends, chunked_head, ops  # noqa: E402
+from monosoftmax.groups import Head, HeadOptions, LossOptions, Upstream  # noqa: E402
 from monosoftmax.triton_kernels import launch, operators  # noqa: E402
 
 GPU = torch.cuda.is_available()
@@ -55,13 +57,14 @@ _BARE_CALL = """
 import sys, torch, monosoftmax
 assert "triton" not in sys.modules
 sys.modules.update(dict.fromkeys(sys.argv[1:]))
-arguments = torch.zeros(0, 7), torch.zeros(0, dtype=torch.int64), None, torch.zeros(0), "identity", []
-print(torch.ops.monosoftmax.cross_entropy.triton(*arguments, -100, 0.0, 0.0, False, None, False, False)[0])
+arguments = "triton", torch.zeros(0, 7), torch.zeros(0, dtype=torch.int64), torch.zeros(0), "identity", [], None
+options = -100, 0.0, 0.0, False, "none", [False, False]
+print(torch.ops.monosoftmax.cross_entropy.default(*arguments, *options)[0])
 """
 
 
 def test_a_bare_call_loads_triton() -> None:
-    """Importing the package registers the kernels, and imports Triton when one is called."""
+    """Importing the package registers the operators, and Triton is imported when a kernel of its is called."""
 
     def bare_call(*absent: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-c", _BARE_CALL, *absent], capture_output=True, text=True)
@@ -116,37 +119,73 @@ def test_refused_options_of_the_head(options: dict[str, Any], message: str) -> N
         ms.linear_cross_entropy(torch.randn(4, 5), torch.randn(9, 5), torch.tensor([0, 8, 1, 3]), **options)
 
 
-@pytest.mark.parametrize("options", [(-100, 0.0, 0.0, False), (-100, 0.1, 0.01, True)])
+@pytest.mark.parametrize("all_options", [False, True])
 @pytest.mark.parametrize("name", ["identity", "plif", "gss"])
-def test_opcheck(name: str, options: tuple[Any, ...]) -> None:
+def test_opcheck(name: str, all_options: bool) -> None:
     input, target = _batch()
-    weight = torch.rand(CLASSES, device=DEVICE) if options[1] else None
     transform = disturbed(name).to(DEVICE)
-    coefficients = transform.coefficients().detach()
-    below = (target, weight, coefficients, name, list(transform.constants()))
-    scale = torch.tensor(0.3, device=DEVICE)
-    upstream = torch.rand(ROWS, device=DEVICE), torch.rand(ROWS, device=DEVICE) if options[3] else None
+    weight = torch.linspace(0.1, 1.0, CLASSES, device=DEVICE)
+    options = LossOptions(weight, -100, 0.1, 0.01, True) if all_options else PLAIN
+    leaf, of_leaf = input.clone().requires_grad_(), kernel_transform(transform, requires_grad=True, device=DEVICE)
+    f = kernel_transform(transform, device=DEVICE)
+    upstream, both = torch.rand(2, ROWS, device=DEVICE), (True, True)
     with on_gpu_or_interpreted():
-        row_stats = ops.operator("cross_entropy", "triton")(input, *below, *options, None, False, False)[2]
-        leaves = (input.clone().requires_grad_(), target, weight, coefficients.clone().requires_grad_(), *below[3:])
-        cases = {
-            "cross_entropy": (*leaves, *options, scale, False, False),
-            "cross_entropy_backward": (*upstream, input, *below, row_stats, *options[:3], True, True),
-            "cross_entropy_": (input.clone(), *below, *options, scale, True),
-            "cross_entropy_backward_": (*upstream, input.clone(), *below, row_stats, *options[:3], True),
-            "cross_entropy_rescale_": (input.clone(), scale, scale, input, *below, row_stats, *options[:3]),
-            "scale_": (input.clone(), scale),
-            "token_statistics": (input, target, *below[2:], -100),
-            "log_softmax": (leaves[0], *leaves[3:], torch.float32),
-        }
-        for operation, arguments in cases.items():
-            torch.library.opcheck(ops.operator(operation, "triton"), arguments)
-        stats = ops.operator("log_softmax", "triton")(input, *below[2:], torch.float32)[1]
-        arguments = (torch.rand_like(input), input, *below[2:], stats, True, True)
-        torch.library.opcheck(ops.operator("log_softmax_backward", "triton"), arguments)
-    assert {*cases, "log_softmax_backward"} == {
-        each for each in ops.SCHEMAS | ops.ON_DEVICE if not each.startswith("linear_")
-    }
+        call = ops.CrossEntropy("triton", input, target, f, options, "mean", output_mask=both)
+        opcheck(call)
+        opcheck(call._replace(input=leaf, transform=of_leaf, output_mask=(False, False)))
+        opcheck(call._replace(input=leaf, transform=of_leaf, reduction="none", output_mask=(False, False)))
+        opcheck(
+            ops.CrossEntropyBackward(
+                backend="triton",
+                grad_loss=upstream[0],
+                grad_lse=upstream[1] if all_options else None,
+                input=input,
+                target=target,
+                transform=f,
+                options=options,
+                row_stats=ops.cross_entropy(call).row_stats,
+                output_mask=both,
+            )
+        )
+        check_row_kernels("triton", input, target, f, options)
+        opcheck(ops.LogSoftmax("triton", leaf, of_leaf, torch.float32))
+        row_stats = ops.log_softmax(ops.LogSoftmax("triton", input, f, torch.float32)).row_stats
+        opcheck(ops.LogSoftmaxBackward("triton", upstream[0][:, None] * input, input, f, row_stats, output_mask=both))
+
+
+@pytest.mark.parametrize("method", ["chunked", "recompute"])
+def test_opcheck_of_the_head(method: str) -> None:
+    _, target = _batch()
+    f, generator = kernel_transform(disturbed("plif"), device=DEVICE), torch.Generator().manual_seed(0)
+    shapes = ((ROWS, 5), (CLASSES, 5), (CLASSES,))
+    head = Head(*(torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes))
+    with on_gpu_or_interpreted():
+        call = ops.LinearCrossEntropy(
+            backend="triton",
+            head=head,
+            target=target,
+            transform=f,
+            options=PLAIN,
+            head_options=HeadOptions(method, 0, 0.0),
+            reduction="sum",
+            return_log_prob=True,
+            output_mask=(True,) * 4,
+        )
+        opcheck(call)
+        backward = ops.LinearCrossEntropyBackward(
+            backend="triton",
+            grad_loss=torch.rand(ROWS, device=DEVICE),
+            grad_lse=None,
+            head=head,
+            target=target,
+            transform=f,
+            options=PLAIN,
+            head_options=call.head_options,
+            row_stats=ops.linear_cross_entropy(call).row_stats,
+            output_mask=call.output_mask,
+        )
+        opcheck(backward)
+        opcheck(ops.LinearTokenStatistics("triton", head, target, f, -100))
 
 
 def test_compiled() -> None:
@@ -261,16 +300,15 @@ def test_launches_compile(name: str, target: Any) -> None:
     """From the arguments of the operators to a binary, as on a GPU, but for the launch itself."""
     compiled.clear()
     transform = disturbed(name)
-    coefficients = transform.coefficients().detach()
+    f, upstream = kernel_transform(transform), Upstream(torch.ones(()))
     input, labels = torch.zeros(3, 50304, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int64)
-    below = (coefficients, name, list(transform.constants()))
+    smoothed, mask = PLAIN._replace(label_smoothing=0.1, z_loss=0.1), (True, True)
     with _driver_of(target):
-        operators.cross_entropy(input, labels, None, *below, -100, 0.0, 0.0, False, torch.ones(()), True, True)
-        operators.cross_entropy_backward(
-            torch.ones(3), None, input, labels, None, *below, torch.ones(2, 3), -100, 0.1, 0.1, True, True
-        )
-        operators.log_softmax(input, *below, torch.float32)
-        operators.token_statistics(input, labels, *below, -100)
+        operators.cross_entropy(input, labels, f, PLAIN, upstream=upstream, output_mask=mask)
+        stats, of_rows = torch.ones(2, 3), Upstream(torch.ones(3))
+        operators.cross_entropy(input, labels, f, smoothed, upstream=of_rows, row_stats=stats, output_mask=mask)
+        operators.log_softmax(input, f, torch.float32)
+        operators.token_statistics(input, labels, f, -100)
         operators.scale_(input, torch.ones(()))
     binary = "cubin" if target.backend == "cuda" else "hsaco"
     assert len(compiled) == 5 and all(each.asm[binary] for each in compiled)
@@ -284,10 +322,10 @@ def test_a_lane_of_a_table_is_one_thread_s(name: str, dtype: torch.dtype, classe
     """Every access to the lanes' tables has one layout, so that no thread sees another one's address."""
     compiled.clear()
     transform = disturbed(name)
-    below = (transform.coefficients().detach(), name, list(transform.constants()))
+    f, upstream = kernel_transform(transform), Upstream(torch.ones(()))
     input, labels = torch.zeros(3, classes, dtype=dtype), torch.zeros(3, dtype=torch.int64)
     with _driver_of(GPUTarget("cuda", 90, 32)):
-        operators.cross_entropy(input, labels, None, *below, -100, 0.0, 0.0, False, torch.ones(()), True, True)
+        operators.cross_entropy(input, labels, f, PLAIN, upstream=upstream, output_mask=(True, True))
     (kernel,) = compiled
     accesses = re.findall(r"(tt\.load|tt\.store) .*tensor<128x!tt\.ptr<i64>, (#\w+)>", kernel.asm["ttgir"])
     assert {kind for kind, _ in accesses} == {"tt.load", "tt.store"}

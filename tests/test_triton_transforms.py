@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from losses import TRANSFORMS, disturbed
+from operator_calls import kernel_transform
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -53,7 +54,7 @@ def _constants(call: Call, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _call(transform: Any) -> Call:
-    return Call.of(transform.kernel, transform.coefficients().detach(), transform.constants())
+    return Call.of(kernel_transform(transform))
 
 
 def _run(

@@ -7,7 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from monosoftmax.ops import FUSED_BACKENDS
+from monosoftmax.row_kernels import PROBLEMS
 
 from .cases import Case
 
@@ -149,7 +149,7 @@ def _rows(record: Mapping[str, Any], style: str) -> str:
 
 def _is_ours(row: Mapping[str, Any]) -> bool:
     # The JSON has what a fused backend says of itself.
-    return row["backend"] in (*FUSED_BACKENDS, "reference")
+    return row["backend"] in (*PROBLEMS, "reference")
 
 
 def _facts(environment: Mapping[str, Any]) -> str:

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 import monosoftmax as ms
-from monosoftmax import chunked_head
+from monosoftmax import chunked_head, ops
 from monosoftmax.backends import Operation
-from monosoftmax.ops import operator
+from monosoftmax.groups import Head, HeadOptions, LossOptions, Transform
 from monosoftmax.triton_kernels.launch import tuned as tuned_launches
 
 from .. import machine
@@ -156,23 +156,26 @@ def call(group: Group, variant: Variant, inputs: Inputs) -> Callable[[], tuple[T
     f = make_transform(group.function).to(device)
     explain(name, operands[0], f, group.backend)
     # The identity's coefficients are on the CPU.
-    of_transform = (f.coefficients().detach().to(device), f.kernel, list(f.constants()))
+    transform = Transform(f.coefficients().detach().to(device), str(f.kernel), list(f.constants()))
     gradient, sums = group.work != "loss", group.work == "all"
-    scale = torch.full((), 1 / case.rows, device=device) if gradient else None
-    options = (None, *of_transform, -100, 0.0, 0.0)
+    given: dict[str, Any] = {"backend": group.backend, "target": target, "transform": transform}
+    given["options"] = LossOptions(None, -100, 0.0, 0.0, False)
+    given["reduction"] = "mean" if gradient else "none"
+    operator: ops.Operator[Any, Any]
+    arguments: ops.CrossEntropy | ops.LinearCrossEntropy
     if case.dim is None:
-        arguments = (*operands, target, *options, False, scale, gradient, sums)
+        operator, output_mask = ops.cross_entropy, (gradient, sums)
+        arguments = ops.CrossEntropy(input=operands[0], output_mask=output_mask, **given)
     else:
-        # Neither gradients ahead, which are asked for here, nor log_prob.
-        head_options = ("chunked", variant.chunk_rows, 0.0, None, False)
-        arguments = (*operands, None, target, *options, *head_options, False, scale, gradient, gradient, False, sums)
-    function = operator(name, group.backend)
-    gradients = 2 if case.dim is None else 4
+        operator, output_mask = ops.linear_cross_entropy, (gradient, gradient, False, sums)
+        given |= {"return_log_prob": False, "head_options": HeadOptions("chunked", variant.chunk_rows, 0.0)}
+        arguments = ops.LinearCrossEntropy(head=Head(*operands, None), output_mask=output_mask, **given)
 
     def tuned() -> tuple[Tensor, ...]:
-        with variant.tuned():
-            loss, *others = function(*arguments)
-            return loss, *others[-gradients:]
+        # What nothing differentiates is not seen by autograd, nor by torch's dispatcher.
+        with variant.tuned(), torch.no_grad():
+            loss, *others = operator(arguments)
+            return loss, *others[-len(output_mask) :]
 
     return tuned
 

@@ -19,9 +19,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from losses import disturbed, loss_and_gradients
+from operator_calls import PLAIN, kernel_transform
 
 import monosoftmax as ms
-from monosoftmax.ops import operator
+from monosoftmax.groups import Upstream
+from monosoftmax.row_kernels import row_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -63,17 +65,20 @@ def count(backend: Any) -> Iterator[str]:
     rows, classes = (2048, 50304) if DEVICE == "cuda" else (4, 700)
     input = torch.empty(rows, classes, dtype=torch.bfloat16, device=DEVICE).normal_(-3, 2.2)
     target = torch.randint(classes, (rows,), device=DEVICE)
-    scale = torch.full((), 1 / rows, device=DEVICE)
+    upstream = Upstream(torch.full((), 1 / rows, device=DEVICE))
     for transform, gradient, sums in (
         (ms.transforms.Identity(), True, False),
         (ms.transforms.PLIF(64), False, False),
         (ms.transforms.PLIF(64), True, True),
     ):
-        coefficients = transform.coefficients().detach().to(DEVICE)
-        operator("cross_entropy", backend)(
-            input, target, None, coefficients, transform.kernel, list(transform.constants()), -100, 0.0, 0.0, False,
-            scale if gradient else None, gradient, sums,
-        )  # fmt: skip
+        row_kernels(backend).cross_entropy(
+            input,
+            target,
+            kernel_transform(transform, device=DEVICE),
+            PLAIN,
+            upstream=upstream if gradient else None,
+            output_mask=(gradient, sums),
+        )
         yield f"{transform} gradient={gradient} sums={sums}"
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from losses import DTYPES, TRANSFORMS, LossCase, check_case, distance, disturbed, loss_and_gradients, loss_cases
+from operator_calls import PLAIN, kernel_transform
 
 import monosoftmax as ms
-from monosoftmax.ops import operator
+from monosoftmax.groups import Upstream
+from monosoftmax.row_kernels import row_kernels
 
 BACKENDS = ["cuda", "triton"]
 
@@ -47,24 +49,21 @@ def test_gradient_ahead_later_and_in_place(backend: Any, name: str, device: torc
     """The gradient formed in the forward pass, from row_stats later, and over the logits: the same bits."""
     rows, classes = (40, 32003) if device.type == "cuda" else (3, 139)
     input, target = LossCase(name, {}, (rows, classes, 0, 0), torch.bfloat16, "plain").logits_and_target(device)
-    transform = disturbed(name).to(device)
-    coefficients, constants = transform.coefficients().detach().to(device), list(transform.constants())
+    f, over = kernel_transform(disturbed(name), device=device), input.clone()
     scale = torch.tensor(0.25, device=device)
-    of = (coefficients, transform.kernel, constants)
-    loss, _, stats, _, ahead, sums = operator("cross_entropy", backend)(
-        input, target, None, *of, -100, 0.0, 0.0, False, scale, True, True
-    )
-    later, later_sums = operator("cross_entropy_backward", backend)(
-        scale.expand(rows), None, input, target, None, *of, stats, -100, 0.0, 0.0, True, True
-    )
-    over = input.clone()
-    loss_in_place, _, _, _ = operator("cross_entropy_", backend)(
-        over, target, None, *of, -100, 0.0, 0.0, False, scale, True
-    )
+
+    def call(logits: torch.Tensor, upstream: torch.Tensor, **how: Any) -> tuple[torch.Tensor, ...]:
+        cross_entropy = row_kernels(backend).cross_entropy
+        return cross_entropy(logits, target, f, PLAIN, upstream=Upstream(upstream), output_mask=(True, True), **how)
+
+    loss, _, stats, ahead, sums = call(input, scale)
+    _, _, _, later, later_sums = call(input, scale.expand(rows), row_stats=stats)
+    loss_in_place, _, _, _, sums_in_place = call(over, scale, grad_rows=over)
     assert torch.equal(loss, loss_in_place)
     assert torch.equal(ahead, over)
     assert torch.equal(ahead, later)
-    torch.testing.assert_close(sums, later_sums, rtol=1e-5, atol=1e-6)
+    for each in (later_sums, sums_in_place):
+        torch.testing.assert_close(sums, each, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.emulated
@@ -103,23 +102,19 @@ def test_more_than_two_to_the_31_logits(backend: Any) -> None:
         pytest.skip("less than 12 GiB of the GPU's memory are free")
     input = torch.empty(rows, classes, dtype=torch.bfloat16).normal_()
     target = torch.randint(classes, (rows,))
-    transform = disturbed("plif").to("cuda")
-    coefficients, constants = transform.coefficients().detach(), list(transform.constants())
-    scale = torch.ones(())
+    f, upstream = kernel_transform(disturbed("plif"), device="cuda"), Upstream(torch.ones(()))
 
     def run(input: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        results: tuple[torch.Tensor, ...] = operator("cross_entropy", backend)(
-            input, target, None, coefficients, "plif", constants, -100, 0.0, 0.0, False, scale, True, True
-        )
-        return results
+        cross_entropy = row_kernels(backend).cross_entropy
+        return cross_entropy(input, target, f, PLAIN, upstream=upstream, output_mask=(True, True))
 
-    loss, _, _, _, gradient, sums = run(input, target)
+    loss, _, _, gradient, sums = run(input, target)
     total = torch.zeros_like(sums, dtype=torch.float64)
     for start in range(0, rows, 1025):
         chunk = slice(start, start + 1025)
         part = run(input[chunk].clone(), target[chunk])
-        assert torch.equal(loss[chunk], part[0]) and torch.equal(gradient[chunk], part[4]), start
-        total += part[5]
+        assert torch.equal(loss[chunk], part[0]) and torch.equal(gradient[chunk], part[3]), start
+        total += part[4]
     assert distance(sums, total) <= 1e-4 * total.norm().item()
 
 

@@ -1,4 +1,4 @@
-// The Python face of the extension: how it was built, and a submodule of functions for each backend that is in it.
+// The Python module of the extension: how it was built, and a submodule of functions for each backend.
 #include <torch/version.h>
 
 #include "cpu/instruction_set.h"

@@ -1,4 +1,4 @@
-// What the row operators of every backend are given, checked.
+// Checks of the arguments of row operators, for every backend.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,7 +9,7 @@
 
 namespace monosoftmax {
 
-// The tensors that a backend takes.
+// Where the tensors of a backend lie.
 struct Memory {
   bool (*is_ours)(const Tensor&);
   const char* place;
@@ -27,7 +27,7 @@ inline at::ScalarType arithmetic_type(const Tensor& rows) {
   return rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// A tensor that comes with rows, on their device.
+// Checks a tensor that comes with rows, and is on the device of the rows.
 inline void check_beside(const char* name, const Tensor& tensor, const Tensor& rows, c10::IntArrayRef shape,
                          at::ScalarType type) {
   TORCH_CHECK_VALUE(tensor.sizes() == shape, "monosoftmax: ", name, " must have shape ", shape, ", got ",
@@ -42,7 +42,7 @@ inline void check_beside(const char* name, const Tensor& tensor, const Tensor& r
   check_beside(name, tensor, rows, shape, arithmetic_type(rows));
 }
 
-// A tensor of the shape of rows, of any type, with its columns next to each other.
+// Checks a tensor of the shape of rows and of any type. Returns it with its columns next to each other.
 inline Tensor checked_like(const Memory& memory, const char* name, const Tensor& tensor, const Tensor& rows) {
   check_beside(name, tensor, rows, rows.sizes(), tensor.scalar_type());
   Tensor result = tensor.stride(1) == 1 ? tensor : tensor.contiguous();
@@ -50,7 +50,7 @@ inline Tensor checked_like(const Memory& memory, const char* name, const Tensor&
   return result;
 }
 
-// The shape that the coefficients of a transform have.
+// Checks the arguments of a transform. Returns the shape of its coefficients.
 inline TransformShape check_transform(const groups::Transform& transform, const Tensor& rows) {
   const auto& [coefficients, name, constants] = transform;
   TransformShape shape{};
@@ -75,7 +75,7 @@ inline void check_indices(const Tensor& target, const Tensor& rows) {
   check_beside("target", target, rows, {rows.size(0)}, at::kLong);
 }
 
-// One upstream gradient for all losses is the scale that their sum is multiplied by.
+// An upstream gradient of shape [] is one for all losses. It is called scale, since it multiplies their sum.
 inline void check_upstream(const std::optional<groups::Upstream>& upstream, const Tensor& rows,
                            groups::OutputMask mask) {
   TORCH_CHECK_VALUE(upstream.has_value() || !mask.any(), "monosoftmax: gradients need a scale");
@@ -87,7 +87,7 @@ inline void check_upstream(const std::optional<groups::Upstream>& upstream, cons
   if (factor.has_value()) check_beside("factor", *factor, rows, {});
 }
 
-// `given` is where the gradient of rows is to be written, if not into new memory.
+// `given` receives the gradient of rows. Without it, the gradient is written into new memory.
 inline void check_grad_rows(const Memory& memory, const Optional& given, const Tensor& rows, groups::OutputMask mask) {
   if (!given.has_value()) return;
   TORCH_CHECK_VALUE(mask.rows, "monosoftmax: grad_rows is given, and the gradient of rows is not asked for");
@@ -106,7 +106,7 @@ const S* data_of(const Optional& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr<S>() : nullptr;
 }
 
-// The raw slopes of a PLIF, [K].
+// Checks the raw slopes of a PLIF, [K].
 inline void check_raw_slope(const Memory& memory, const Tensor& raw_slope, double bound) {
   TORCH_CHECK_VALUE(memory.is_ours(raw_slope), "monosoftmax: raw_slope must be on ", memory.place, ", got ",
                     raw_slope.device());
@@ -118,7 +118,7 @@ inline void check_raw_slope(const Memory& memory, const Tensor& raw_slope, doubl
   TORCH_CHECK_VALUE(bound > 0, "monosoftmax: bound must be positive, got ", bound);
 }
 
-// Room for the losses of rows; for none where row_stats say that they have been computed.
+// Memory for the losses of rows. With row_stats the losses have been computed already, and need no memory.
 inline groups::RowResults room_for_losses(const Tensor& rows, int64_t numbers_in_stats, const Optional& row_stats) {
   const auto type = rows.options().dtype(arithmetic_type(rows));
   if (row_stats.has_value()) check_beside("row_stats", *row_stats, rows, {numbers_in_stats, rows.size(0)});
@@ -128,7 +128,7 @@ inline groups::RowResults room_for_losses(const Tensor& rows, int64_t numbers_in
           Tensor()};
 }
 
-// Room for log p, entropy, argmax, lse and rank.
+// Memory for log p, entropy, argmax, lse and rank.
 inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> room_for_statistics(const Tensor& rows) {
   const auto empty = [&](at::ScalarType type) { return at::empty({rows.size(0)}, rows.options().dtype(type)); };
   const at::ScalarType type = arithmetic_type(rows);

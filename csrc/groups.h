@@ -1,5 +1,5 @@
-// The named groups of monosoftmax/groups.py that reach C++, with the same fields in the same order. What a field means
-// is said there.
+// The named groups of monosoftmax/groups.py that reach C++, with the same fields in the same order. groups.py explains
+// the fields.
 #pragma once
 
 #include <ATen/core/Tensor.h>

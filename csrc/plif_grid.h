@@ -10,8 +10,8 @@ constexpr double kMostSlope = 1e4;
 
 struct PlifGrid {
   int64_t pieces;
-  int64_t centre;  // the piece in which 0 lies,
-  double inside;   // and how far it lies from the left end of that
+  int64_t centre;  // the piece that contains 0
+  double inside;   // distance of 0 from the left end of that piece
   double width;    // of a piece
 };
 

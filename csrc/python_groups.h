@@ -1,4 +1,4 @@
-// Reads the named groups from Python tuples, by place, and gives results back as a plain tuple.
+// Reads the named groups from Python tuples, by position, and returns results as a plain tuple.
 #pragma once
 
 #include <pybind11/stl.h>
@@ -22,7 +22,7 @@ class Fields {
   }
   template <class T>
   Fields& read(const char* name, T& field) {
-    // Everything has a truth value in Python, so a bool must be one. An int does for a float.
+    // A bool field takes only a bool, as every Python object converts to one. A float field takes an int, too.
     constexpr bool converts = !std::is_same_v<T, bool>;
     const pybind11::handle value = PyTuple_GET_ITEM(tuple_, next_++);
     pybind11::detail::make_caster<T> caster;

@@ -9,10 +9,10 @@
 
 namespace monosoftmax {
 
-// What holds while a function computes: other Python threads run, and torch records nothing of what it is asked to do.
+// While a function computes, other Python threads may run, and torch records no operator that the function calls.
 using WhileComputing = pybind11::call_guard<pybind11::gil_scoped_release, at::AutoDispatchBelowADInplaceOrView>;
 
-// Errors of torch's checks become the exceptions that torch makes of them, for all functions of this extension module.
+// Turns errors of torch's checks into torch's Python exceptions, for all functions of this extension module.
 inline void translate_torch_errors() {
   pybind11::register_local_exception_translator([](std::exception_ptr error) {
     try {

@@ -1,4 +1,4 @@
-// What a backend offers to Python: the functions of monosoftmax/row_kernels.py, where their contract is.
+// The functions of a backend for Python. Their contract is in monosoftmax/row_kernels.py.
 #pragma once
 
 #include <tuple>
@@ -33,7 +33,7 @@ Tensor plif_coefficients(const Tensor& raw_slope, double bound, double min_slope
 Tensor plif_coefficients_backward(const Tensor& grad_coefficients, const Tensor& raw_slope, double bound,
                                   double min_slope);
 
-// 1 / (number of targets that are not ignore_index): the upstream gradient of each loss of a mean. [], of type dtype.
+// The upstream gradient of each loss of a mean: 1 / (number of targets that are not ignore_index). [], of type dtype.
 Tensor mean_scale(const Tensor& target, int64_t ignore_index, at::ScalarType dtype);
 }  // namespace cpu
 
@@ -44,10 +44,10 @@ Tensor plif_coefficients(const Tensor& raw_slope, double bound, double min_slope
 Tensor plif_coefficients_backward(const Tensor& grad_coefficients, const Tensor& raw_slope, double bound,
                                   double min_slope);
 
-// Multiplies contiguous memory by a number on its device; where that is 1, nothing is read or written.
+// Multiplies contiguous memory by a number on its device. If the number is 1, no element is read or written.
 void scale_(const Tensor& tensor, const Tensor& factor);
 
-// The plan of losses of such rows (plan.h), in words.
+// The plan for losses of such rows (plan.h), in words.
 std::string describe_plan(const Tensor& rows, std::string_view transform, int64_t size, bool gradient,
                           bool coefficients);
 }  // namespace cuda

@@ -1,4 +1,4 @@
-// What the operators of the cpu backend are given, as the kernels take it.
+// Turns the arguments of the operators of the cpu backend into arguments of its kernels.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -39,7 +39,7 @@ inline void check_rows(const char* name, const Tensor& rows) {
   element_of(rows.scalar_type());
 }
 
-// A transform as the kernels take it. Holds what they point into while they run.
+// The kernels' arguments for a transform. Holds the memory that these arguments point into.
 class TransformArguments {
  public:
   TransformArguments(const groups::Transform& transform, const Tensor& rows)
@@ -61,12 +61,12 @@ class TransformArguments {
     return {name_, coefficients_.const_data_ptr<S>(), size_, constants_};
   }
   const Tensor& given() const { return given_; }
-  // As the kernels see them: of a table, [pieces, stride].
+  // In the layout of the kernels: a table is [pieces, stride].
   const Tensor& coefficients() const { return coefficients_; }
   int table_rows() const { return table_rows_; }
 
  private:
-  // From [rows, pieces] to [pieces, stride], with zeros where a stride is longer than the rows are many.
+  // Copies [rows, pieces] to [pieces, stride]. If a stride is longer than the number of rows, zeros fill the rest.
   template <class S>
   void fill_table() {
     const S* from = given_.const_data_ptr<S>();
@@ -92,13 +92,13 @@ inline Rows<const void*> rows_of(const Tensor& rows) {
   return {rows.const_data_ptr(), element_of(rows.scalar_type()), rows.stride(0)};
 }
 
-// Data is null where nothing is to be written.
+// Data is null if the kernels should write nothing.
 inline Rows<void*> rows_if(bool written, Tensor& rows) {
   return written ? Rows<void*>{rows.mutable_data_ptr(), element_of(rows.scalar_type()), rows.stride(0)}
                  : Rows<void*>{nullptr, element_of(rows.scalar_type()), 0};
 }
 
-// The options of a loss that do not depend on what its target is.
+// The options of a loss for both kinds of targets.
 class LossArguments {
  public:
   LossArguments(const Tensor& rows, const groups::LossOptions& options)
@@ -177,8 +177,8 @@ RowStats<const S> const_stats_of(const Tensor& row_stats) {
   return {data, data + row_stats.size(1), row_stats.size(0) == 2 ? nullptr : data + 2 * row_stats.size(1)};
 }
 
-// The gradient of rows: new memory, whose pages the kernels are the first to touch. In pages of 2 MiB, where the system
-// has them for who asks, that takes a fraction of the time: 4 KiB pages cost as much as the arithmetic.
+// New memory for the gradient of rows. The kernels are the first to touch its pages. With pages of 4 KiB this costs as
+// much as the arithmetic; pages of 2 MiB, which some systems give on request, cost a fraction of it.
 inline Tensor empty_gradient(const Tensor& input) {
   Tensor gradient = at::empty(input.sizes(), input.options());
 #ifdef MADV_HUGEPAGE
@@ -187,7 +187,7 @@ inline Tensor empty_gradient(const Tensor& input) {
   if (gradient.nbytes() >= kWorthwhile) {
     const auto begin = (reinterpret_cast<uintptr_t>(gradient.mutable_data_ptr()) + kPage - 1) / kPage * kPage;
     const auto end = (reinterpret_cast<uintptr_t>(gradient.mutable_data_ptr()) + gradient.nbytes()) / kPage * kPage;
-    // A refusal leaves small pages, which are slower and as right.
+    // The call may fail: small pages are slower, but the result is the same.
     (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
   }
 #endif

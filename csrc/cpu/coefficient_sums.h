@@ -1,8 +1,9 @@
-// Sums over logits of weight * df/dcoefficient: the gradients of the coefficients, where the weight is dL/dy.
+// Sums over logits of weight * df/dcoefficient. With the weight dL/dy they are the gradients of the coefficients.
 //
-// A kernel adds vectors of logits, ends each strip and each tile of them, and finishes with the factor that its weights
-// still lack. Between tiles rescale() multiplies what was added so far, so that the weights may be relative to the
-// largest y found so far. A few thousand terms are added in the type of the arithmetic, the rest in double precision.
+// A kernel calls add() for each vector of logits, end_strip() and end_tile() after each strip and each tile, and
+// finish() with the factor that its weights still lack. Weights may be relative to the largest y so far. When a tile
+// has a larger y, rescale() multiplies the sums so far. At most a few thousand terms are added in the type of the
+// arithmetic, everything else in double precision.
 #pragma once
 
 #include "tiles.h"
@@ -10,10 +11,10 @@
 namespace monosoftmax::cpu {
 namespace {
 
-// Logits whose contributions to a table are kept until they are added to it, one after the other.
+// The logits of a strip. Their contributions to a table are kept, and then added one after the other.
 constexpr int64_t kStrip = 128;
 
-// Up to this many pieces a histogram of a row is kept beside the total, and may be rescaled.
+// The most pieces for which a row has its own histogram beside the total. Only such a histogram can be rescaled.
 constexpr int64_t kSmallHistogram = 256;
 
 struct NoSums {
@@ -38,7 +39,7 @@ class VectorSums {
     std::fill_n(sums_, size_, 0.0);
   }
   void add(const typename F::Point& point, T z, T weight, int64_t) { f_.accumulate(point, z, weight, lanes_); }
-  // To the total at once: for one large weight that the many small ones beside it nearly cancel.
+  // Adds one large weight to the total directly: the sum of the many small weights nearly cancels it.
   void add_alone(const typename F::Point& point, T z, T weight) {
     T alone[kMostVectorCoefficients];
     std::fill_n(alone, size_, T(0));
@@ -70,7 +71,7 @@ class VectorSums {
   double sums_[kMostVectorCoefficients];
 };
 
-// The contributions of a strip of logits to the table entries of their pieces.
+// The contributions of a strip of logits, each to the table entry of its piece.
 template <class T, class F>
 class Strip {
  public:
@@ -97,7 +98,8 @@ class Strip {
     }
   }
   Index piece(int64_t i) const { return piece_[i]; }
-  // Adds the contribution of logit i to an entry. In one vector: the compiler does not see that the two lie apart.
+  // Adds the contribution of logit i to an entry, as one vector. In a loop over numbers, the compiler would have to
+  // assume that the contribution and the entry overlap.
   template <class Sum>
   void add_to(Sum* entry, int64_t i) const {
     typedef S Contribution __attribute__((vector_size(kStride * sizeof(S)), may_alias));
@@ -112,7 +114,8 @@ class Strip {
   }
 
  private:
-  // streams[r][i] to place kStride * i + r: rounds that interleave stream r with r + half, until there is one.
+  // Moves streams[r][i] to place kStride * i + r. Each round interleaves stream r with stream r + half, until there is
+  // one stream.
   template <int half>
   static void interleave(T (&streams)[kStride]) {
     constexpr int kWidth = kStride / 2 / half;  // vectors of a stream in this round
@@ -146,7 +149,7 @@ void add_to_table(const F& f, const typename F::Point& point, T z, T weight, dou
   }
 }
 
-// Four copies, so that successive logits of one piece do not wait for each other.
+// Keeps four copies of the table, so that additions of successive logits to one piece do not wait for each other.
 template <class T, class F>
 class SmallHistogram {
  public:
@@ -204,7 +207,7 @@ class SmallHistogram {
   double sums_[kSmallHistogram * kStride];
 };
 
-// For tables of which a copy for each row would cost more than the row: added to the total as they come.
+// Adds contributions to the total directly. A copy of a large table for each row would cost more than the row.
 template <class T, class F>
 class LargeHistogram {
  public:
@@ -225,7 +228,7 @@ class LargeHistogram {
   Strip<T, F> strip_;
 };
 
-// Calls visitor(sums) with the sums for transform f of a table or vector of `size`; NoSums for a null total.
+// Calls visitor(sums) with the sums for transform f and its table or vector of `size`. NoSums if total is null.
 template <class T, class F, class Visitor>
 void with_sums(const F& f, double* total, int64_t size, Visitor&& visitor) {
   if (total == nullptr) {

@@ -9,7 +9,7 @@
 namespace monosoftmax::cpu {
 namespace {
 
-// What this processor has, best first.
+// The instruction sets of this processor, best first.
 std::vector<const InstructionSet*> supported() {
   std::vector<const InstructionSet*> sets;
 #ifdef MONOSOFTMAX_X86

@@ -1,5 +1,5 @@
-// The operators of the cpu backend: they check, make the results, and call the kernels (row_kernels_impl.h) for every
-// share of the rows.
+// The operators of the cpu backend. They check their arguments, allocate the results, and call the kernels
+// (row_kernels_impl.h) for every share of the rows.
 #include "shares.h"
 
 namespace monosoftmax::cpu {
@@ -21,7 +21,7 @@ struct LossCall {
   groups::Upstream upstream;
   groups::OutputMask mask;
 
-  // The upstream gradient of every loss, where it is one for all. It is zero where it is absent.
+  // The upstream gradient of every loss, if all losses have the same. It is 0 if there is none.
   template <class S>
   S grad_of_every_loss() const {
     return upstream.loss.has_value() && upstream.loss->dim() == 0 ? *upstream.loss->template const_data_ptr<S>() : S(0);
@@ -31,7 +31,7 @@ struct LossCall {
   }
 };
 
-// Computes the losses, and the gradients for one upstream gradient of every loss.
+// Computes the losses, and the gradients if all losses have the same upstream gradient.
 template <class Target>
 void compute_losses(const LossCall<Target>& call, groups::RowResults& results) {
   const int64_t rows = call.rows.size(0);
@@ -75,7 +75,7 @@ void compute_losses(const LossCall<Target>& call, groups::RowResults& results) {
   results.grad_coefficients = sums.total();
 }
 
-// Computes the gradients, for any upstream gradients of losses and of lse, where the losses have been computed.
+// Computes the gradients from the row_stats of the losses, for any upstream gradients of losses and of lse.
 template <class Target>
 void compute_gradients(const LossCall<Target>& call, const Tensor& row_stats, groups::RowResults& results) {
   const Tensor stats = row_stats.contiguous();
@@ -118,7 +118,7 @@ groups::RowResults cross_entropy(const Tensor& rows, const Tensor& target, const
     groups::RowResults results = room_for_losses(rows, Target::kStats, row_stats);
     results.grad_rows = grad_rows.has_value() ? *grad_rows : gradient_if(mask.rows, rows);
     LossCall<Target> call{rows, arguments, checked_target, upstream.value_or(groups::Upstream{}), mask};
-    // The kernels that compute losses and gradients have one upstream gradient.
+    // The kernels that compute losses and gradients together take one upstream gradient for all losses.
     const bool losses_first = mask.any() && !call.has_one_upstream_gradient();
     if (losses_first) call.mask = {};
     if (!row_stats.has_value()) compute_losses(call, results);

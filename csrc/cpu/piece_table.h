@@ -1,5 +1,5 @@
-// Look-ups of the coefficients of pieces, a vector of pieces at a time. A small table lives in registers, where a
-// look-up is a permutation; of a large one the coefficients of a piece are loaded together.
+// Looks up the coefficients of pieces, for a vector of pieces at a time. A small table lies in registers, and a look-up
+// is a permutation. A large table lies in memory, and all coefficients of a piece are loaded together.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -7,10 +7,10 @@
 #include "../transforms/arithmetic.h"
 
 namespace monosoftmax::cpu {
-// Of each instruction set its own: the linker keeps one copy of what two files define by the same name.
+// Each instruction set needs its own names: if two files define the same name, the linker keeps only one definition.
 inline namespace CPU_CAPABILITY {
 
-// The most pieces that a table in registers holds; 0 where the instructions have no such permutation.
+// The most pieces of a table in registers; 0 if the instruction set has no such permutation.
 template <class S>
 constexpr int64_t small_table([[maybe_unused]] int rows) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -65,7 +65,7 @@ class PieceTable {
     result.of[1] = _mm512_permutex2var_ps(a, odd, b);
   }
 #elif defined(CPU_CAPABILITY_AVX2)
-  // Eight loads of a pair; a gather of 32 or 64 bits takes twice as long (Zen 3, Zen 4).
+  // Eight loads of a pair: a gather of 32 or 64 bits takes twice as long (Zen 3, Zen 4).
   void load_pairs(__m256i index, Row& result) const {
     const __m128i low = _mm256_castsi256_si128(index), high = _mm256_extracti128_si256(index, 1);
     const __m256 a = _mm256_set_m128(two_pairs(_mm_cvtsi128_si64(high)), two_pairs(_mm_cvtsi128_si64(low)));
@@ -153,7 +153,7 @@ class PieceTable<float, kRows, true> {
   T get(int row, __m256i index) const {
     const __m256 low = _mm256_permutevar8x32_ps(rows_[row][0], index);
     const __m256 high = _mm256_permutevar8x32_ps(rows_[row][1], index);
-    // Bit 3 of the index where a blend looks: at the sign.
+    // A blend chooses by the sign bit, so bit 3 of the index is moved there.
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
   }
 

@@ -1,6 +1,6 @@
-// The kernels of the loss of class probabilities. A class may have any share of the target, so that dL/dy is no
-// multiple of p and the exponentials are computed twice: once for the loss, once, over what is still in the L2 cache,
-// for the gradient.
+// The kernels of the loss of class probabilities. Every class may have a share of the target, so that dL/dy is not a
+// multiple of p. So the exponentials are computed twice: once for the loss, and once for the gradient, from logits that
+// are still in the L2 cache.
 #pragma once
 
 #include "row_passes.h"
@@ -18,7 +18,7 @@ class TargetDistribution {
     begin_ = begin;
     tile_ = load_tile(target_.rows, row_, begin, n, buffer_);
   }
-  // The lanes at column i, of which n exist; the others are 0. `unsmoothed` are those of t w.
+  // Returns q in the lanes at column i, and sets `unsmoothed` to t w there. Only n lanes exist; the others are 0.
   T lanes(int64_t i, int64_t n, T& unsmoothed) const {
     unsmoothed = load<T>(tile_ + (i - begin_), n);
     T spread = spread_;
@@ -32,8 +32,8 @@ class TargetDistribution {
     unsmoothed = T::set(T(0), unsmoothed, n);
     return T::set(T(0), q, n);
   }
-  // Their sum over a tile of n columns, from that of t w. The smoothing is added at once: next to a large t, the small
-  // shares of the other classes would be rounded away.
+  // The sum of q over a tile of n columns, from the sum of t w. The smoothing is added as a whole: next to a large t,
+  // rounding would lose the small shares of the other classes.
   double mass(double unsmoothed, int64_t n) const {
     const ProbabilityOptions<S>& options = target_.options;
     double result = options.kept() * unsmoothed;
@@ -53,14 +53,15 @@ class TargetDistribution {
   alignas(kLine) S buffer_[kTile];
 };
 
-// The part of dL/dy that belongs to the target, where it is in every column: see OneColumn.
+// The target's part of dL/dy, if every column has one: see OneColumn.
 template <class T, bool kSums, class S = typename Arithmetic<T>::Scalar>
 class EveryColumn {
  public:
   EveryColumn(const ProbabilityTarget<S>& target, int64_t row, S grad_loss, S whole)
       : distribution_(target, row), grad_loss_(grad_loss), large_(std::abs(whole) / 8) {}
   void start_tile(int64_t begin, int64_t n) { distribution_.start_tile(begin, n); }
-  // Beside an eighth of the whole or more, the many small terms of a sum would lose their last digits.
+  // Sets t to the part in the lanes at column i. Returns whether a lane has more than an eighth of the whole: in a sum
+  // with such a large term, the many small terms would lose their last digits.
   bool part(int64_t i, int64_t n, T& t) const {
     T unsmoothed;
     t = grad_loss_ * distribution_.lanes(i, n, unsmoothed);
@@ -89,7 +90,7 @@ ProbabilityPart<S> scan_part(const F& f, const CrossEntropyCall<S, ProbabilityTa
     T sum(0), unsmoothed(0), gaps(0);
     for (int64_t strip = 0; strip < n; strip += kStrip) {
       const int64_t end = std::min(strip + kStrip, n);
-      // In strips, so that a large t is not rounded once for each of the many small ones that follow it.
+      // The sums go strip by strip, so that a large t is not rounded again for each of the many small t after it.
       T strip_unsmoothed(0), strip_gaps(0);
       for (int64_t i = strip; i < end; i += T::size()) {
         const T gap = f.value(load<T>(z + i, n - i)) - shift;
@@ -98,7 +99,7 @@ ProbabilityPart<S> scan_part(const F& f, const CrossEntropyCall<S, ProbabilityTa
         const T p = A::exp(gap);
         sum = sum + (n - i < T::size() ? T::set(T(0), p, n - i) : p);
         strip_unsmoothed = strip_unsmoothed + t;
-        // 0 times a gap of -inf
+        // The gap may be -inf where q is 0, and their product would be NaN.
         strip_gaps = strip_gaps + A::select(A::less(T(0), q.abs()), q * gap, T(0));
       }
       unsmoothed = unsmoothed + strip_unsmoothed;

@@ -1,10 +1,11 @@
-// The fused kernels over rows of logits, and the table through which operators.cpp reaches their build for an
-// instruction set. Nothing here knows of threads: a kernel does rows [begin, end), one thread's share. Of few long rows
-// the threads share the columns [first, last), in two steps: scan, then what needs the whole row.
+// The fused kernels over rows of logits, and a table of them for each instruction set, which operators.cpp calls. A
+// kernel computes rows [begin, end), the share of one thread, and knows nothing of other threads. If rows are few and
+// long, the threads share the columns of a row: each scans its columns [first, last), then the results are merged, and
+// each goes on with its columns.
 //
-// Memory traffic per logit, beyond what stays in the caches: cross_entropy reads it once, and writes the gradient where
-// one is asked for; its backward reads it once and writes the gradient; log_softmax reads it once and writes once; its
-// backward reads input and the upstream gradient and writes once. Class probabilities are read once where logits are.
+// Memory traffic for each logit, without accesses to the caches: cross_entropy reads it once, and writes the gradient
+// if a call asks for it. Its backward reads it once and writes the gradient. log_softmax reads it once and writes once.
+// Its backward reads input and the upstream gradient, and writes once. Class probabilities are read as often as logits.
 // Arithmetic is in S: float for float, bfloat16 and half logits, double for double. Each result is rounded once.
 #pragma once
 
@@ -43,12 +44,12 @@ struct RowStats {
   S* mass;  // sum of the q of class probabilities; null for class indices
 };
 
-// What is known of the columns [first, last) of a row.
+// The sums over the columns [first, last) of a row.
 template <class S>
 struct RowPart {
   OnlineSoftmax<S> softmax;
-  S target_y = 0;       // if the target is among them
-  double weighted = 0;  // sum of w_j y_j, where labels are smoothed
+  S target_y = 0;       // 0 if the target is in another part
+  double weighted = 0;  // sum of w_j y_j, if labels are smoothed
 
   void merge(const RowPart& part) {
     softmax.merge(part.softmax);
@@ -57,7 +58,7 @@ struct RowPart {
   }
 };
 
-// What a target is, with the options of its loss: class indices,
+// A target of class indices, with the options of its loss.
 template <class S>
 struct IndexTarget {
   using Part = RowPart<S>;
@@ -67,11 +68,11 @@ struct IndexTarget {
   bool lse_of_ignored;
 
   bool ignores(int64_t row) const { return index[row] == options.ignore_index; }
-  // Whether anything is computed of a row.
+  // Whether a row needs any computation.
   bool counts(int64_t row) const { return lse_of_ignored || !ignores(row); }
 };
 
-// or class probabilities, of the shape of the logits.
+// A target of class probabilities, of the shape of the logits, with the options of its loss.
 template <class S>
 struct ProbabilityTarget {
   using Part = ProbabilityPart<S>;
@@ -112,14 +113,14 @@ struct CrossEntropyBackwardCall {
   Rows<const void*> input;
   Target target;
   Transform<S> transform;
-  S grad_of_every_loss;  // where grad_loss is null
+  S grad_of_every_loss;  // if grad_loss is null
   const S* grad_loss;
   const S* grad_lse;  // null: zero
   RowStats<const S> stats;
   Rows<void*> grad_input;  // data null: not needed; may be the input
 };
 
-// The backward pass of what `forward` has computed the losses of.
+// The backward pass of `forward`.
 template <class S, class Target>
 CrossEntropyBackwardCall<S, Target> backward_of(const CrossEntropyCall<S, Target>& forward) {
   const RowStats<S>& stats = forward.stats;
@@ -153,7 +154,7 @@ struct LogSoftmaxBackwardCall {
   Rows<void*> grad_input;  // data null: not needed
 };
 
-// `coefficients` is where the gradients of the coefficients are added, of the layout of the coefficients, or null.
+// The gradients of the coefficients are added to `coefficients`, in the layout of the coefficients. It may be null.
 template <class S, class Target>
 struct LossKernels {
   using Call = CrossEntropyCall<S, Target>;

@@ -1,9 +1,8 @@
-// The kernels of row_kernels.h, compiled once for each instruction set. Everything is in an anonymous namespace, and
-// what it includes in one with the name of the instruction set: the linker must not merge the code of one with
-// another's.
+// The kernels of row_kernels.h, compiled once for each instruction set. All names are in an anonymous namespace, or in
+// a namespace with the name of the instruction set: the linker must not merge the code of two instruction sets.
 //
-// Here are those of class indices and of log_softmax; row_passes.h has how they go through a row, probability_kernels.h
-// those of class probabilities.
+// This file has the kernels of class indices and of log_softmax, row_passes.h the loops over a row, and
+// probability_kernels.h the kernels of class probabilities.
 #pragma once
 
 #include <vector>
@@ -83,9 +82,9 @@ void cross_entropy_finish(const CrossEntropyCall<S, IndexTarget<S>>& call, int64
   call.loss[row] = loss.loss(whole.target_y - largest, gaps, whole.softmax.log_sum(), call.lse[row]);
 }
 
-// A row of losses with its gradient, f and the exponential evaluated once: the first sweep writes exp(y - shift) f'
-// with the shift that its tile knows, the second, over what is still in the L2 cache, multiplies by what was missing.
-// No label smoothing: its part of the gradient is not a multiple of p.
+// Computes the loss and the gradient of a row, with one evaluation of f and of the exponential. The first sweep writes
+// exp(y - shift) f', with the shift that is known at its tile. The second sweep, in the L2 cache, multiplies by the
+// factor that is missing. Not for smoothed labels: their part of the gradient is not a multiple of p.
 template <class T, class F, class Sums, class S = typename Arithmetic<T>::Scalar>
 void row_with_gradient(const F& f, const CrossEntropyCall<S, IndexTarget<S>>& call, int64_t row,
                        std::vector<Tile<S>>& unscaled_row, std::vector<S>& shifts, Sums& sums) {
@@ -144,7 +143,7 @@ void row_with_gradient(const F& f, const CrossEntropyCall<S, IndexTarget<S>>& ca
   const S inverse_sum = sum == 0 ? std::numeric_limits<S>::quiet_NaN() : 1 / sum;
   sums.finish(of_p * inverse_sum);
 
-  // The column of the target: its two large parts cancel where p is next to 1.
+  // The column of the target goes alone: its two large parts cancel if p is next to 1.
   const T z = at::vec::maximum(target_z, lowest);
   const typename F::Point point = f.at(z);
   const T p = A::exp(point.value - T(largest)) * T(inverse_sum);
@@ -226,7 +225,7 @@ void token_statistics(const TokenStatisticsCall<S>& call, int64_t begin, int64_t
             }
             larger += sum_of_lanes(count);
           });
-      // sum_j p_j (largest - y_j): y relative to the largest, so that nothing cancels. The row is in the cache.
+      // sum_j p_j (largest - y_j). Relative to the largest y, no terms cancel. The row is in the cache.
       const T shift(state.largest()), lowest(static_cast<S>(kLowest));
       double gaps = 0;
       for (int64_t at = 0; at < call.classes; at += kTile) {

@@ -1,6 +1,6 @@
-// How kernels go through a row of logits: in tiles that stay in the L1 cache. f is increasing, so the largest y of a
-// tile is f of its largest logit. Hazards: a padded lane of the last vector of a row must reach neither the sum
-// (f(-inf) may be finite) nor a coefficient gradient, so that its exponential and its dL/dy are set to 0.
+// The loops of the kernels over a row of logits, in tiles that stay in the L1 cache. f is increasing, so the largest y
+// of a tile is f of its largest logit. Hazards: a padded lane of the last vector of a row must not reach the sum
+// (f(-inf) may be finite) or the gradient of a coefficient. So its exponential and its dL/dy are set to 0.
 #pragma once
 
 #include <limits>
@@ -13,8 +13,8 @@
 namespace monosoftmax::cpu {
 namespace {
 
-// Logits below this are taken for it where gradients are formed: their probability is 0 as that of -inf is, and the
-// products of a gradient of 0 with what the coefficients' gradients need of z stay 0.
+// Gradients are computed as if smaller logits had this value. The probability is 0, as for -inf. But z is finite, so
+// that 0 times z, in the gradients of the coefficients, is 0 and not NaN.
 constexpr double kLowest = -1e30;
 
 // Calls visitor(f) with the transform of a call.
@@ -23,7 +23,7 @@ void with_transform_of(const Transform<S>& transform, Visitor&& visitor) {
   with_transform<T>(transform.name, {transform.coefficients, transform.size, transform.constants}, visitor);
 }
 
-// The log-sum-exp of columns [first, last) of f(row); on_tile(begin, n, z) is called with the logits of each tile.
+// The log-sum-exp of columns [first, last) of f(row). Calls on_tile(begin, n, z) with the logits of each tile.
 template <class T, class F, class OnTile, class S = typename Arithmetic<T>::Scalar>
 OnlineSoftmax<S> scan_row(const F& f, const Rows<const void*>& input, int64_t row, int64_t first, int64_t last,
                           OnTile&& on_tile) {
@@ -45,18 +45,18 @@ OnlineSoftmax<S> scan_row(const F& f, const Rows<const void*>& input, int64_t ro
   return state;
 }
 
-// The part of dL/dy that belongs to the target, where it is in one column only.
+// The target's part of dL/dy, if only one column has one.
 template <class T, class S = typename Arithmetic<T>::Scalar>
 class OneColumn {
  public:
-  // Of the columns [first, last); column -1: none.
+  // For the columns [first, last). Column -1: no column has such a part.
   OneColumn(int64_t column, S gradient, int64_t first, int64_t last) {
     if (column < first || last <= column) return;
     lanes_[(column - first) % T::size()] = gradient;
     vector_ = column - (column - first) % T::size();
   }
   void start_tile(int64_t, int64_t) {}
-  // The part in the lanes at column i, of which n exist; whether it is so large that its sums are taken alone.
+  // Sets t to the part in the lanes at column i. Returns whether the part is so large that it is added to sums alone.
   bool part(int64_t i, int64_t, T& t) const {
     const bool here = i == vector_;
     t = here ? T::loadu(lanes_) : T(0);
@@ -68,13 +68,13 @@ class OneColumn {
   int64_t vector_ = -1;
 };
 
-// Columns [first, last) of one row of a backward pass. gradient_of(i, n, p, t) is dL/dy of the lanes at column i, of
-// which n exist, with probabilities p and the part t that belongs to the target: see OneColumn.
+// The backward pass of columns [first, last) of one row. gradient_of(i, n, p, t) is dL/dy in the n lanes at column i,
+// from probabilities p and the target's part t: see OneColumn.
 template <class T, class F, class Target, class Sums, class S, class GradientOf>
 void backward_row(const F& f, const Rows<const void*>& input, int64_t row, int64_t first, int64_t last, S largest,
                   S sum, Target& target, const Rows<void*>& grad_input, Sums& sums, GradientOf&& gradient_of) {
   alignas(kLine) S buffer[kTile];
-  // A row of -inf only has no p: NaN, as its loss.
+  // A row of -inf only has no p: its gradient is NaN, as its loss is.
   const T inverse_sum(sum == 0 ? std::numeric_limits<S>::quiet_NaN() : 1 / sum);
   const T shift(largest), lowest(static_cast<S>(kLowest));
   for (int64_t begin = first; begin < last; begin += kTile) {

@@ -1,4 +1,4 @@
-// The division of a call among torch's threads, and the sums that its shares leave behind.
+// Divides a call among torch's threads, and adds up the sums of the shares.
 #pragma once
 
 #include <ATen/DimVector.h>
@@ -18,8 +18,8 @@
 
 namespace monosoftmax::cpu {
 
-// While it lives, this thread rounds results below the smallest normal number to 0: probabilities that small are
-// common, and x86 processors take a hundred cycles for each.
+// While this object lives, its thread rounds results below the smallest normal number to 0. Such small probabilities
+// are common, and each costs a hundred cycles on x86 processors.
 class FlushSubnormals {
 #ifdef MONOSOFTMAX_X86
  public:
@@ -33,9 +33,9 @@ class FlushSubnormals {
 #endif
 };
 
-// The rows of a call are divided into one contiguous share a thread, whatever the grain of the work: sums over the
-// shares are then the same in every run with as many threads. Where there are fewer rows than threads, the columns of
-// each row are divided instead, if they are enough to be worth it.
+// Divides the rows of a call into one contiguous share for each thread. The shares depend only on the shape and the
+// number of threads, so that sums over them are the same in every run. If there are fewer rows than threads, the
+// columns of each row are divided instead, unless they are too few.
 class Shares {
  public:
   Shares(int64_t rows, int64_t columns)
@@ -47,7 +47,7 @@ class Shares {
 
   int64_t count() const { return count_; }
   bool by_columns() const { return by_columns_; }
-  // work(share, begin, end) with the rows of each share, or the columns of each share of a row
+  // Calls work(share, begin, end) with the rows of each share, or with the columns of each share of a row.
   template <class Work>
   void for_each(Work&& work) const {
     const int64_t units = by_columns_ ? columns_ : rows_;
@@ -68,7 +68,7 @@ class Shares {
   int64_t count_;
 };
 
-// The double precision sums of coefficient gradients, one set a share.
+// The sums for the gradient of the coefficients in double precision, one set for each share.
 class CoefficientSums {
  public:
   CoefficientSums(const TransformArguments& transform, const Shares& shares, bool needed)
@@ -83,7 +83,7 @@ class CoefficientSums {
   double* share(int64_t index) {
     return sums_.defined() ? sums_.mutable_data_ptr<double>() + index * sums_.stride(0) : nullptr;
   }
-  // The gradient of the coefficients, of their shape; empty where it is not needed.
+  // The gradient of the coefficients, in the shape of the coefficients. Empty if it is not needed.
   Tensor total() const {
     if (!needed_) return nothing_like(transform_.given());
     const Tensor& given = transform_.given();
@@ -99,7 +99,7 @@ class CoefficientSums {
   }
 
  private:
-  // From the layout of the kernels: of a table, from [pieces, stride] to [rows, pieces].
+  // Rounds sums in the layout of the kernels. The layout of a table changes from [pieces, stride] to [rows, pieces].
   template <class S>
   void round_into(Tensor& total, const double* sum) const {
     S* to = total.mutable_data_ptr<S>();
@@ -115,7 +115,7 @@ class CoefficientSums {
   Tensor sums_;
 };
 
-// work(share, begin, end, first, last) for the rows [begin, end) and columns [first, last) of every share of the rows.
+// Calls work(share, begin, end, first, last) with the rows [begin, end) and columns [first, last) of every share.
 template <class Work>
 void for_each_block(const Shares& shares, const Tensor& rows, Work&& work) {
   if (!shares.by_columns()) {

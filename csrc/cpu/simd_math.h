@@ -1,19 +1,19 @@
 // exp, log1p and tanh of vectors of floats, inlined: a call of a vector library costs more than the arithmetic.
 //
-// Largest errors found over one in 37 of all floats, against double precision: exp 1.5 ulp for |x| <= 10, growing
-// to 4.5 at the ends of the range (1.1 without FMA), log1p 2.8 ulp, tanh 2.7 ulp and its slope 3.4. NaN gives NaN.
+// The largest errors over one in 37 of all floats, against double precision: exp 1.5 ulp for |x| <= 10, growing to
+// 4.5 ulp at the ends of the range (1.1 without FMA), log1p 2.8 ulp, tanh 2.7 ulp and its slope 3.4. NaN gives NaN.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
 
 namespace monosoftmax::cpu {
-// Of each instruction set its own: the linker keeps one copy of what two files define by the same name.
+// Each instruction set needs its own names: if two files define the same name, the linker keeps only one definition.
 inline namespace CPU_CAPABILITY {
 
 using Floats = at::vec::Vectorized<float>;
 
 #if defined(CPU_CAPABILITY_AVX512)
-// torch's comparisons make vectors of the masks that these instructions take as they are.
+// torch's comparisons turn a mask into a vector. These instructions take the mask itself.
 using FloatMask = __mmask16;
 inline FloatMask less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline FloatMask less_equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
@@ -27,8 +27,8 @@ inline Floats select(FloatMask mask, Floats a, Floats b) { return Floats::blendv
 
 // exp(x) for -87 <= x <= 88.
 //
-// x = n log 2 + r with |r| <= log(2) / 2; adding 1.5 * 2^23 leaves n, rounded, in the low bits of a float. exp(r) is
-// 1 + r + r^2 q(r), q fitted to (e^r - 1 - r) / r^2 for least relative error.
+// x = n log 2 + r with |r| <= log(2) / 2. Adding 1.5 * 2^23 rounds n, into the low bits of a float. exp(r) is
+// 1 + r + r^2 q(r), with q fitted to (e^r - 1 - r) / r^2 for least relative error.
 inline Floats simd_exp_normal(Floats x) {
   const Floats magic(12582912.0f);
   const Floats shifted = at::vec::fmadd(x, Floats(1.44269504f), magic);
@@ -70,7 +70,7 @@ inline Floats simd_log1p(Floats x) {
 }
 
 // tanh(x), and its derivative 1 - tanh(x)^2 to the same relative accuracy. With e = exp(-2 |x|), 1 - |tanh| is
-// 2 e / (1 + e); where that is near 1, tanh is x + x^3 q(x^2).
+// 2 e / (1 + e). Near x = 0, tanh is x + x^3 q(x^2).
 inline Floats simd_tanh(Floats x, Floats& slope) {
   const Floats size = at::vec::clamp_max(x.abs(), Floats(40.0f));
   const Floats e = simd_exp_normal(Floats(-2.0f) * size);

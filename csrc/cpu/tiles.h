@@ -1,4 +1,4 @@
-// Tiles: as much of a row as stays in the L1 cache while it is worked on, in the type S of the arithmetic.
+// Tiles: parts of a row, in the type S of the arithmetic, which are short enough to stay in the L1 cache.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kTile = 1024;
 
-// Of a cache line, in bytes: a vector that straddles two of them costs two accesses.
+// Bytes of a cache line. A vector across two cache lines costs two accesses.
 constexpr int64_t kLine = 64;
 
 template <class S>
@@ -59,7 +59,7 @@ void narrow(const float* from, float factor, Half* to, int64_t n) {
   for (; i < n; ++i) to[i] = static_cast<Half>(from[i] * factor);
 }
 
-// Elements [begin, begin + n) of a row as S: where they are if they are of that type, else converted into buffer.
+// Elements [begin, begin + n) of a row as S. Elements of type S stay in their place, others are converted into buffer.
 template <class S>
 const S* load_tile(const Rows<const void*>& rows, int64_t row, int64_t begin, int64_t n, S* buffer) {
   const char* at = element_at(rows, row, begin);
@@ -102,7 +102,7 @@ class TileWriter {
  public:
   TileWriter(const Rows<void*>& rows, int64_t row, int64_t begin, int64_t n)
       : element_(rows.element), n_(n), destination_(element_at(rows, row, begin)) {}
-  // Where to put the results before finish().
+  // The place for the results before finish().
   S* place() { return element_ == element_of<S>() ? reinterpret_cast<S*>(destination_) : buffer_; }
   void finish() {
     if (element_ == element_of<S>()) return;
@@ -135,13 +135,13 @@ class TileWriter {
   alignas(kLine) S buffer_[kTile];
 };
 
-// Asks for the memory of elements [begin, end) of a row, to write to it later.
+// Prefetches the memory of elements [begin, end) of a row, to write to it later.
 inline void prefetch(const Rows<void*>& rows, int64_t row, int64_t begin, int64_t end) {
   const char* last = element_at(rows, row, end);
   for (const char* at = element_at(rows, row, begin); at < last; at += kLine) __builtin_prefetch(at, 1);
 }
 
-// factor * from, into elements [begin, begin + n) of a row of elements of type S or, where S is float, of halves.
+// Writes factor * from to elements [begin, begin + n) of a row of type S or, if S is float, of 16-bit floats.
 template <class T, class S = typename Arithmetic<T>::Scalar>
 void write_scaled(const S* from, S factor, const Rows<void*>& rows, int64_t row, int64_t begin, int64_t n) {
   char* destination = element_at(rows, row, begin);
@@ -188,7 +188,7 @@ typename Arithmetic<T>::Scalar first_lane(T x) {
   return lanes[0];
 }
 
-// The largest of n numbers, or any number where one is NaN: their sum of exponentials will be NaN.
+// The largest of n numbers. With a NaN among them it may be any number: the sum of exponentials will be NaN anyway.
 template <class T, class S = typename Arithmetic<T>::Scalar>
 S largest_of(const S* x, int64_t n) {
   T even(-std::numeric_limits<S>::infinity()), odd = even;
@@ -204,8 +204,8 @@ S largest_of(const S* x, int64_t n) {
   return largest;
 }
 
-// sum_j w_j y_j of one tile; a null weight is 1. In double: the loss subtracts the largest y from it once the row is
-// known, and what is left may be small.
+// sum_j w_j y_j of one tile; a null weight is 1. The sum is in double: the loss subtracts the largest y of the row from
+// it later, and the difference may be small.
 template <class S>
 double weighted_sum(const S* y, const S* weight, int64_t n) {
   double sum = 0;

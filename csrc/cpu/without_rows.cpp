@@ -1,4 +1,4 @@
-// The operators of the cpu backend that know nothing of rows.
+// The operators of the cpu backend that take no rows of logits.
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/softplus.h>
 #include <ATen/ops/softplus_backward.h>
@@ -11,7 +11,7 @@
 namespace monosoftmax::cpu {
 namespace {
 
-// The slopes of a PLIF, of the type of its raw slopes, each operation rounded as PyTorch does.
+// The slopes of a PLIF, in the type of its raw slopes. Each operation is rounded as in PyTorch.
 template <class S>
 struct Slopes {
   const S* softplus;
@@ -28,8 +28,8 @@ struct Slopes {
   }
 };
 
-// Sums outwards from 0, one piece after the other as cumsum adds them, in double: f is then continuous to the last bit
-// that float32 can show.
+// Adds up the rises of the pieces outwards from 0, in the order of cumsum and in double. So f is continuous up to the
+// rounding of float32.
 template <class S>
 void fill_coefficients(const Slopes<S>& slopes, const PlifGrid& grid, S* coefficients) {
   S *const slope = coefficients, *const value = coefficients + grid.pieces;
@@ -43,8 +43,8 @@ void fill_coefficients(const Slopes<S>& slopes, const PlifGrid& grid, S* coeffic
   for (int64_t k = grid.centre; k + 1 < grid.pieces; ++k) value[k + 1] = static_cast<S>(at_centre + (sum += rise(k)));
 }
 
-// Writes the gradient of softplus(raw_slope). The value at a knot moves with every slope between that and 0, so each
-// slope collects what lies beyond it.
+// Writes the gradient of softplus(raw_slope). The value at a knot depends on every slope between the knot and 0. So the
+// gradient of a slope adds up the gradients of all values beyond it.
 template <class S>
 void differentiate_coefficients(const Slopes<S>& slopes, const PlifGrid& grid, const S* grad_coefficients,
                                 S* grad_softplus) {

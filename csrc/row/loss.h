@@ -3,7 +3,7 @@
 //   loss = sum_j q_j (lse - y_j) + z_loss lse^2,   q_j = (1 - eps) w_t [j = t] + eps / V w_j
 //   dL/dy_j = g (Q p_j - q_j) + (2 z_loss lse g + h) p_j,   Q = sum_j q_j
 //
-// for upstream gradients g of the loss and h of lse: label smoothing eps and class weights w as in
+// g and h are the upstream gradients of the loss and of lse. Label smoothing eps and class weights w are as in
 // torch.nn.functional.cross_entropy.
 #pragma once
 
@@ -14,7 +14,7 @@
 
 namespace monosoftmax {
 
-// Wide: what the few numbers of a row are computed in.
+// Wide: the type for the few numbers of a row.
 template <class S, class Wide = double>
 struct LossOptions {
   int64_t classes;
@@ -37,7 +37,7 @@ class RowLoss {
         smooth_mass_(options.label_smoothing / static_cast<Wide>(options.classes)),
         weight_sum_(options.weight_sum) {}
 
-  // target_gap is y_t - largest; weighted_gaps is sum_j w_j (y_j - largest), read only where labels are smoothed.
+  // target_gap is y_t - largest; weighted_gaps is sum_j w_j (y_j - largest), read only if labels are smoothed.
   MONOSOFTMAX_HD S loss(S target_gap, Wide weighted_gaps, S log_sum, S lse) const {
     Wide result = target_mass_ * (log_sum - target_gap);
     if (smooth_mass_ > 0) {
@@ -49,9 +49,9 @@ class RowLoss {
 
   // dL/dy_j = of_p p_j - (of_target [j = t] + of_weight w_j) + extra_of_p p_j
   //
-  // Where p is next to 1 the first two terms cancel; the last, which z_loss and lse's own gradient bring, must not be
-  // rounded with them. of_p is the sum of the other parts as the kernel adds them, so that they cancel exactly at p
-  // = 1.
+  // If p is next to 1, the first two terms cancel. The last term, from z_loss and the gradient of lse, must not be
+  // rounded with them. of_p is rounded as the kernel rounds the sum of the other parts, so that the first two terms
+  // cancel exactly at p = 1.
   struct Gradient {
     S of_p, of_target, of_weight, extra_of_p;
   };

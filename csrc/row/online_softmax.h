@@ -1,4 +1,4 @@
-// log-sum-exp of a row that arrives in blocks.
+// The log-sum-exp of a row that arrives in blocks.
 #pragma once
 
 #include <cmath>
@@ -8,13 +8,13 @@
 
 namespace monosoftmax {
 
-// The largest value y seen so far, and sum exp(y - largest). They are what the backward pass is given, rather than lse:
-// p = exp(y - largest) / sum repeats the very exponentials of the sum and rounds once more, so that the p of a row add
-// up to 1 and a p next to 1 keeps its 1 - p; exp(y - lse) carries the rounding of lse, 1e-6 at lse = 20, in every p.
-// The sum is kept in double: it has one addition a block.
+// The largest value y so far, and sum exp(y - largest). The backward pass takes these two numbers, not lse. For
+// p = exp(y - largest) / sum repeats the exponentials of the sum exactly and rounds once more. So the p of a row add up
+// to 1, and a p next to 1 keeps its 1 - p. exp(y - lse) would carry the rounding of lse, 1e-6 at lse = 20, into every
+// p. The sum is in double, which costs one addition for each block.
 //
-// A block is added in two steps: shift() takes its largest value and returns what to subtract from its values, add()
-// takes the sum of their exponentials. NaN in a block must come out of that sum. -inf contributes zero.
+// A block is added in two steps. shift() takes the largest value of the block, and returns the number to subtract from
+// its values. add() takes the sum of their exponentials: if a value is NaN, this sum must be NaN. -inf contributes 0.
 template <class S>
 class OnlineSoftmax {
  public:
@@ -26,14 +26,14 @@ class OnlineSoftmax {
     return largest_ == -kInfinity ? S(0) : largest_;
   }
   MONOSOFTMAX_HD void add(double block_sum) { sum_ += block_sum; }
-  // Another part of the same row.
+  // Adds another part of the same row.
   MONOSOFTMAX_HD void merge(const OnlineSoftmax& part) {
     shift(part.largest_);
     sum_ += part.largest_ == largest_ ? part.sum_ : part.sum_ * std::exp(static_cast<double>(part.largest_) - largest_);
   }
 
   MONOSOFTMAX_HD S largest() const { return largest_; }
-  // 0 for a row of -inf only, which has no distribution: its p and its log_sum are NaN.
+  // The sum is 0 for a row of -inf only. Such a row has no distribution: its p and its log_sum are NaN.
   MONOSOFTMAX_HD S sum() const { return static_cast<S>(sum_); }
   MONOSOFTMAX_HD S log_sum() const { return sum_ == 0 ? kNaN : static_cast<S>(std::log(sum_)); }
   MONOSOFTMAX_HD S lse() const { return sum_ == 0 ? -kInfinity : largest_ + log_sum(); }

@@ -3,8 +3,8 @@
 //   loss = sum_j q_j (lse - y_j) + z_loss lse^2,   q_j = ((1 - eps) t_j + eps / V) w_j
 //   dL/dy_j = g (Q p_j - q_j) + (2 z_loss lse g + h) p_j,   Q = sum_j q_j
 //
-// for upstream gradients g of the loss and h of lse: label smoothing eps and class weights w as in
-// torch.nn.functional.cross_entropy. A class with q = 0 adds nothing, also where its y is -inf.
+// g and h are the upstream gradients of the loss and of lse. Label smoothing eps and class weights w are as in
+// torch.nn.functional.cross_entropy. A class with q = 0 adds nothing, even if its y is -inf.
 #pragma once
 
 #include <cmath>
@@ -27,8 +27,8 @@ struct ProbabilityOptions {
   S spread() const { return static_cast<S>(label_smoothing / static_cast<double>(classes)); }
 };
 
-// What is known of a part of a row, which arrives in blocks as for OnlineSoftmax: that, Q, and the sum of q_j times the
-// gap of y_j to the largest y. All terms of the loss are then of one sign where the q are, and none cancels another.
+// The sums over a part of a row, which arrives in blocks as for OnlineSoftmax: an OnlineSoftmax, Q, and the sum of q_j
+// times the gap of y_j to the largest y. If all q have one sign, all terms of the loss have one sign, and none cancel.
 template <class S>
 class ProbabilityPart {
  public:
@@ -44,7 +44,7 @@ class ProbabilityPart {
     mass_ += block_mass;
     gaps_ += block_gaps;
   }
-  // Another part of the same row.
+  // Adds another part of the same row.
   void merge(const ProbabilityPart& part) {
     const S before = softmax_.largest();
     softmax_.merge(part.softmax_);
@@ -61,7 +61,7 @@ class ProbabilityPart {
   }
 
  private:
-  // Where no y was larger than -inf, the gaps are -inf or, for a Q of 0, nothing: both hold for any largest y.
+  // If every y so far is -inf, the gaps are -inf, or 0 if Q is 0. Both are right for any largest y.
   double gaps_to(S largest, S before) const {
     if (largest == before || before == -std::numeric_limits<S>::infinity()) return gaps_;
     return gaps_ + mass_ * (static_cast<double>(before) - largest);
@@ -71,7 +71,7 @@ class ProbabilityPart {
   double mass_ = 0, gaps_ = 0;
 };
 
-// dL/dy_j = of_p p_j - g q_j + extra_of_p p_j, in which the first two cancel where p is next to 1: see RowLoss.
+// dL/dy_j = of_p p_j - g q_j + extra_of_p p_j. The first two terms cancel if p is next to 1: see RowLoss.
 template <class S>
 struct ProbabilityGradient {
   S of_p, extra_of_p;

@@ -1,15 +1,14 @@
-// The vocabulary that the transforms are written in, so that one formula serves a float, a double, a SIMD vector
-// (csrc/cpu/vectorized.h) and device floats (csrc/cuda/arithmetic.cuh). Arithmetic<T> must offer what
-// Arithmetic<float> offers here; beside it
-// the transforms use + - * / on T, and T(scalar) as a broadcast.
+// The operations of the transforms, so that one formula serves a float, a double, a SIMD vector
+// (csrc/cpu/vectorized.h) and floats on a GPU (csrc/cuda/arithmetic.cuh). Arithmetic<T> must have the members of
+// Arithmetic<float>. The transforms also use + - * / on T, and T(scalar) as a broadcast.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
 
-// Always inlined on the host: one shared copy of a function, compiled for the widest instruction set of the build,
-// would be what the linker keeps for all of them.
+// Always inlined on the host. Otherwise the linker could keep one copy of a function for all instruction sets, and this
+// copy could be compiled for the widest one.
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define MONOSOFTMAX_HD __host__ __device__ inline
 #define MONOSOFTMAX_UNROLL_2 _Pragma("unroll 2")
@@ -23,15 +22,15 @@ namespace monosoftmax {
 template <class T>
 struct Arithmetic;
 
-// A table of coefficients lies in memory as [pieces][stride], the coefficients of a piece next to each other, followed
-// by what the transform derives from them.
+// A table of coefficients lies in memory as [pieces][stride]. The coefficients of a piece lie next to each other,
+// followed by the numbers that the transform derives from them.
 constexpr int table_stride(int rows) {
   int stride = 1;
   while (stride < rows) stride *= 2;
   return stride;
 }
 
-// What look-ups go by: a whole number >= 0 of the type of the arithmetic, where that has no type of its own for it.
+// For an arithmetic without a type for the number of a piece: the number is a T, whole and >= 0.
 template <class T>
 struct PieceIsNumber {
   using Piece = T;
@@ -62,21 +61,21 @@ template <class S>
 struct ScalarArithmetic : PieceIsNumber<S> {
   using Scalar = S;
   using Mask = bool;
-  // kSmall: for tables of at most small_table(rows) pieces
+  // kSmall: the table has at most small_table(rows) pieces.
   template <int kRows, bool kSmall>
   using Table = ScalarTable<S, kRows>;
   static constexpr int64_t small_table(int) { return 0; }
-  // Whether the point of a transform keeps what its gradients need, or they compute it again: where a point of
-  // variable length cannot lie in registers.
+  // Whether the point of a transform keeps the numbers for its gradients. On a GPU the gradients compute them again,
+  // since registers cannot hold a point of variable length.
   static constexpr bool kPointsKeep = true;
 
-  // x <= 88
+  // For x <= 88.
   static MONOSOFTMAX_HD S exp(S x) { return std::exp(x); }
   // exp(-|x|)
   static MONOSOFTMAX_HD S decay(S x) { return std::exp(S(0) - std::fabs(x)); }
-  // 0 <= x <= 1
+  // log(1 + x) for 0 <= x <= 1.
   static MONOSOFTMAX_HD S log1p(S x) { return std::log1p(x); }
-  // also its derivative
+  // tanh(x), and its derivative.
   static MONOSOFTMAX_HD S tanh(S x, S& slope) {
     const S result = std::tanh(x);
     slope = (S(1) - result) * (S(1) + result);
@@ -96,7 +95,7 @@ struct Arithmetic<float> : ScalarArithmetic<float> {};
 template <>
 struct Arithmetic<double> : ScalarArithmetic<double> {};
 
-// An array of T that nothing is written to beforehand, not even zeros.
+// An uninitialized array of T: its construction writes nothing, not even zeros.
 template <class T, int size>
 class Scratch {
  public:
@@ -115,7 +114,7 @@ MONOSOFTMAX_HD T clamp(T x, T lo, T hi) {
   return A::select(A::less(x, lo), lo, A::select(A::less(hi, x), hi, x));
 }
 
-// x clamped to [0, hi]. NaN becomes 0: the result may be used as an index.
+// x clamped to [0, hi]. NaN becomes 0, so that the result is always a valid index.
 template <class T>
 MONOSOFTMAX_HD T clamp_index(T x, T hi) {
   using A = Arithmetic<T>;
@@ -123,15 +122,15 @@ MONOSOFTMAX_HD T clamp_index(T x, T hi) {
   return A::select(A::less(hi, from_zero), hi, from_zero);
 }
 
-// Entries of a table for look-ups that are clamped to a power of two: those beyond `count` repeat the last one.
+// The entries of a table if look-ups are clamped to a power of two. Entries beyond `count` repeat the last one.
 constexpr int64_t padded_entries(int64_t count) {
   int64_t power = 1;
   while (power < count) power *= 2;
   return power + 1;
 }
 
-// The piece of width 1 / inverse_width, of `count` that begin at 0, in which an offset lies; the first or last one
-// where it lies beyond them.
+// Finds the piece that contains an offset. The first of `count` pieces begins at 0, and each has the width
+// 1 / inverse_width. An offset beyond them belongs to the first or the last piece.
 template <class T, bool kSmall>
 class UniformPieces {
  public:
@@ -143,14 +142,14 @@ class UniformPieces {
   MONOSOFTMAX_HD typename A::Piece operator()(T offset) const {
     return A::piece(clamp_index(A::floor(offset * inverse_width_), last_));
   }
-  // Of a table for look-ups by them.
+  // The entries of a table of `count` pieces.
   static constexpr int64_t entries(int64_t count) { return count; }
 
  private:
   T inverse_width_, last_;
 };
 
-// Bisection: how many of the increasing at(0) .. at(count - 1) are <= x; 0 for NaN.
+// Counts, by bisection, how many of the increasing at(0) .. at(count - 1) are <= x; 0 for NaN.
 template <class T>
 class CountLessEqual {
  public:
@@ -178,7 +177,7 @@ class CountLessEqual {
   S count_, first_step_;
 };
 
-// exp(-|u|), and the two sigmoids and the softplus that follow from it without overflow or cancellation.
+// exp(-|u|), and from it two sigmoids and the softplus, without overflow or cancellation.
 template <class T>
 struct Logistic {
   T sigmoid;             // sigmoid(u)
@@ -196,7 +195,7 @@ struct Logistic {
   }
 };
 
-// tanh(u) to absolute accuracy, which is cheaper than Arithmetic's, and its derivative to relative accuracy.
+// tanh(u) to absolute accuracy, cheaper than the tanh of Arithmetic, and its derivative to relative accuracy.
 template <class T>
 struct HyperbolicTangent {
   T tanh, slope;
@@ -211,7 +210,7 @@ struct HyperbolicTangent {
   }
 };
 
-// The arguments of a transform as a kernel gets them: a vector [size], or a table of size pieces.
+// A kernel's arguments for a transform: a vector [size], or a table of size pieces.
 template <class S>
 struct Coefficients {
   const S* data;

@@ -38,7 +38,7 @@ class Gss {
  private:
   using A = Arithmetic<T>;
 
-  // The linear part of softplus is taken out by hand: no inf - inf at either end.
+  // The linear part of softplus is subtracted by hand, so that no end computes inf - inf.
   MONOSOFTMAX_HD T from(T u, T log_term) const {
     return c_ + A::select(A::less(u, T(0)), k_ * u, u) - excess_ * log_term;
   }

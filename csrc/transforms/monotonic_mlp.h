@@ -10,11 +10,11 @@ class MonotonicMlp {
  public:
   using S = typename Arithmetic<T>::Scalar;
   static constexpr int kTableRows = 0;
-  static constexpr int kMostUnits = 21;  // 3 * 21 + 1 coefficients are the most that a vector has
+  static constexpr int kMostUnits = 21;  // 3 * 21 + 1 is kMostVectorCoefficients
 
   struct Point {
     T value, derivative;
-    Scratch<T, Arithmetic<T>::kPointsKeep ? kMostUnits : 1> tanh, slope;  // of each unit, where they are kept
+    Scratch<T, Arithmetic<T>::kPointsKeep ? kMostUnits : 1> tanh, slope;  // of each unit, if kPointsKeep
   };
 
   explicit MONOSOFTMAX_HD MonotonicMlp(const Coefficients<S>& c)
@@ -49,7 +49,7 @@ class MonotonicMlp {
     point.derivative = derivative;
     return point;
   }
-  // Sums: T*, or what can be indexed, read and assigned to like it.
+  // Sums: T*, or a type with the same indexing, reading and assignment.
   template <class Sums>
   MONOSOFTMAX_HD void accumulate(const Point& at, T z, T gradient, Sums sums) const {
     sums[0] = A::fma(gradient, z, sums[0]);

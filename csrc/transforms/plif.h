@@ -1,8 +1,9 @@
 // Piecewise linear: f(z) = value_k + slope_k (z - knot_k), k = clamp(floor((z - lo) / width), 0, K - 1).
 // Coefficients: slope and value of each of K pieces. Constants: lo, width, 1 / width.
 //
-// A look-up gives the line of a piece, slope and value_k - slope_k knot_k, so that a value takes one fma. The piece is
-// found in the very operations of the reference: both see a logit next to a knot on the same side.
+// A look-up gives the line of a piece, slope_k and value_k - slope_k knot_k, so that a value takes one fma. The
+// operations that find a piece are exactly the operations of the reference: so both put a logit next to a knot on the
+// same side.
 #pragma once
 
 #include "arithmetic.h"
@@ -15,7 +16,7 @@ class Plif {
   using S = typename Arithmetic<T>::Scalar;
   static constexpr int kTableRows = 2;
   static constexpr bool kUniformPieces = true;
-  // The line of piece k, from its slope and value.
+  // Replaces the value of piece k by value_k - slope_k knot_k.
   static MONOSOFTMAX_HD void derive(S* piece, int64_t k, const double* constants) {
     const S knot = static_cast<S>(constants[0]) + static_cast<S>(k) * static_cast<S>(constants[1]);
     piece[1] = Arithmetic<S>::fma(S(0) - piece[0], knot, piece[1]);
@@ -40,7 +41,7 @@ class Plif {
     const auto [slope, intercept] = table_.row(piece).of;
     return {A::fma(slope, z, intercept), slope, piece, z - A::fma(A::number(piece), width_, lo_)};
   }
-  // df/d(slope, value) of the piece
+  // df/d(slope, value) of the piece.
   MONOSOFTMAX_HD void differentiate(const Point& at, T, T (&out)[kTableRows]) const {
     out[0] = at.offset;
     out[1] = T(1);

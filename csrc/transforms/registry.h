@@ -1,4 +1,4 @@
-// The transforms by name. A new transform adds its header and its row here.
+// The transforms by name. For a new transform, add its header and its row here.
 #pragma once
 
 #include <string_view>
@@ -27,7 +27,7 @@
 
 namespace monosoftmax {
 
-// The most coefficients that a transform without a table has: kernels keep their gradients in registers.
+// The most coefficients of a transform without a table: kernels keep the gradients of these coefficients in registers.
 constexpr int kMostVectorCoefficients = 64;
 
 struct TransformShape {
@@ -55,7 +55,7 @@ void derive_columns(S* table, int64_t pieces, const double* constants) {
   for (int64_t k = 0; k < pieces; ++k) F<S, false>::derive(table + k * stride, k, constants);
 }
 
-// Turns the coefficients of transform `name` into what its look-ups give, where that is something else or more.
+// Writes the numbers that transform `name` derives from its coefficients into the table, if it derives any.
 template <class S>
 void complete_table(std::string_view name, S* table, int64_t pieces, const double* constants) {
 #define ROW(NAME, CLASS, ROWS, SMALLEST, LARGEST) \
@@ -64,8 +64,8 @@ void complete_table(std::string_view name, S* table, int64_t pieces, const doubl
 #undef ROW
 }
 
-// Transforms with a vector of coefficients are templates of the type of the arithmetic; those with a table also of
-// whether it is small.
+// Transforms with a vector of coefficients are templates of the type of the arithmetic. Transforms with a table have
+// one more template argument: whether the table is small.
 template <template <class> class F, class T, int kRows, class Visitor>
 void visit_transform(const Coefficients<typename Arithmetic<T>::Scalar>& coefficients, Visitor&& visitor) {
   static_assert(F<T>::kTableRows == 0 && kRows == 0, "the registry has the rows of the table");
@@ -84,7 +84,7 @@ void visit_transform(const Coefficients<typename Arithmetic<T>::Scalar>& coeffic
   visitor(F<T, false>(coefficients));
 }
 
-// Calls visitor(f) with the transform `name` over the arithmetic type T; whether there is one.
+// Calls visitor(f) with the transform `name` over the arithmetic type T. Returns whether there is such a transform.
 template <class T, class Visitor>
 bool with_transform(std::string_view name, const Coefficients<typename Arithmetic<T>::Scalar>& coefficients,
                     Visitor&& visitor) {

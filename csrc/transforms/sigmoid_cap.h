@@ -21,7 +21,7 @@ class SigmoidCap {
 
   MONOSOFTMAX_HD T value(T z) const { return a_ * Logistic<T>((z + b_) / c_).sigmoid; }
   MONOSOFTMAX_HD Point at(T z) const {
-    // The sigmoid is constant beyond 400; the clamp keeps inf * 0 out of the gradient of c.
+    // The sigmoid is constant beyond 400. The clamp avoids inf * 0 in the gradient of c.
     const T u = clamp((z + b_) / c_, T(-400), T(400));
     const Logistic<T> logistic(u);
     return {a_ * logistic.sigmoid, ratio_ * (logistic.sigmoid * logistic.sigmoid_complement), u, logistic.sigmoid};

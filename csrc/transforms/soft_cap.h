@@ -23,14 +23,14 @@ class SoftCap {
     return cap_ * A::tanh(z / cap_, slope);
   }
   MONOSOFTMAX_HD Point at(T z) const {
-    // tanh is constant beyond 400; the clamp keeps inf * 0 out of the gradient of c.
+    // tanh is constant beyond 400. The clamp avoids inf * 0 in the gradient of c.
     const T u = clamp(z / cap_, T(-400), T(400));
     T slope;
     const T t = A::tanh(u, slope);
     return {cap_ * t, slope, u, t};
   }
-  // df/dc = tanh(u) - u (1 - tanh(u)^2), which is 2/3 u^3 for small u: by its series there, where the difference
-  // cancels.
+  // df/dc = tanh(u) - u (1 - tanh(u)^2). For small u the difference cancels: it is computed by its
+  // series, which begins with 2/3 u^3.
   MONOSOFTMAX_HD void accumulate(const Point& at, T, T gradient, T* sums) const {
     const T u = at.scaled, square = u * u;
     const T series = u * square * (T(S(2. / 3)) - square * (T(S(8. / 15)) - square * T(S(34. / 105))));

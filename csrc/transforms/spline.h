@@ -1,4 +1,4 @@
-// Monotonic rational quadratic spline, linear beyond its ends.
+// A monotonic rational quadratic spline, linear beyond its ends.
 // Coefficients: x, width, y, height, d0, d1 of each of K pieces. With s = height / width, xi = (z - x) / width,
 // D = s (xi^2 + (1-xi)^2) + (d0 + d1) xi (1-xi):
 //   f  = y + height (s xi^2 + d0 xi (1-xi)) / D
@@ -15,7 +15,7 @@ class Spline {
   using S = typename Arithmetic<T>::Scalar;
   static constexpr int kTableRows = 6, kDerived = 2;
   static constexpr bool kUniformPieces = false;
-  // s and 1 / width
+  // Adds s and 1 / width to the coefficients of a piece.
   static MONOSOFTMAX_HD void derive(S* piece, int64_t, const double*) {
     piece[6] = piece[3] / piece[1];
     piece[7] = 1 / piece[1];
@@ -28,7 +28,7 @@ class Spline {
     typename Arithmetic<T>::Piece piece;
     T xi, below, above;  // place within the piece, and distance beyond its left (<= 0) and right (>= 0) end
     T height, d0, d1, slope, inverse_width;
-    T bump, inverse_denominator, ratio;  // xi (1-xi), 1 / D, and what is multiplied by height in f
+    T bump, inverse_denominator, ratio;  // xi (1-xi), 1 / D, and the factor of height in f
   };
 
   explicit MONOSOFTMAX_HD Spline(const Coefficients<S>& c) : table_(c.data, c.size), knots_below_(c.size - 1) {}
@@ -46,7 +46,7 @@ class Spline {
     p.above = A::select(is_above, offset - width, T(0));
     p.xi = inside * inverse_width;
     p.bump = p.xi * (T(1) - p.xi);
-    // xi^2 + (1-xi)^2 is 1 - 2 xi (1-xi)
+    // xi^2 + (1-xi)^2 is 1 - 2 xi (1-xi).
     const T denominator = slope + (d0 + d1 - T(2) * slope) * p.bump;
     p.inverse_denominator = T(1) / denominator;
     p.ratio = (slope * p.xi * p.xi + d0 * p.bump) * p.inverse_denominator;
@@ -61,17 +61,17 @@ class Spline {
     p.inverse_width = inverse_width;
     return p;
   }
-  // df/d(x, width, y, height, d0, d1) of the piece
+  // df/d(x, width, y, height, d0, d1) of the piece.
   MONOSOFTMAX_HD void differentiate(const Point& at, T, T (&out)[kTableRows]) const {
     const T xi = at.xi, rest = T(1) - at.xi;
     const T scaled = at.height * at.bump * at.inverse_denominator;
-    // With N the numerator: d(N/D)/ds = (xi^2 D - N (xi^2 + (1-xi)^2)) / D^2, whose parts in s cancel exactly.
+    // With N the numerator: d(N/D)/ds = (xi^2 D - N (xi^2 + (1-xi)^2)) / D^2. The parts with s cancel exactly.
     const T by_slope = scaled * at.inverse_denominator * (at.d1 * xi * xi - at.d0 * rest * rest);
     const T by_d0 = scaled * (T(1) - at.ratio);
     const T by_d1 = T(0) - scaled * at.ratio;
     const auto outside = A::less(T(0), at.above - at.below);
     const auto is_above = A::less(T(0), at.above);
-    // x and width move the piece under a fixed z: xi falls by 1 / width and xi / width, where z is inside.
+    // x and width move the piece under a fixed z. If z is inside, xi falls by 1 / width and xi / width.
     const T by_width_inside = T(0) - at.derivative * xi - by_slope * at.slope * at.inverse_width;
     const T by_width_outside = A::select(is_above, T(0) - at.d1, T(0));
     out[0] = T(0) - at.derivative;
@@ -86,7 +86,7 @@ class Spline {
   using A = Arithmetic<T>;
 
   typename A::template Table<kTableRows + kDerived, kSmall> table_;
-  CountLessEqual<T> knots_below_;  // of those between pieces
+  CountLessEqual<T> knots_below_;  // counts the knots between pieces
 };
 
 }  // namespace monosoftmax

@@ -1,4 +1,4 @@
-// The arguments of the kernels, in plain C++: the operators fill them in (operators.cpp), the launchers pass them on.
+// The arguments of the kernels, in plain C++. Operators fill them in (operators.cpp), launchers pass them on.
 #pragma once
 
 #include <cstdint>
@@ -7,25 +7,25 @@
 
 namespace monosoftmax::cuda {
 
-// Threads of a block, and blocks that a multiprocessor has registers for: 128 for a thread. Two blocks overlap the
-// copies of one with the arithmetic of the other, where shared memory has room for both. Left to itself, the compiler
-// spills a few registers to come down to the next step of occupancy.
+// The most threads of a block, and the fewest blocks with registers on a multiprocessor: so a thread has 128 registers.
+// The copies of one block overlap with the arithmetic of the other, if shared memory has room for both. Without these
+// bounds, the compiler spills a few registers to reach the next step of occupancy.
 constexpr int kFewestBlocks = 2;
 constexpr int kMostThreads = 256;
 
-// A transform: its coefficients as torch has them, [size] or [rows, size].
+// A transform, with its coefficients in torch's layout, [size] or [rows, size].
 struct TransformArguments {
   const float* coefficients;
   int64_t size;
   double constants[3];
-  const float* table;  // for look-ups in global memory, [entries, stride]; else null
+  const float* table;  // for look-ups in global memory, [entries, stride]; may be null
 };
 
-// Where the sums for the gradient of the coefficients go: a set for each block, or of WarpSums for each warp; or one
-// set for all that atomics add to, in float64. Millions of float32 additions to one number would lose its last digits.
+// The memory for the sums of the coefficients' gradient. Each block has its own set, or each warp with WarpSums. Or
+// atomics add to one set for all, in float64: millions of float32 additions to one number would lose its last digits.
 struct SumsArguments {
   float* partials;
-  double* total;  // null where there are partials
+  double* total;  // null if there are partials
 };
 
 struct CrossEntropyArguments {
@@ -40,14 +40,14 @@ struct CrossEntropyArguments {
   float label_smoothing, z_loss;
   const float *weight, *weight_sum;
 
-  // Whether losses are computed; otherwise they have been, and row_stats (largest and sum) are read. The lse of an
-  // ignored row is computed where return_lse, else it is 0.
+  // losses: compute the losses. Otherwise read the row_stats (largest and sum) of an earlier call. return_lse: compute
+  // the lse of ignored rows. Otherwise it is 0.
   bool losses, return_lse;
   float *loss, *lse, *largest, *sum;
 
-  // Upstream gradients: of the losses, one for all where the stride is 0, and of lse (null: 0). A factor multiplies the
-  // former. It comes with a grad_input that holds the gradient for a factor of 1 already, so that nothing is done where
-  // it is 1. Only the device knows.
+  // The upstream gradients of the losses (stride 0: one for all losses) and of lse (null: 0). `factor` multiplies the
+  // upstream gradients of the losses. With a factor, grad_input already holds the gradient for a factor of 1, so the
+  // kernel does nothing if the factor is 1. Only the device knows its value.
   const float* grad_loss;
   int64_t grad_loss_stride;
   const float *grad_lse, *factor;
@@ -55,7 +55,7 @@ struct CrossEntropyArguments {
   int64_t grad_stride;
   SumsArguments sums;
 
-  // Where in the dynamic shared memory of a block the sums and the row begin; the coefficients come first.
+  // The offsets of the sums and of the row in the dynamic shared memory of a block. The coefficients come first.
   unsigned sums_offset, row_offset;
 };
 

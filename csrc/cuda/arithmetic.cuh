@@ -1,8 +1,9 @@
-// Arithmetic of the transforms on floats of a GPU, W logits of a thread at a time.
+// The arithmetic of the transforms on floats of a GPU. A thread takes W logits at a time.
 //
-// The special function unit's ex2, lg2 and rcp take one instruction each and err by 2 ulp; they flush subnormal numbers
-// to 0. What is rounded before them counts more: exp(x) carries the rounding of x log2(e), 6e-8 |x|. The sources are
-// compiled without contraction of a * b + c, so that every kernel rounds f(z) alike; where fma is meant, it is written.
+// ex2, lg2 and rcp of the special function unit take one instruction each, have an error of 2 ulp, and flush subnormal
+// numbers to 0. The rounding of their argument counts more: exp(x) has the error of x log2(e), 6e-8 |x|. The sources
+// are compiled without contraction of a * b + c, so that every kernel rounds f(z) in the same way. An fma is written
+// as fma.
 #pragma once
 
 #include "../transforms/arithmetic.h"
@@ -52,26 +53,27 @@ template <int W>
 __device__ __forceinline__ Pack<float, W> operator*(const Pack<float, W>& x, const Pack<float, W>& y) {
   return each<float>(x, y, [](float a, float b) { return a * b; });
 }
-// For y below 2^126 in size.
+// For |y| below 2^126.
 template <int W>
 __device__ __forceinline__ Pack<float, W> operator/(const Pack<float, W>& x, const Pack<float, W>& y) {
   return each<float>(x, y, [](float a, float b) { return a * reciprocal_approximate(b); });
 }
 
-// A whole number n from 0 to 2^22 as the last bits of the float 2 + n 2^-22: one addition, no conversion. The first
-// bits, 2^30, vanish from the 32 bits of n times 4, 8 or any number of bytes that an entry of a table has.
+// A whole number n from 0 to 2^22 is in the last bits of the float 2 + n 2^-22. So it takes one addition and no
+// conversion. These bits times the bytes of a table entry, 4, 8 or any multiple of 4, are an offset: the first bits,
+// 2^30, vanish from the 32 bits of the product.
 constexpr float kNumberBase = 2, kNumberStep = 1.0f / (1 << 22);
 constexpr unsigned kNumberBits = 0x40000000;
 
-// Where look-ups go: the entry of a table, as such bits, and its number as a float, for formulas that need it. What is
-// not used costs nothing.
+// The argument of a look-up: the bits of a table entry, and its number as a float, for formulas. If one of them is not
+// used, it costs nothing.
 template <int W>
 struct PackPiece {
   Pack<unsigned, W> bits;
   Pack<float, W> number;
 };
 
-// The 4 GiB of global memory from a place on.
+// 4 GiB of global memory, from an address on.
 class GlobalBytes {
  public:
   explicit __device__ GlobalBytes(const void* first) : first_(static_cast<const unsigned char*>(first)) {}
@@ -84,8 +86,8 @@ class GlobalBytes {
   const unsigned char* first_;
 };
 
-// Look-ups in a table of [entries, table_stride(kRows)], in shared memory if kSmall and else in global memory: 8 or 16
-// bytes at a time.
+// Look-ups in a table of [entries, table_stride(kRows)], 8 or 16 bytes at a time. The table is in shared memory if
+// kSmall, otherwise in global memory.
 template <int W, int kRows, bool kSmall>
 class DeviceTable {
  public:
@@ -146,7 +148,7 @@ struct Arithmetic<cuda::Pack<float, W>> {
   static __device__ __forceinline__ T decay(T x) {
     return cuda::each<float>(x, [](float a) { return cuda::exp2_approximate(fabsf(a) * -cuda::kLog2E); });
   }
-  // With an absolute error of 2e-7: what the rounding of 1 + x leaves.
+  // The absolute error is 2e-7, from the rounding of 1 + x.
   static __device__ __forceinline__ T log1p(T x) {
     return cuda::each<float>(x, [](float a) { return cuda::log2_approximate(1.0f + a) * cuda::kLn2; });
   }
@@ -190,7 +192,7 @@ struct Arithmetic<cuda::Pack<float, W>> {
     const float complement = 2 * decay * cuda::reciprocal_approximate(1 + decay);  // 1 - |tanh(x)|
     const float size = 1 - complement, square = x * x;
     slope = complement * (1 + size);
-    // Next to 0 the difference cancels: the series, as far as float goes.
+    // Next to 0 the difference cancels, so the series replaces it, with enough terms for float.
     float series = __fmaf_rn(square, 62.0f / 2835, -17.0f / 315);
     series = __fmaf_rn(square, series, 2.0f / 15);
     series = __fmaf_rn(square, series, -1.0f / 3);
@@ -198,9 +200,9 @@ struct Arithmetic<cuda::Pack<float, W>> {
   }
 };
 
-// In 3 instructions, where floor, two comparisons and a conversion are 6: a multiplication whose result is clamped to
-// [0, 1] for nothing, by a width that is a power of two times too large; and an fma that rounds down, after which the
-// last bits of its result are the piece. The clamp is to a power of two >= count: a table repeats its last entry.
+// Finds a piece in 3 instructions; floor, two comparisons and a conversion would be 6. The offset is divided by the
+// width of 2^n pieces, with 2^n >= count, in a multiplication that also clamps its result to [0, 1] at no cost. Then an
+// fma, rounded down, has the piece in its last bits. So the piece is clamped to 2^n: a table repeats its last entry.
 template <int W>
 class UniformPieces<cuda::Pack<float, W>, true> {
  public:

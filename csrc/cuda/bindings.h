@@ -1,4 +1,4 @@
-// The functions of the cuda backend for Python: monosoftmax._C.cuda, and for CPU tensors the host execution.
+// The functions of the cuda backend for Python: monosoftmax._C.cuda, and the host execution for CPU tensors.
 #pragma once
 
 #include "../python_operators.h"

@@ -1,18 +1,19 @@
-// Sums over logits of dL/dy * df/dcoefficient: the gradients of the coefficients. Each block writes its sums to a place
-// of its own, or each warp, and a second stage in torch adds those up in float64 and in one order: the same in every
-// run.
+// Sums over logits of dL/dy * df/dcoefficient: the gradients of the coefficients. Each block, or each warp, writes its
+// sums to its own memory. A second stage in torch adds them up in float64 and in a fixed order, so that sums are the
+// same in every run.
 //
-//   NoSums       nobody needs them, or there are none
-//   VectorSums   a few numbers: in the registers of each thread
-//   LaneSums     a table of each thread's own in shared memory, [entry][thread], so that threads that meet in a
-//                piece do not meet in memory: no atomics, no conflicts of banks, one order of additions. A logit takes
-//                a load, two additions and a store of 8 bytes.
-//   WarpSums     a table of each warp in global memory, for those that are too large for the above. Lanes of a warp
-//                that meet in a piece add up among themselves first, in the order of the lanes; the lowest adds to the
-//                table. Where that many tables would take too much memory there is one for all, in float64, added to
-//                by atomics in an order that changes from run to run.
+//   NoSums       the call needs no sums
+//   VectorSums   a few numbers, in the registers of each thread
+//   LaneSums     each thread has its own table in shared memory, [entry][thread]. Threads with logits in the same
+//                piece add to different addresses: no atomics, no bank conflicts, a fixed order of additions. A logit
+//                takes a load, two additions and a store of 8 bytes.
+//   WarpSums     each warp has its own table in global memory, if tables are too large for LaneSums. Lanes with logits
+//                in the same piece first add up among themselves, in the order of the lanes. The lowest of them adds
+//                to the table. If these tables would take too much memory, there is one table for all warps, in
+//                float64. Atomics add to it, in an order that changes from run to run.
 //
-// Lanes do meet: 2 to 4 in a piece, of 64 and normally distributed logits (tests/test_cuda_coefficient_sums.py).
+// Lanes do meet: 2 to 4 of them in a piece, with 64 pieces and normally distributed logits
+// (tests/test_cuda_coefficient_sums.py).
 #pragma once
 
 #include "arguments.h"
@@ -64,8 +65,8 @@ class VectorSums {
   T sums_[kCount];
 };
 
-// Coefficients of a vector of any length, each thread's in shared memory [coefficient][thread]. To accumulate() they
-// are what T* would be: what is read has the sum in its first lane, and what is assigned is added up over the lanes.
+// The sums of one thread for a vector of any length, in shared memory [coefficient][thread]. accumulate() uses a
+// LaneColumn like a T*. A read returns the sum in the first lane of a T. An assignment adds up the lanes of a T.
 template <class T>
 class LaneColumn {
  public:
@@ -102,7 +103,7 @@ class LaneColumn {
   float* first_;
 };
 
-// F: the transform over T, whose table has kTableRows rows, or which has a vector of coefficients.
+// F: the transform over T. It has a table of kTableRows rows, or with 0 rows a vector of coefficients.
 template <class F, class T>
 class LaneSums {
  public:
@@ -116,7 +117,7 @@ class LaneSums {
         size_(static_cast<int>(transform.size)),
         entry_bytes_(kPairs * blockDim.x * static_cast<unsigned>(sizeof(float2))),
         mine_(shared + threadIdx.x * sizeof(float2)) {
-    // What is its own: no thread waits for another before it adds.
+    // Each thread clears its own sums: so it need not wait for other threads before it adds.
     const int threads = blockDim.x;
     if constexpr (kRows == 0) {
       for (int i = 0; i < size_; ++i) lanes_[i * threads + threadIdx.x] = 0;
@@ -133,7 +134,7 @@ class LaneSums {
       T factors[kRows];
       f.differentiate(point, z, factors);
       MONOSOFTMAX_UNROLL for (int i = 0; i < T::kWidth; ++i) {
-        // The logits of a thread may lie in one piece: one after the other.
+        // The logits of a thread may lie in the same piece. So they are added one after the other.
         unsigned at = point.piece.bits.of[i] * entry_bytes_;
         MONOSOFTMAX_UNROLL for (int pair = 0; pair < kPairs; ++pair) {
           float2 sums = mine_.template load_again<float2>(at);
@@ -161,7 +162,7 @@ class LaneSums {
       const float2* pairs = reinterpret_cast<const float2*>(lanes_);
       for (int i = warp; i < size_ * kPairs; i += warps) {
         const int piece = i / kPairs, pair = i % kPairs;
-        // What lies beyond the last entry belongs to it.
+        // Entries beyond the last piece repeat it, so their sums belong to it.
         const int end = piece == size_ - 1 ? static_cast<int>(F::entries(size_)) : piece + 1;
         float2 sum = {0, 0};
         for (int entry = piece; entry < end; ++entry) {
@@ -189,7 +190,7 @@ class LaneSums {
   SharedBytes mine_;
 };
 
-// add() is for whole warps. The tables [tables][kTableRows][size] are zero to begin with.
+// All lanes of a warp must call add(). The tables [tables][kTableRows][size] must be 0 at the start.
 template <class F, class T>
 class WarpSums {
  public:
@@ -216,15 +217,15 @@ class WarpSums {
           MONOSOFTMAX_UNROLL for (int r = 0; r < kRows; ++r) table_[r * size_ + piece] += sums[r];
         }
       }
-      // Another lane may be the lowest of the next ones in this piece.
+      // For the next logit, another lane may be the lowest in this piece and add to the same entry.
       __syncwarp();
     }
   }
   __device__ void finish() {}
 
  private:
-  // Leaves in the lowest lane of those with one piece the sum of theirs, in the order of a tree over them; whether this
-  // is such a lane.
+  // Adds up the sums of the lanes with the same piece, in the order of a tree over these lanes. The lowest of them gets
+  // the result. Returns whether this lane is the lowest.
   static __device__ __forceinline__ bool add_up_equal(int piece, float (&sums)[kRows]) {
     const unsigned lane = threadIdx.x % kWarp;
     const unsigned equal = __match_any_sync(kAllLanes, piece);
@@ -237,7 +238,7 @@ class WarpSums {
         const float theirs = __shfl_sync(kAllLanes, sums[r], next > 0 ? next - 1 : lane);
         if (next > 0) sums[r] += theirs;
       }
-      // Those of odd rank have been taken in by the one before them.
+      // Lanes of odd rank are done: the lane before has added their sums.
       above &= __ballot_sync(kAllLanes, (rank & 1) == 0);
       rank >>= 1;
     }

@@ -1,15 +1,15 @@
 // The loss of rows of logits, and its gradient with respect to logits and coefficients.
 //
-//   cross_entropy_kernel           losses: each row is read once
-//   cross_entropy_gradient_kernel  losses and gradients: where kResident, the row is read once, kept in the shared
-//   memory
-//                                  of a block, or of the blocks of a cluster, and its gradient written once. Otherwise
-//                                  it is read once for the loss and once more, from the L2 cache if it has stayed
-//                                  there, for the gradient; without the losses, from the row_stats of an earlier call,
-//                                  only that.
+//   cross_entropy_kernel           losses. Each row is read once.
+//   cross_entropy_gradient_kernel  losses and gradients. If kResident, the row is read once and kept in the shared
+//                                  memory of a block, or of the blocks of a cluster, and its gradient is written once.
+//                                  Otherwise the row is read once for the loss, and once more for the gradient, from
+//                                  the L2 cache if it is still there. Without the losses, the gradient takes the
+//                                  row_stats of an earlier call, and only this second read.
 //
-// Numerics: scan.cuh. Hazards: a thread writes of a row what it alone has read: grad_input may be input. Rows that are
-// ignored may hold anything: they are not read. A target that is no class makes its row's loss and gradient NaN.
+// Numerics: scan.cuh. Hazards: grad_input may be input, since a thread only writes elements that no other thread reads.
+// Rows that are ignored may hold anything: they are not read. A target that is no class makes the loss and the gradient
+// of its row NaN.
 #pragma once
 
 #include "../row/loss.h"
@@ -19,7 +19,7 @@
 
 namespace monosoftmax::cuda {
 
-// The target of a row, and what follows from it and the options.
+// The target of a row, and the loss for this target and the options.
 class RowTarget {
  public:
   __device__ RowTarget(const CrossEntropyArguments& arguments, int64_t row)
@@ -31,7 +31,7 @@ class RowTarget {
               valid_ ? column_ : 0) {}
   __device__ bool ignored() const { return ignored_; }
   __device__ bool valid() const { return valid_; }
-  // -1, where there is none.
+  // -1 if there is none.
   __device__ int column() const { return valid_ ? static_cast<int>(column_) : -1; }
   __device__ const RowLoss<float, float>& loss() const { return loss_; }
 
@@ -41,7 +41,8 @@ class RowTarget {
   RowLoss<float, float> loss_;
 };
 
-// Smoothed labels in a copy of the loop: what they need would cost the others a third of their instructions.
+// Smoothed labels have their own copy of the loop: in a common loop they would cost all other losses a third of their
+// instructions.
 template <class T, class F, class E>
 __device__ RowScan scan_for_loss(const F& f, const CrossEntropyArguments& arguments, const RowInMemory<E>& row,
                                  const Team& team, const RowTarget& target, ScanMemory& memory) {
@@ -62,12 +63,12 @@ __device__ inline void write_results(const CrossEntropyArguments& arguments, int
   arguments.sum[row] = scan.sum;
 }
 
-// Of an ignored row whose lse nobody wants.
+// The results of an ignored row without return_lse.
 __device__ inline void write_nothing(const CrossEntropyArguments& arguments, int64_t row) {
   arguments.loss[row] = arguments.lse[row] = arguments.largest[row] = arguments.sum[row] = 0;
 }
 
-// dL/dy of a row: fma(e, spread, -of_weight), and of the target what target() says.
+// dL/dy of a row: of_target() at the target, fma(e, spread, -of_weight) elsewhere.
 class GradientOfY {
  public:
   __device__ GradientOfY(const CrossEntropyArguments& arguments, int64_t row, const RowTarget& target, float factor,
@@ -76,7 +77,7 @@ class GradientOfY {
     const float grad_loss = target.ignored() ? 0 : arguments.grad_loss[row * arguments.grad_loss_stride] * factor;
     const float grad_lse = arguments.grad_lse == nullptr ? 0 : arguments.grad_lse[row];
     const auto of = target.loss().gradient(grad_loss, grad_lse, largest, sum);
-    // A row of -inf only has no p: NaN, as its loss.
+    // A row of -inf only has no p: its gradient is NaN, as its loss is.
     inverse_ = sum == 0 || !(target.valid() || target.ignored()) ? NAN : 1 / sum;
     of_p_ = of.of_p;
     of_target_ = of.of_target;
@@ -84,7 +85,8 @@ class GradientOfY {
     of_weight = of.of_weight;
     spread = (of_p_ + extra_) * inverse_;
   }
-  // With the parts that cancel where p is next to 1 subtracted from each other first; e is that of the target.
+  // dL/dy at the target, from its e and weight. The parts that cancel if p is next to 1 are subtracted from each other
+  // first.
   __device__ __forceinline__ float of_target(float e, float weight) const {
     const float near = e * inverse_;
     const float p = __fmaf_rn(__fmaf_rn(-near, sum_, e), inverse_, near);  // e / sum, to rounding
@@ -97,15 +99,15 @@ class GradientOfY {
   float sum_, inverse_, of_p_, of_target_, extra_;
 };
 
-// Writes the gradient of a row, where there is one to write, and adds to the sums. Class weights with smoothed labels
-// are for rows of edges only.
+// Writes the gradient of a row, unless grad_row is null, and adds to the sums. With class weights and smoothed labels,
+// all elements of the row must be edges.
 template <class T, class F, class Sums, class E, class Row>
 __device__ void differentiate(const F& f, const CrossEntropyArguments& arguments, const Row& row,
                               const RowLayout<E>& layout, const Team& team, const RowTarget& target,
                               const GradientOfY& gradient, E* grad_row, bool aligned, Sums& sums) {
   constexpr int kElements = Chunk<E>::kElements;
   const int lane = threadIdx.x % kWarp;
-  // With WarpSums, all lanes of a warp go on as long as one has something to do.
+  // WarpSums need whole warps: all lanes go on as long as one of them has a chunk.
   for (int c = team.thread, k = 0; (Sums::kWarpWide ? c - lane : c) < layout.chunks(); c += team.threads, ++k) {
     const bool here = !Sums::kWarpWide || c < layout.chunks();
     Chunk<E> chunk = here ? row.chunk(c, k) : Chunk<E>::lowest();
@@ -185,7 +187,7 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
   const auto f = Transform::load(arguments.transform, shared);
   Sums sums(arguments.sums, arguments.transform, shared + arguments.sums_offset);
   const Team team;
-  // Blocks must have begun before others write to their memory.
+  // A block must have started before other blocks write to its shared memory.
   if (kResident && Cluster::blocks() > 1) Cluster::sync();
   const bool by_elements = arguments.weight != nullptr && arguments.label_smoothing > 0;
   for (int64_t row = blockIdx.x / Cluster::blocks(); row < arguments.rows; row += gridDim.x / Cluster::blocks()) {

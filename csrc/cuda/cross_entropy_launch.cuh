@@ -1,4 +1,5 @@
-// From a plan to the loss kernels, for one type of logits: a .cu file each, so that they compile side by side.
+// Launches the loss kernels by a plan, for one type of logits. Each type has its own .cu file, so that they compile in
+// parallel.
 #pragma once
 
 #include "cross_entropy.cuh"

@@ -1,4 +1,4 @@
-// From the name of a transform and a plan to the types that kernels are templates of.
+// Chooses the template arguments of kernels by the name of a transform and a plan.
 #pragma once
 
 #include <string_view>
@@ -11,7 +11,7 @@
 
 namespace monosoftmax::cuda {
 
-// kMayBeKept: whether there are kernels that keep rows on chip, which there are not for tables in global memory.
+// kMayBeKept: whether there are kernels that keep rows on chip. There are none for tables in global memory.
 template <class Transform_, class T_, class Sums_, bool kMayBeKept_>
 struct KernelTypes {
   using Transform = Transform_;
@@ -38,7 +38,7 @@ void visit_kernel_types(const Plan& plan, Visitor&& visitor) {
   }
 }
 
-// Calls visitor(KernelTypes<...>()) with those for a transform of the registry.
+// Calls visitor(KernelTypes<...>()) with the types for a transform of the registry.
 template <class Visitor>
 void with_kernel_types(const Plan& plan, std::string_view transform, Visitor&& visitor) {
 #define ROW(NAME, CLASS, ROWS, SMALLEST, LARGEST) \

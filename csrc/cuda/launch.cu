@@ -1,4 +1,4 @@
-// The launchers, and the kernels that know nothing of rows.
+// The launchers, and the kernels that take no rows of logits.
 #include "../transforms/registry.h"
 #include "launch_kernel.cuh"
 #include "memory.cuh"
@@ -12,8 +12,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Memory traffic: nothing for a factor of 1, else a read and a write of each element. Chunks of 16 bytes; the elements
-// before the first one and after the last one by the first threads.
+// Memory traffic: none if the factor is 1, otherwise a read and a write of each element. Threads take chunks of 16
+// bytes. The first threads also take the elements before the first and after the last chunk.
 template <class E>
 __global__ void __launch_bounds__(kThreads) scale_kernel(E* x, int64_t count, const float* factor) {
   const float by = *factor;
@@ -47,7 +47,7 @@ void launch_scale_of(void* x, int64_t count, const float* factor, int multiproce
                                            stream, static_cast<E*>(x), count, factor);
 }
 
-// One block, of no more warps than there are pieces for.
+// One block, with no more warps than the pieces need.
 Shape shape_for_pieces(int64_t pieces) {
   const int64_t threads = (pieces + kWarp - 1) / kWarp * kWarp;
   return {1, static_cast<int>(threads < kMostThreadsOfPlif ? threads : kMostThreadsOfPlif)};

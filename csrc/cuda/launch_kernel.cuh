@@ -19,7 +19,7 @@ struct Shape {
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  // Else the next call of anybody would find it.
+  // Clears the error: otherwise a later, unrelated call would report it.
   (void)cudaGetLastError();
   throw std::runtime_error(std::string("monosoftmax: ") + what + ": " + cudaGetErrorString(error));
 }

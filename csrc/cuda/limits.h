@@ -1,4 +1,4 @@
-// Which tensors the operators of the cuda backend take.
+// Limits for the tensors of the cuda backend.
 #pragma once
 
 #include <limits>
@@ -10,7 +10,7 @@ namespace monosoftmax::cuda {
 
 inline const Memory kMemory{&is_ours, "a CUDA device"};
 
-// Entries of a table are counted in the last bits of a float (arithmetic.cuh).
+// The number of a table entry is in the last bits of a float (arithmetic.cuh).
 constexpr int64_t kMostPieces = 1 << 22;
 
 // Columns are numbered by int.

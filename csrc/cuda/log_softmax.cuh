@@ -1,10 +1,10 @@
-// log p of rows of logits, and its gradients with respect to logits and coefficients:
+// log p of rows of logits, and the gradients with respect to logits and coefficients.
 //
 //   log p_j = (y_j - largest) - log(sum),   dL/dy_j = g_j - p_j sum_i g_i,   dL/dz = dL/dy f'(z)
 //
-// Memory traffic per logit: forward, a read from memory, one more from the L2 cache if the row has stayed there, a
-// write; backward, a read and a write, and two reads of the upstream gradient, of which the second may come from that
-// cache. Numerics: scan.cuh. Hazards: a thread writes what it alone has read.
+// Memory traffic for each logit. Forward: a read from memory, one more from the L2 cache if the row is still there, and
+// a write. Backward: a read and a write, and two reads of the upstream gradient; the second may come from the L2 cache.
+// Numerics: scan.cuh. Hazards: a thread only writes elements that no other thread reads.
 #pragma once
 
 #include "coefficient_sums.cuh"
@@ -13,14 +13,14 @@
 
 namespace monosoftmax::cuda {
 
-// A row of another type, and another alignment, than the one whose layout it is visited by.
+// A row with its own type and alignment, visited in the layout of the row of logits.
 class OtherRow {
  public:
   __device__ OtherRow(const void* rows, ElementType type, int64_t offset)
       : row_(static_cast<unsigned char*>(const_cast<void*>(rows)) + offset * (type == ElementType::kFloat ? 4 : 2)),
         type_(type) {}
 
-  // kCount elements from a column on.
+  // Loads kCount elements from a column on.
   template <int kCount>
   __device__ __forceinline__ void load(int column, float (&values)[kCount]) const {
     if (type_ == ElementType::kFloat) {
@@ -151,11 +151,11 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
       upstream.load(layout.column_of_edge(e), g);
       grad_sum[0] += g[0];
     }
-    // By turns: there is one meeting of the threads a row.
+    // Rows use the two memories in turn, since each row has only one barrier.
     reduce<Sum>(grad_sum, memory[turn % 2]);
     const float shift = arguments.largest[row] * kLog2E, sum = arguments.sum[row];
     const float of_p = sum == 0 ? NAN : grad_sum[0] / sum;
-    // As in cross_entropy.cuh: with WarpSums, all lanes of a warp go on as long as one has something to do.
+    // As in cross_entropy.cuh, WarpSums need whole warps: all lanes go on as long as one of them has a chunk.
     for (int c = team.thread; (Sums::kWarpWide ? c - lane : c) < layout.chunks(); c += team.threads) {
       const bool here = !Sums::kWarpWide || c < layout.chunks();
       const int column = layout.column_of_chunk(c);

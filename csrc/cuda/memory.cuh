@@ -1,8 +1,8 @@
 // Rows of logits in memory, 16 bytes at a time.
 //
-// A row may begin anywhere. It is taken as a head of fewer elements than 16 bytes hold, chunks of 16 bytes at multiples
-// of 16, and a tail. Head, tail and the chunk with the target are edges, fewer elements than a warp has lanes: a thread
-// of the first warp takes one each. Nothing outside a row is touched.
+// A row may begin anywhere. It is divided into a head of less than 16 bytes, chunks of 16 bytes at multiples of 16, and
+// a tail. The elements of head, tail and the chunk with the target are edges. There are fewer edges than lanes of a
+// warp: each thread of the first warp takes one at most. Nothing outside a row is read or written.
 #pragma once
 
 #include <cstring>
@@ -24,20 +24,20 @@ __device__ __forceinline__ To bits_as(const From& from) {
   return to;
 }
 
-// What differs between the types of logits: E of 32 bits alone, or two of 16 bits in a register.
+// The differences between the types of logits. A register holds one E of 32 bits, or two of 16 bits.
 template <class E>
 struct Element;
 
 template <>
 struct Element<float> {
   static constexpr int kInRegister = 1;
-  // Logits below this are taken for it where gradients or a largest logit are formed: their probability is 0 as that of
-  // -inf is, and 0 times what the coefficients' gradients need of them stays 0.
+  // Gradients and a largest logit are computed as if smaller logits had this value. The probability is 0, as for -inf.
+  // But z is finite, so that 0 times z, in the gradients of the coefficients, is 0 and not NaN.
   static constexpr unsigned kLowest = 0xF149F2CA;  // -1e30
 
   static __device__ __forceinline__ void unpack(unsigned bits, float* out) { out[0] = __uint_as_float(bits); }
   static __device__ __forceinline__ unsigned pack(const float* in) { return __float_as_uint(in[0]); }
-  // The larger one of each; a number, where one is NaN.
+  // The larger of a and b, for each element; if one is NaN, the other.
   static __device__ __forceinline__ unsigned larger(unsigned a, unsigned b) {
     return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
   }
@@ -67,7 +67,7 @@ struct Element<BFloat16> {
 template <>
 struct Element<Half> {
   static constexpr int kInRegister = 2;
-  static constexpr unsigned kLowest = 0xFBFFFBFF;  // -65504, the lowest there is
+  static constexpr unsigned kLowest = 0xFBFFFBFF;  // -65504, the lowest finite number
 
   static __device__ __forceinline__ void unpack(unsigned bits, float* out) {
     const float2 pair = __half22float2(bits_as<__half2>(bits));
@@ -121,14 +121,14 @@ __device__ __forceinline__ float lowest_logit() {
   return numbers[0];
 }
 
-// How a row of `classes` elements is divided. The elements of the chunk that has the target, if there is one, are
-// edges, too: what only the target needs is then no burden of chunks.
+// Divides a row of `classes` elements. The chunk with the target, if there is one, does not count as a chunk: its
+// elements are edges. So the loop over chunks needs no code for the target.
 template <class E>
 class RowLayout {
  public:
   static constexpr int kElements = Chunk<E>::kElements;
 
-  // target: its column, or -1. All of a row is edges where it is not to be taken in chunks.
+  // target: its column, or -1. Without in_chunks, all elements of the row are edges.
   __device__ __forceinline__ RowLayout(const E* row, int classes, int target, bool in_chunks = true)
       : classes_(classes) {
     const auto beyond = static_cast<unsigned>(reinterpret_cast<uintptr_t>(row)) % kChunkBytes;
@@ -160,7 +160,8 @@ __device__ __forceinline__ Chunk<E> load_chunk(const E* from) {
   MONOSOFTMAX_GLOBAL_READ(kChunkBytes);
   return {*reinterpret_cast<const uint4*>(from)};
 }
-// Asynchronously, where the GPU can: there when wait_for_copies() has returned, to the thread that called both.
+// Copies a chunk, asynchronously if the GPU can. After wait_for_copies(), the copy is visible to the thread that called
+// both functions.
 template <class E>
 __device__ __forceinline__ void copy_chunk(Chunk<E>* shared, const E* from) {
   MONOSOFTMAX_GLOBAL_READ(kChunkBytes);
@@ -181,13 +182,13 @@ __device__ __forceinline__ void store_element(E* to, float x) {
   *to = Element<E>::narrow(x);
 }
 
-// Whether two rows begin equally far from a multiple of 16 bytes, so that chunks of one are chunks of the other.
+// Whether two rows begin equally far from a multiple of 16 bytes, so that they have the same chunks.
 template <class E>
 __device__ __forceinline__ bool equally_aligned(const E* a, const E* b) {
   return ((reinterpret_cast<uintptr_t>(a) ^ reinterpret_cast<uintptr_t>(b)) & (kChunkBytes - 1)) == 0;
 }
 
-// The elements of a chunk, one by one where its place is no multiple of 16 bytes.
+// Writes the elements of a chunk, one by one unless their place is a multiple of 16 bytes.
 template <class E>
 __device__ __forceinline__ void store_chunk(E* to, const float (&values)[Chunk<E>::kElements], bool aligned) {
   MONOSOFTMAX_GLOBAL_WRITE(kChunkBytes);

@@ -1,5 +1,5 @@
-// The operators of the cuda backend: they check, make the results and a plan, and launch (launch.h). Nothing here waits
-// for the device, and all is in its current stream: calls can be captured in graphs.
+// The operators of the cuda backend. They check their arguments, allocate the results, make a plan, and launch
+// (launch.h). Nothing here waits for the device, and all work is in its current stream: so graphs can capture calls.
 #include <ATen/Context.h>
 #include <ATen/DimVector.h>
 #include <ATen/ops/empty_like.h>
@@ -36,7 +36,7 @@ Tensor gradient_if(bool wanted, const Tensor& rows) {
   return wanted ? at::empty(rows.sizes(), rows.options()) : nothing_like(rows);
 }
 
-// The buffers of a call beside its results: the table for look-ups, and the sums for the gradient of the coefficients.
+// The buffers of a call: the table for look-ups, and the sums for the gradient of the coefficients.
 class Buffers {
  public:
   Buffers(const Plan& plan, std::string_view transform, const Tensor& coefficients) {
@@ -47,7 +47,7 @@ class Buffers {
     if (plan.sums == SumsKind::kNone) return;
     at::DimVector sizes(coefficients.sizes());
     sizes.insert(sizes.begin(), plan.sum_sets);
-    // Each block writes all of its own; of tables in memory, each warp adds to it.
+    // Warps and atomics add to their sums, which must begin at 0. A block writes all of its sums.
     const bool added_to = plan.atomic || plan.sums == SumsKind::kWarps;
     const auto type = coefficients.options().dtype(plan.atomic ? at::kDouble : at::kFloat);
     sums_ = added_to ? at::zeros(sizes, type) : at::empty(sizes, type);
@@ -62,7 +62,7 @@ class Buffers {
     if (sums_.scalar_type() == at::kDouble) return {.total = sums_.mutable_data_ptr<double>()};
     return {.partials = sums_.mutable_data_ptr<float>()};
   }
-  // The second stage.
+  // The second stage: adds up the sums of blocks or warps.
   Tensor total() const { return sums_.sum(0, false, at::kDouble).to(at::kFloat); }
 
  private:
@@ -74,7 +74,7 @@ void take_sums(LogSoftmaxBackwardArguments& arguments, Buffers& buffers) { argum
 void take_sums(LogSoftmaxArguments&, Buffers&) {}
 void take_sums(TokenStatisticsArguments&, Buffers&) {}
 
-// Rows and a transform, checked: what all operators have.
+// The arguments that all operators have, rows and a transform, checked.
 class RowCall {
  public:
   RowCall(const Tensor& rows, const groups::Transform& transform)
@@ -96,15 +96,15 @@ class RowCall {
             .deterministic = at::globalContext().deterministicAlgorithms()};
   }
 
-  // Whether there are sums over logits to be computed.
+  // Whether the kernels must compute sums over logits.
   bool has_sums(groups::OutputMask mask) const { return mask.coefficients && coefficients_.numel() > 0; }
 
-  // The gradient of the coefficients where there are no such sums.
+  // The gradient of the coefficients without such sums.
   Tensor without_sums(groups::OutputMask mask) const {
     return mask.coefficients ? at::zeros_like(coefficients_) : nothing_like(coefficients_);
   }
 
-  // Plans, and launches where there are rows. Returns the gradient of the coefficients.
+  // Plans and launches, unless there are no rows. Returns the gradient of the coefficients.
   template <class Arguments>
   Tensor run(const PlanRequest& request, groups::OutputMask mask, Arguments& arguments,
              void (*launch)(const Plan&, std::string_view, ElementType, const Arguments&, Stream)) const {
@@ -172,7 +172,7 @@ groups::RowResults cross_entropy(const Tensor& rows, const Tensor& target, const
     return call.run(request, wanted, arguments, &launch_cross_entropy);
   };
   if (arguments.losses && mask.any() && grad_lse.has_value()) {
-    // The kernel that computes both has upstream gradients of the losses only.
+    // The kernel that computes losses and gradients takes no upstream gradient of lse.
     run({});
     arguments.losses = false;
   }

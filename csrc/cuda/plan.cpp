@@ -10,22 +10,23 @@ namespace monosoftmax::cuda {
 namespace {
 
 constexpr int kWarp = 32, kChunkBytes = 16;
-// What kernels have in static shared memory, at most (python -m benchmarks.codegen cuda lists it), and what the system
-// takes of a multiprocessor's for each block.
+// The most static shared memory of a kernel (python -m benchmarks.codegen cuda lists it), and the shared memory that
+// the system takes for each block.
 constexpr int64_t kStaticBytes = 1024, kSystemBytes = 1024;
 constexpr int kFewestThreadsRereading = 64;
 constexpr int kMostBlocksOfCluster = 8;
-// Threads that a multiprocessor runs at once, as far as registers let it.
+// Threads that a multiprocessor runs at once, if there are enough registers.
 constexpr int64_t kThreadsAtOnce = 1536;
-// A table for look-ups lies in shared memory up to this size.
+// The most bytes of a table for look-ups in shared memory.
 constexpr int64_t kMostTableBytes = 16 << 10;
-// Tables of all warps together: where it may be one for all instead, and where it may not.
+// The most bytes of the tables of all warps. Larger tables are replaced by one table with atomics, or by fewer warps
+// if the call must be deterministic.
 constexpr int64_t kWarpTablesBytes = 64 << 20, kWarpTablesBytesDeterministic = 256 << 20;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-// Entries of a table for look-ups in shared memory.
+// The entries of a table for look-ups in shared memory.
 template <template <class> class F>
 int64_t entries_of(int64_t size) {
   return size;
@@ -65,7 +66,7 @@ class Planner {
     const bool keep = tuning_.keeps_rows && request_.losses && request_.gradient && !request_.weighted_smoothing;
     plan.rows = !request_.gradient ? Rows::kOnce : keep ? Rows::kResident : Rows::kReread;
     if (!(plan.rows == Rows::kResident && plan.table_in_shared_memory && fit_resident(plan)) && !fit(plan)) {
-      // No room for a table for each thread.
+      // Shared memory has no room for a table of each thread.
       plan.sums = SumsKind::kWarps;
       plan.table_in_shared_memory = false;
       fit(plan);
@@ -80,7 +81,7 @@ class Planner {
     if (shape_.table_rows == 0) return round_up(4 * request_.size, kChunkBytes);
     return plan.table_in_shared_memory ? round_up(table_bytes(), kChunkBytes) : 0;
   }
-  // Of each thread.
+  // The bytes of shared memory for the sums of a thread.
   int64_t lane_bytes(const Plan& plan) const {
     if (plan.sums != SumsKind::kLanes) return 0;
     return 4 * (shape_.table_rows == 0 ? request_.size : entries_ * shape_.table_rows);
@@ -102,7 +103,7 @@ class Planner {
     plan.shared_bytes = static_cast<unsigned>(row_offset + row_bytes);
     return true;
   }
-  // With the row on chip: in one block, or in as few as it takes; or in more, where rows are few.
+  // Keeps a row on chip, in one block or in as few blocks as it takes. It takes more blocks if rows are few.
   bool fit_resident(Plan& plan) const {
     const int most_blocks = device_.capability >= 90 ? kMostBlocksOfCluster : 1;
     for (int cluster = tuning_.fewest_blocks; cluster <= most_blocks; cluster *= 2) {
@@ -131,7 +132,8 @@ class Planner {
   void choose_blocks(Plan& plan) const {
     const int64_t by_memory = device_.shared_memory_multiprocessor / (plan.shared_bytes + kStaticBytes + kSystemBytes);
     const int64_t at_once = std::clamp(kThreadsAtOnce / plan.threads, int64_t{1}, std::max<int64_t>(by_memory, 1));
-    // With sums, as many as run at once: each adds up its own. Without, more, so that none ends long after the others.
+    // With sums there are only as many blocks as run at once, since each adds up its own sums. Without sums there are
+    // more, so that no block ends long after the others.
     const int64_t rounds = plan.sums == SumsKind::kNone ? tuning_.rounds_without_sums : 1;
     int64_t teams = std::max<int64_t>(1, at_once * rounds * device_.multiprocessors / plan.cluster);
     teams = std::min(teams, request_.rows);

@@ -1,5 +1,5 @@
-// How a call is computed: which kernel, in blocks of how many threads, with what in shared memory. Plain C++, one
-// visible predicate: explain() asks it, the operators and the tests use it.
+// The plan of a call: its kernel, the threads of a block, and the use of shared memory. It is plain C++, and the only
+// place for this choice: operators, tests and explain() all use it.
 #pragma once
 
 #include <cstdint>
@@ -8,14 +8,14 @@
 
 namespace monosoftmax::cuda {
 
-// What a plan is free to choose. Benchmarks and tests ask for other values; everyone else gets these.
+// The free choices of a plan. Only benchmarks and tests ask for other values.
 struct Tuning {
   bool keeps_rows = true;         // on chip, for the gradient
   int fewest_blocks = 1;          // of a cluster
   int most_threads = 256;         // of a block, at most kMostThreads
-  int fewest_threads = 192;       // of a block that keeps its row. Fewer would wait for memory: the row is read again
-  int most_threads_losses = 128;  // of a block for losses alone, where there are rows enough to fill the device so
-  int rounds_without_sums = 8;    // blocks for each that runs at once, so that none ends long after the others
+  int fewest_threads = 192;       // of a block that keeps its row. Fewer would wait for memory, so the row is reread
+  int most_threads_losses = 128;  // of a block for losses alone, if the rows are enough to fill the device
+  int rounds_without_sums = 8;    // blocks for each block that runs at once, so that none ends long after the others
 };
 
 struct Device {
@@ -26,11 +26,11 @@ struct Device {
   Tuning tuning{};
 };
 
-// Throws std::invalid_argument for what no kernel can be launched with.
+// Throws std::invalid_argument for values that no kernel can be launched with.
 void check(const Tuning&);
 
 enum class Rows {
-  kOnce,      // read once; no gradient of logits or coefficients is formed from them
+  kOnce,      // read once, for a call without gradients of logits or coefficients
   kResident,  // read once and kept on chip for the gradient
   kReread,    // read again for the gradient
 };
@@ -41,7 +41,7 @@ struct Plan {
   Rows rows;
   SumsKind sums;
   bool table_in_shared_memory;
-  bool atomic;       // one set of sums for all, in an order that changes
+  bool atomic;       // one set of sums for all, added to in an order that changes
   int blocks;        // of the grid
   int cluster;       // blocks that share a row
   int threads;       // of a block
@@ -55,7 +55,7 @@ struct PlanRequest {
   int64_t rows, classes;
   int element_bytes;
   bool losses, gradient;    // gradient: of logits or coefficients
-  bool coefficients;        // those of the coefficients are needed
+  bool coefficients;        // the gradients of the coefficients are needed
   bool weighted_smoothing;  // class weights and smoothed labels
   bool deterministic;
 };

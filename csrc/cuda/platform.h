@@ -1,18 +1,17 @@
-// What the CUDA sources are compiled with: nvcc, or a C++20 compiler and the stand-in of host/shim.h, which runs the
-// very same kernels on the CPU. Both offer what CUDA names; what neither language has a common spelling for is named
-// here:
+// The CUDA sources are compiled by nvcc, or by a C++20 compiler with the stand-in host/shim.h, which runs the same
+// kernels on the CPU. Both have the names of CUDA. This file adds names for operations without a common spelling:
 //
 //   SHARED_ARRAY(T, name, [N])   a static array in shared memory
 //   DYNAMIC_SHARED(name)         the dynamic shared memory of the launch: unsigned char*, aligned to 16 bytes
 //   MONOSOFTMAX_GLOBAL_READ(bytes), MONOSOFTMAX_GLOBAL_WRITE(bytes)
-//                                what the calling thread reads or writes of the rows in global memory: the host counts
-//                                it
+//                                the bytes that the calling thread reads or writes of rows in global memory. Only the
+//                                host counts them.
 //   exp2_approximate, log2_approximate, reciprocal_approximate
-//                                one instruction each (flushing subnormals); the host's are exact to rounding
-//   SharedBytes                  the shared memory from a place on, by offsets in bytes. load() is for what nobody
-//   writes
-//                                meanwhile; load_again() and store() keep their order
-//   Cluster                      the blocks that share one row; of one block where there are no clusters (before sm_90)
+//                                one instruction each, which flushes subnormals. On the host they are exact to
+//                                rounding.
+//   SharedBytes                  the shared memory from an address on, by offsets in bytes. load() is for memory that
+//                                no thread writes meanwhile; load_again() and store() keep their order.
+//   Cluster                      the blocks that share one row; one block if there are no clusters (before sm_90)
 #pragma once
 
 #ifdef __CUDACC__
@@ -104,7 +103,7 @@ class Cluster {
     return 1;
 #endif
   }
-  // All threads of all blocks meet; what they wrote to shared memory is seen by all.
+  // A barrier for all threads of all blocks. After it, every thread sees all earlier writes to shared memory.
   __device__ static void sync() {
 #if __CUDA_ARCH__ >= 900
     cooperative_groups::this_cluster().sync();
@@ -112,7 +111,7 @@ class Cluster {
     __syncthreads();
 #endif
   }
-  // The place in the shared memory of another block that `mine` is in that of this one.
+  // The address in the shared memory of another block that corresponds to `mine` in this block.
   template <class T>
   __device__ static T* of_block(T* mine, unsigned block) {
 #if __CUDA_ARCH__ >= 900

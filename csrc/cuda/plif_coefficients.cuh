@@ -1,21 +1,21 @@
-// The table of a PLIF from its raw slopes, and the gradient of these: what PLIF.coefficients() and autograd make of a
-// dozen kernels (monosoftmax/transforms/plif.py), in one each.
+// Computes the table of a PLIF from its raw slopes, and the gradient of the raw slopes, in one kernel each.
+// PLIF.coefficients() and autograd would take a dozen kernels (monosoftmax/transforms/plif.py).
 //
 //   plif_coefficients_kernel           [2, K]: the slopes, and the values at the left ends of the pieces
-//   plif_coefficients_backward_kernel  the gradient of the raw slopes, from that of the table
+//   plif_coefficients_backward_kernel  the gradient of the raw slopes, from the gradient of the table
 //
-// One block goes outwards from the piece in which 0 lies, or towards it, as many pieces at a time as it has threads:
-// each is a prefix sum over the block, to which the sum of the ones before is added.
+// One block goes outwards from the piece that contains 0, or towards it. In each step, each thread takes one piece. A
+// step is a prefix sum over the block, to which the sum of the steps before is added.
 //
-// Memory traffic: each number of the arguments is read once, and each number of the result written once; forward the
-// raw slope of the centre, backward none, is read again. Nothing is kept that grows with K.
+// Memory traffic: each number of the arguments is read once, and each number of the result is written once. Forward
+// reads the raw slope of the centre once more. No memory grows with K.
 //
-// Numerics: softplus and slopes in float32, sums in float64, rounded once. The order of the sums depends on K and on
-// the number of threads alone: the same in every run.
+// Numerics: softplus and slopes are in float32, sums in float64 and rounded once. The order of the sums depends only on
+// K and the number of threads, so that sums are the same in every run.
 //
-// Hazards: all threads make the same number of steps, and one barrier a step: BlockScan alternates between two halves
-// of its memory, so that a half is written again only after every thread has met the barrier that follows its reading.
-// The results are not to overlap the arguments.
+// Hazards: all threads take the same number of steps, with one barrier in each. BlockScan alternates between two halves
+// of its memory: a half is written again only after every thread has passed the barrier that follows the reading of
+// this half. The results must not overlap the arguments.
 #pragma once
 
 #include "reduce.cuh"
@@ -61,8 +61,8 @@ class BlockScan {
   int half_ = 0;
 };
 
-// Calls visitor(k, sum over the terms of the pieces up to k), with the pieces first, first + direction, ... in the
-// order of their threads; returns the sum over all `count` of them. To be called by all threads of the block.
+// Calls visitor(k, sum of the terms of the pieces up to k) for `count` pieces first, first + direction, ..., in the
+// order of their threads. Returns the sum over all of them. All threads of the block must call this function.
 template <class Term, class Visitor>
 __device__ double scan_pieces(BlockScan& scan, int64_t first, int direction, int64_t count, Term&& term,
                               Visitor&& visitor) {
@@ -76,7 +76,7 @@ __device__ double scan_pieces(BlockScan& scan, int64_t first, int direction, int
   return carry;
 }
 
-// Beyond this, softplus is the identity in float32, as torch has it.
+// Beyond this, softplus is the identity, as in torch.
 constexpr float kSoftplusThreshold = 20;
 
 __device__ inline float unclamped_slope(const PlifArguments& arguments, float raw) {
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kMostThreadsOfPlif) plif_coefficients_kernel(c
   });
 }
 
-// The gradient of the raw slope of a piece, from that of its slope.
+// Writes the gradient of the raw slope of a piece, from the gradient of its slope.
 __device__ inline void write_gradient(const PlifArguments& arguments, int64_t k, float of_slope) {
   const float raw = arguments.raw_slope[k];
   const float unclamped = unclamped_slope(arguments, raw), power = expf(raw);
@@ -124,7 +124,8 @@ __global__ void __launch_bounds__(kMostThreadsOfPlif) plif_coefficients_backward
   const auto write = [&](int64_t k, double of_rise) {
     write_gradient(arguments, k, of_slope[k] + static_cast<float>(of_rise * grid.width));
   };
-  // The value at a knot moves with every slope between that and 0, so each slope collects what lies beyond it.
+  // The value at a knot depends on every slope between the knot and 0. So the gradient of a slope adds up the gradients
+  // of all values beyond it.
   const double left =
       scan_pieces(scan, 0, 1, grid.centre, [&](int64_t k) { return -static_cast<double>(of_value[k]); }, write);
   const double right = scan_pieces(

@@ -1,4 +1,4 @@
-// Tuning as keyword arguments in Python, for the extension and for the host execution.
+// Reads Tuning from keyword arguments in Python, for the extension and for the host execution.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,7 +10,7 @@
 
 namespace monosoftmax::cuda {
 
-// The defaults, with what `wishes` names in their place. Throws std::invalid_argument for what is unknown or wrong.
+// The defaults, replaced by the values in `wishes`. Throws std::invalid_argument for unknown names and wrong values.
 inline Tuning tuning_of(const pybind11::dict& wishes) {
   Tuning tuning;
   for (const auto& [key, value] : wishes) {

@@ -1,4 +1,4 @@
-// Sums and maxima over the threads of a block or of a cluster of blocks, in one order: the same in every run.
+// Sums and maxima over the threads of a block or of a cluster of blocks, in a fixed order: the same in every run.
 #pragma once
 
 #include "arithmetic.cuh"
@@ -14,13 +14,13 @@ struct Sum {
   static constexpr float kNothing = 0;
   static __device__ __forceinline__ float of(float a, float b) { return a + b; }
 };
-// A number, where one is NaN.
+// The larger number; if one is NaN, the other.
 struct Maximum {
   static constexpr float kNothing = -3.4028234663852886e38f;
   static __device__ __forceinline__ float of(float a, float b) { return fmaxf(a, b); }
 };
 
-// Of all lanes, to all lanes.
+// Reduces over all lanes of a warp. All lanes get the result.
 template <class Operation>
 __device__ __forceinline__ float reduce_warp(float x) {
   MONOSOFTMAX_UNROLL for (int distance = kWarp / 2; distance > 0; distance /= 2) {
@@ -29,15 +29,15 @@ __device__ __forceinline__ float reduce_warp(float x) {
   return x;
 }
 
-// Shared memory for reduce() of kCount numbers. One meeting of the threads makes a reduction: the memory may be used
-// again when all threads have met once more since.
+// Shared memory for reduce() of kCount numbers. A reduction ends without a barrier. So its memory may be used again
+// only after one more barrier of all threads.
 template <int kCount>
 struct ReductionMemory {
   float of_warps[kCount][kMostWarps];
   float of_blocks[kCount][kMostBlocks];
 };
 
-// Of all threads of the cluster, to all threads.
+// Reduces over all threads of the cluster. All threads get the result.
 template <class Operation, int kCount>
 __device__ __forceinline__ void reduce(float (&x)[kCount], ReductionMemory<kCount>& memory) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -52,7 +52,7 @@ __device__ __forceinline__ void reduce(float (&x)[kCount], ReductionMemory<kCoun
   const unsigned blocks = Cluster::blocks();
   if (blocks == 1) return;
   if (threadIdx.x < blocks) {
-    // Each of the first threads tells one block.
+    // Each of the first threads writes to one block.
     auto& of_peer = *Cluster::of_block(&memory, threadIdx.x);
     MONOSOFTMAX_UNROLL for (int i = 0; i < kCount; ++i) of_peer.of_blocks[i][Cluster::rank()] = x[i];
   }

@@ -1,4 +1,4 @@
-// From a plan to the kernels beside the loss, for one type of logits: a .cu file each.
+// Launches the kernels other than the loss by a plan, for one type of logits. Each type has its own .cu file.
 #pragma once
 
 #include "dispatch.cuh"

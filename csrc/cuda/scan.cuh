@@ -1,12 +1,12 @@
-// A row is described by its largest y and sum exp(y - largest), as on the CPU (csrc/row): how the kernels find them.
+// Finds the largest y of a row and sum exp(y - largest), which describe a row as on the CPU (csrc/row).
 //
-// The largest y is y of the largest logit, as f increases: finding it takes no f where a row is on chip. e^(y -
-// largest) is 2^(y log2(e) - shift), shift being round(largest log2(e)): one fma and one ex2. The rounding of shift is
-// a factor that all exponentials of a row share; it cancels where they are divided by their sum, in p and in log(sum) -
-// (y_t - largest), for which the latter is formed with the same shift.
+// The largest y is y of the largest logit, since f increases. So it takes no f to find it if the row is on chip.
+// e^(y - largest) is 2^(y log2(e) - shift), with shift = round(largest log2(e)): one fma and one ex2. The rounding of
+// shift is a common factor of all exponentials of a row. It cancels in p, which is divided by their sum, and in
+// log(sum) - (y_t - largest), as y_t - largest is computed with the same shift.
 //
-// Hazards: a thread reads of a row on chip what it copied itself, so that no barrier protects it. Blocks of a cluster
-// tell each other maxima and sums only (reduce.cuh).
+// Hazards: a thread reads only those elements of a row on chip that it copied itself, so no barrier protects them.
+// Blocks of a cluster exchange only maxima and sums (reduce.cuh).
 #pragma once
 
 #include "memory.cuh"
@@ -20,7 +20,7 @@ __device__ __forceinline__ T exponential(T y, float shift) {
   return each<float>(y, [shift](float x) { return exp2_approximate(__fmaf_rn(x, kLog2E, -shift)); });
 }
 
-// Calls visitor(z, i) with the logits i to i + kWidth of those of a chunk.
+// Calls visitor(z, i) with the logits from i to i + kWidth of a chunk.
 template <class T, int kElements, class Visitor>
 __device__ __forceinline__ void for_each_group(const float (&logits)[kElements], Visitor&& visitor) {
   MONOSOFTMAX_UNROLL for (int i = 0; i < kElements; i += T::kWidth) {
@@ -30,20 +30,20 @@ __device__ __forceinline__ void for_each_group(const float (&logits)[kElements],
   }
 }
 
-// What is known of a row. gap: y_t - largest, and gaps: sum_j w_j (y_j - largest), read where labels are smoothed; both
-// in units of ln 2.
+// The result of a scan. gap is y_t - largest. gaps is sum_j w_j (y_j - largest), read only if labels are smoothed. Both
+// are in units of ln 2.
 struct RowScan {
   float largest, sum, gap, gaps;
 };
 
-// The threads that share a row: of a block, or of the blocks of a cluster.
+// The threads that share a row: the threads of a block, or of the blocks of a cluster.
 struct Team {
   int thread, threads;
 
   __device__ Team() : thread(Cluster::rank() * blockDim.x + threadIdx.x), threads(Cluster::blocks() * blockDim.x) {}
 };
 
-// The rows of logits as the loops below find them, in memory: chunk c, the i-th of this thread, and edges.
+// A row of logits in memory, for the loops below. Chunk c is the i-th chunk of this thread.
 template <class E>
 struct RowInMemory {
   const E* row;
@@ -53,7 +53,8 @@ struct RowInMemory {
   __device__ __forceinline__ float edge(int e) const { return load_element(row + layout.column_of_edge(e)); }
 };
 
-// And in shared memory, [chunks of a thread][threads]. Each thread copies, and reads, its own.
+// A row in shared memory, [chunks of a thread][threads], for the same loops. Each thread copies and reads its own
+// chunks.
 template <class E>
 class ResidentRow {
  public:
@@ -80,13 +81,13 @@ struct ScanMemory {
   ReductionMemory<3> sums;
 };
 
-// The weights of the classes where labels are smoothed; weight is null for weights of 1.
+// The weights of the classes for smoothed labels; weight is null for weights of 1.
 struct ClassWeights {
   const float* weight;
   float sum;
 };
 
-// sum_j w_j (y_j - y_t) over a group of y.
+// sum_j w_j (y_j - reference) over a group of y.
 template <class T>
 __device__ __forceinline__ float gaps_of(const T& y, float reference, const float* weight, int column) {
   float gaps = 0;
@@ -97,16 +98,16 @@ __device__ __forceinline__ float gaps_of(const T& y, float reference, const floa
   return gaps;
 }
 
-// In one pass over the row: each thread has its own largest y and sum until the row ends. target: its column, or -1.
+// Scans the row in one pass. Each thread has its own largest y and sum until the row ends. target: its column, or -1.
 template <class T, bool kSmooths, class F, class E>
 __device__ RowScan scan_once(const F& f, const ClassWeights& weights, const RowInMemory<E>& row, const Team& team,
                              int target, ScanMemory& memory) {
   const RowLayout<E>& layout = row.layout;
   float target_y = 0;
   if (target >= 0) target_y = f.value(T(load_element(row.row + target))).of[0];
-  // The sum of V numbers of the size of y would lose the loss.
+  // Subtracted from every y: in a sum of V numbers of the size of y, rounding would hide the loss.
   const float reference = fabsf(target_y) < INFINITY ? target_y : 0;
-  // Scaled by log2(e), and rounded.
+  // shift is largest, scaled by log2(e) and rounded.
   float largest = lowest_logit<float>(), shift = largest * kLog2E, sum = 0, gaps = 0;
   for (int c = team.thread; c < layout.chunks(); c += team.threads) {
     constexpr int kElements = Chunk<E>::kElements;
@@ -149,8 +150,8 @@ __device__ RowScan scan_once(const F& f, const ClassWeights& weights, const RowI
           kSmooths ? __fmaf_rn(weights.sum, reference_gap, sums[1] * kLog2E) : 0};
 }
 
-// Of a row on chip: first its largest logit, two in an instruction, then the sum. Without class weights, where labels
-// are smoothed.
+// Scans a row on chip: first its largest logit, two logits in an instruction, then the sum. Smoothed labels have no
+// class weights here.
 template <class T, class F, class E>
 __device__ RowScan scan_resident(const F& f, const ResidentRow<E>& row, const RowLayout<E>& layout, const Team& team,
                                  int target, bool smooths, ScanMemory& memory) {
@@ -168,7 +169,7 @@ __device__ RowScan scan_resident(const F& f, const ResidentRow<E>& row, const Ro
   reduce<Maximum>(maximum, memory.maximum);
   const float largest = f.value(T(maximum[0])).of[0], shift = largest * kLog2E;
 
-  // Of each place in a chunk, so that an addition does not wait for the one before.
+  // One sum for each place in a chunk, so that no addition waits for the addition before.
   float sums[3] = {0, 0, 0}, parts[kElements];
   MONOSOFTMAX_UNROLL for (int i = 0; i < kElements; ++i) parts[i] = 0;
   for (int c = team.thread, i = 0; c < layout.chunks(); c += team.threads, ++i) {

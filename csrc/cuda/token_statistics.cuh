@@ -1,10 +1,10 @@
-// What is known of each token under softmax(f(logits)): log p of the target, entropy, argmax, lse, and how many logits
-// are larger than the target's.
+// Statistics of each token under softmax(f(logits)): log p of the target, entropy, argmax, lse, and the number of
+// logits that are larger than the target's.
 //
 //   entropy = log(sum_j e_j) + sum_j e_j (largest - y_j) / sum_j e_j,   e_j = exp(y_j - largest)
 //
-// f is increasing: argmax and rank are those of the logits. Memory traffic per logit: a read from memory, one more from
-// the L2 cache if the row has stayed there. Numerics and hazards: scan.cuh.
+// f is increasing, so the logits themselves give argmax and rank. Memory traffic for each logit: a read from memory,
+// and one more from the L2 cache if the row is still there. Numerics and hazards: scan.cuh.
 #pragma once
 
 #include "scan.cuh"
@@ -12,8 +12,8 @@
 
 namespace monosoftmax::cuda {
 
-// Of the logits that a thread has seen: the largest and the first column that has it, NaN being larger than any number;
-// and how many are larger than the target's.
+// The largest logit that a thread has seen, its first column, and the number of logits that are larger than the
+// target's. NaN is larger than any number.
 struct Seen {
   static constexpr int kNowhere = 0x7FFFFFFF;
 
@@ -35,7 +35,7 @@ struct Seen {
   }
 };
 
-// Of all lanes of a warp, to all.
+// Combines all lanes of a warp. All lanes get the result.
 __device__ __forceinline__ Seen seen_by_warp(Seen seen) {
   MONOSOFTMAX_UNROLL for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     const float largest = __shfl_xor_sync(kAllLanes, seen.largest, distance);
@@ -45,7 +45,7 @@ __device__ __forceinline__ Seen seen_by_warp(Seen seen) {
   return seen;
 }
 
-// Of all threads of the block.
+// Combines all threads of the block.
 __device__ inline Seen seen_by_block(Seen seen, Seen* of_warps) {
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   seen = seen_by_warp(seen);
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
         scan_once<T, false>(f, {nullptr, 0}, in_memory, team, valid ? static_cast<int>(target) : -1, memory[0]);
     const float shift = scan.largest * kLog2E;
     const float target_logit = valid ? load_element(logits + target) : 0;
-    // In units of ln 2: sum_j e_j (largest - y_j).
+    // sum_j e_j (largest - y_j), in units of ln 2.
     float gaps[1] = {0};
     Seen seen = Seen::nothing();
     const auto take = [&](float logit, float y, int column) {
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
       const Chunk<E> chunk = in_memory.chunk(c, 0);
       float values[kElements], lowest[kElements];
       chunk.unpack(values);
-      // -inf has no part in the entropy: 0 times the gap of a finite number.
+      // -inf is replaced by a finite number: it adds 0 times a finite gap to the entropy, not NaN.
       chunk.larger(Chunk<E>::lowest()).unpack(lowest);
       for_each_group<T>(lowest, [&](T z, int i) {
         const T y = f.value(z);

@@ -21,7 +21,7 @@ std::mutex mutex;
 std::map<int, Device> devices;
 Tuning tuning;
 
-// Asked once for each device.
+// Asks torch once for each device.
 const Device& device_number(int index) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = devices.find(index);

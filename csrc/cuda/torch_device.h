@@ -1,4 +1,4 @@
-// What the operators ask torch about the device of a tensor: torch_device.cpp, and for the host host/torch_device.cpp.
+// Questions of the operators about the device of a tensor: torch_device.cpp, or host/torch_device.cpp on the host.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,7 +9,7 @@
 
 namespace monosoftmax::cuda {
 
-// While it lives, the device of the tensor is the current one.
+// While this object lives, the device of the tensor is the current one.
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const at::Tensor& tensor);
@@ -25,7 +25,7 @@ class OnDeviceOf {
   std::unique_ptr<State> state_;
 };
 
-// Plans of all devices from now on, for benchmarks. No other thread may be in an operator meanwhile.
+// Sets the tuning for all devices, for benchmarks. No other thread may be in an operator meanwhile.
 void tune(const Tuning&);
 
 // Whether the kernels can work on the memory of a tensor.

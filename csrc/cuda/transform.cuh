@@ -1,4 +1,5 @@
-// A transform as a kernel has it: over T, with its coefficients in the shared memory of the block.
+// A kernel's transform over T, with its coefficients in the shared memory of the block. Large tables stay in global
+// memory.
 #pragma once
 
 #include "arguments.h"
@@ -6,12 +7,12 @@
 
 namespace monosoftmax::cuda {
 
-// Logits that a thread takes through a transform at once. One, and the compiler interleaves as many as it likes; but of
-// a vector of any length each coefficient is loaded once for all of them.
+// The logits that a thread takes through a transform at once. With one, the compiler interleaves as many as it likes.
+// For a vector of any length there are four: so one load of a coefficient serves all four.
 template <int kTableRows, int kSmallest, int kLargest>
 using LogitsOf = Pack<float, (kTableRows == 0 && kSmallest != kLargest) ? 4 : 1>;
 
-// The transform F<T>, of a vector of coefficients, and F<T, kSmall>, of a table in shared memory or not.
+// The transform F<T> with a vector of coefficients, and F<T, kSmall> with a table, in shared memory if kSmall.
 template <template <class> class F, class T>
 struct VectorTransform {
   using Over = F<T>;
@@ -29,7 +30,7 @@ struct TableTransform {
   using Over = F<T, kSmall>;
   static constexpr int kRows = Over::kTableRows, kStride = table_stride(kRows);
 
-  // The entry of a table for look-ups.
+  // Fills an entry of a table for look-ups.
   static __device__ void fill_entry(const TransformArguments& arguments, int64_t entry, float* to) {
     const int64_t piece = entry < arguments.size ? entry : arguments.size - 1;
     MONOSOFTMAX_UNROLL for (int r = 0; r < kRows; ++r) to[r] = arguments.coefficients[r * arguments.size + piece];

@@ -1,4 +1,4 @@
-// The launchers for one type of logits: declared here for launch.cu, each defined for a type by a .cu file of its own.
+// The launchers for one type of logits, declared for launch.cu. Each type has its own .cu file with the definitions.
 #pragma once
 
 #include "launch.h"

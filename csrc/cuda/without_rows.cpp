@@ -1,10 +1,10 @@
-// The operators of the cuda backend that know nothing of rows. As operators.cpp, they do not wait for the device.
+// The operators of the cuda backend that take no rows of logits. They do not wait for the device.
 #include "limits.h"
 
 namespace monosoftmax::cuda {
 namespace {
 
-// The arguments of a PLIF's kernels but for what these write.
+// The arguments of a PLIF's kernels, without the results.
 PlifArguments plif_arguments(const Tensor& raw_slope, double bound, double min_slope) {
   const int64_t pieces = raw_slope.size(0);
   TORCH_CHECK_VALUE(pieces <= kMostPieces, "monosoftmax: the cuda backend takes up to ", kMostPieces, " pieces, got ",

@@ -1,5 +1,5 @@
-// CUDA's arithmetic intrinsics. What rounds in a way of its own is computed from an exact error term, since compilers
-// do not honour a rounding mode that the program sets.
+// CUDA's arithmetic intrinsics. Rounding down is computed from an exact error term, since compilers do not honour a
+// rounding mode that a program sets.
 #pragma once
 
 #include <bit>
@@ -20,12 +20,12 @@ constexpr float next_below(float x) {
   return std::bit_cast<float>(std::bit_cast<int32_t>(x) + (x > 0 ? -1 : 1));
 }
 
-// a + b, rounded towards minus infinity. a and b are products of two floats or floats: their sum does not overflow, and
-// two doubles hold it exactly.
+// a + b, rounded towards minus infinity. Each of a and b is a float or a product of two floats, so that their sum does
+// not overflow, and two doubles hold it exactly.
 inline float sum_rounded_down(double a, double b) {
   const double sum = a + b;
   if (!std::isfinite(sum)) return static_cast<float>(sum);
-  // In this direction a sum of 0 is -0, unless both are +0.
+  // Rounded down, a sum of 0 is -0, unless both terms are +0.
   if (sum == 0) return std::signbit(a) || std::signbit(b) ? -0.0f : 0.0f;
   const double part_of_b = sum - a;
   const double error = (a - (sum - part_of_b)) + (b - part_of_b);
@@ -47,7 +47,7 @@ constexpr float __fadd_rn(float a, float b) { return a + b; }
 inline float __fadd_rd(float a, float b) { return monosoftmax::cuda::host::sum_rounded_down(a, b); }
 constexpr float __fmul_rn(float a, float b) { return a * b; }
 constexpr float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1) : 0; }  // 0 for NaN
-// With CUDA's gap: the reciprocal of a divisor beyond 2^126 is flushed to 0.
+// As in CUDA, the reciprocal of a divisor beyond 2^126 is flushed to 0.
 inline float __fdividef(float a, float b) {
   const float magnitude = std::fabs(b);
   return magnitude > 0x1p126f && !std::isinf(magnitude) ? a * std::copysign(0.0f, b) : a / b;
@@ -84,7 +84,7 @@ constexpr unsigned __brev(unsigned x) {
 
 namespace monosoftmax::cuda {
 
-// Of the instructions that flush, as the kernels ask for them: subnormal operands and results become 0.
+// Like the instructions of the kernels, these flush subnormal operands and results to 0.
 inline float exp2_approximate(float x) { return host::flush_subnormal(std::exp2(host::flush_subnormal(x))); }
 inline float log2_approximate(float x) { return std::log2(host::flush_subnormal(x)); }
 inline float reciprocal_approximate(float x) { return host::flush_subnormal(1 / host::flush_subnormal(x)); }

@@ -1,4 +1,4 @@
-// Asynchronous copies of a thread, from when they are issued until the thread waits for them.
+// The asynchronous copies of a thread, from their issue until the thread waits for them.
 #include "execution.h"
 
 namespace monosoftmax::cuda::host {

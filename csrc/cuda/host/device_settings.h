@@ -1,4 +1,4 @@
-// The GPU that the host execution is taken for by the plans.
+// The GPU that plans assume for the host execution.
 #pragma once
 
 #include "../plan.h"

@@ -1,4 +1,4 @@
-// What is said of a defect.
+// Reports of defects.
 #include <bit>
 #include <cstdarg>
 #include <cstdio>
@@ -8,7 +8,7 @@
 #include "execution.h"
 
 #ifdef MONOSOFTMAX_CUDA_HOST_THREAD
-// Without it the sanitizer waits for a second before the process ends, for threads of the system that might yet race.
+// By default the sanitizer waits a second before the process ends, for threads of the system that might still race.
 extern "C" const char* __tsan_default_options() { return "atexit_sleep_ms=0"; }
 #endif
 
@@ -96,7 +96,7 @@ void report_defect_of(const Thread& thread, const char* format, ...) {
 }
 
 bool same_place(const Location& a, const Location& b) {
-  // Mostly both point to the very same description.
+  // Usually both point to the same description.
   if (std::memcmp(&a, &b, sizeof(Location)) == 0) return true;
   return a.line() == b.line() && a.column() == b.column() &&
          (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
@@ -123,8 +123,8 @@ void explain_standstill() {
 }
 
 void* fresh_meeting_point() {
-  // The memory is given back when it is used up: for the thread sanitizer, what comes in its place is new. And it keeps
-  // up to 16 KiB for each meeting until then.
+  // Used-up memory is unmapped. New memory in the same place is new to the thread sanitizer, too. And the sanitizer
+  // keeps up to 16 KiB for each meeting until the memory is unmapped.
   constexpr size_t kBytes = 1 << 16, kDistance = 16;
   static char* memory = nullptr;
   static size_t used = kBytes;

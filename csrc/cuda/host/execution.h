@@ -1,4 +1,4 @@
-// The state of the machine: the threads, warps and blocks of the cluster that runs, and who waits for what.
+// The state of the machine: the threads, warps and blocks of the running cluster, and the waits of its threads.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ struct Thread : ThreadIndices {
   Warp* warp;
   bool ended;
 
-  // What it waits for, or did last.
+  // The current wait of the thread, or its last action.
   Wait wait;
   Location where;
   Collective collective;
@@ -32,8 +32,8 @@ struct Thread : ThreadIndices {
   unsigned mask, source;
   uint64_t value, result;
 
-  std::vector<AsyncCopy> copies;    // that have not happened
-  size_t copies_done;               // of those, which the wait that goes on has handed out
+  std::vector<AsyncCopy> copies;    // not yet performed
+  size_t copies_done;               // the number of copies that the current wait has handed out
   std::vector<size_t> copy_groups;  // the number of copies up to the end of each group
 
   unsigned lane_bit() const { return 1u << lane; }
@@ -41,7 +41,7 @@ struct Thread : ThreadIndices {
 
 struct Warp {
   Thread* threads;
-  unsigned lanes;  // that there are: not all in the last warp of a block
+  unsigned lanes;  // the lanes that exist: not all 32 in the last warp of a block
   unsigned ready, at_collective, ended;
 };
 
@@ -52,21 +52,21 @@ struct Block {
   Warp* warps;
   unsigned thread_count, warp_count;
   unsigned at_barrier, ended;
-  // The last thread of another block that asked where the shared memory of this one is; from where in the kernel, and
-  // after how many Cluster::sync().
+  // The last thread of another block that asked for the shared memory of this block; the place in the kernel, and the
+  // number of Cluster::sync() before.
   Thread* mapped_by;
   Location mapped_at;
   unsigned mapped_after;
 };
 
 struct Execution {
-  Fiber host;  // which called launch()
+  Fiber host;  // the fiber that called launch()
   void (*body)(const void*);
   const void* arguments;
   SharedMemory shared;
   Slots slots;
 
-  // Of one cluster. Vectors keep what they allocated from one cluster to the next.
+  // The state of one cluster. Vectors keep their memory from one cluster to the next.
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::vector<Block> blocks;
@@ -77,7 +77,7 @@ struct Execution {
   Order order = Order::kForward;
   unsigned seed = 1;
   uint64_t random_state;
-  Warp* active;  // whose threads go on as long as they can
+  Warp* active;  // its threads go on as long as they can
 
   uint64_t random();
 };
@@ -87,19 +87,20 @@ inline Thread& self() { return const_cast<Thread&>(static_cast<const Thread&>(*c
 
 // Lets other threads run until this one is ready again.
 void wait();
-// Has ended, or waits for what cannot happen: says why, and ends the process.
+// Reports why no thread can go on, and ends the process.
 [[noreturn]] void explain_standstill();
-// The message, the place and the thread that runs, if one does. Ends the process.
+// Reports the message, the place and the running thread, if there is one, and ends the process.
 [[noreturn]] void report_defect(const char* file, unsigned line, const char* format, ...)
     __attribute__((format(printf, 3, 4)));
 [[noreturn]] void report_defect_of(const Thread& thread, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
-// Its block and its index, in words.
+// The block and the index of a thread, in words.
 std::string name_of(const Thread& thread);
 
 bool same_place(const Location& a, const Location& b);
 
-// While there is one, the thread sanitizer takes the runtime for the thread that called launch(): for allocations.
+// While this object lives, the thread sanitizer takes the runtime for the thread that called launch(). Allocations of
+// the runtime need this.
 class ActAsHost {
  public:
   ActAsHost() : acting_(threads::acting()) { threads::act_as(execution.host.sanitizer_thread); }
@@ -111,11 +112,11 @@ class ActAsHost {
   void* acting_;
 };
 
-// An address that the thread sanitizer has never seen: whoever meets at an old one comes after all who met there
-// before.
+// An address that the thread sanitizer has never seen. At an old address, threads would come after all threads that
+// met there before.
 void* fresh_meeting_point();
 
-// Whatever one of the threads did happens before what each of them will do.
+// Orders memory: all past actions of any of the threads happen before all future actions of each of them.
 template <class ForEachThread>
 void order_memory(ForEachThread for_each_thread) {
   if constexpr (kBuild == Build::kThread) {

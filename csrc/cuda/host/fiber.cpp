@@ -10,8 +10,8 @@
 #include "sanitizers.h"
 
 #ifndef MONOSOFTMAX_CUDA_HOST_USES_UCONTEXT
-// Saves the registers that a call preserves on the stack of the caller, and the stack pointer at *save; goes on with
-// what was saved at `load`. Not a system call, and not inlined: it returns on another stack.
+// Saves the registers that a call preserves on the stack of the caller, and the stack pointer at *save. Then goes on
+// with the fiber saved at `load`. It makes no system call. It cannot be inlined, as it returns on another stack.
 extern "C" MONOSOFTMAX_HIDDEN void monosoftmax_cuda_host_switch(void** save, void* load);
 asm(R"(
 .text
@@ -70,7 +70,7 @@ void prepare(Fiber* fiber, const Slots::Slot& slot, size_t stack_bytes, void (*m
   makecontext(&fiber->context, main, 0);
 #else
   auto* top = reinterpret_cast<void**>(slot.stack + stack_bytes);
-  *--top = nullptr;  // where main() would return to
+  *--top = nullptr;  // the return address of main()
   *--top = reinterpret_cast<void*>(main);
   for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
   fiber->stack_pointer = top;

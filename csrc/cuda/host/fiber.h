@@ -14,7 +14,7 @@
 namespace monosoftmax::cuda::host {
 
 struct Fiber {
-  char* stack = nullptr;  // its lowest address; of the fiber that called launch(), known to the address sanitizer only
+  char* stack = nullptr;  // lowest address; only the address sanitizer knows it for the fiber that called launch()
   size_t stack_bytes = 0;
   void* sanitizer_state = nullptr;
   void* sanitizer_thread = nullptr;
@@ -25,8 +25,8 @@ struct Fiber {
 #endif
 };
 
-// What fibers need and the next ones can use again: stacks, each above a page without access and of memory that is
-// taken as it is touched, and the threads that the thread sanitizer takes them for.
+// The resources of fibers, which later fibers use again: stacks, and the threads that the thread sanitizer takes fibers
+// for. A page without access lies below each stack, and the system provides the memory of a stack as it is touched.
 class Slots {
  public:
   static constexpr size_t kStackBytes = 128 << 10;
@@ -36,7 +36,7 @@ class Slots {
     void* sanitizer_thread;
   };
 
-  // At least this many.
+  // Makes at least this many slots.
   void provide(size_t count);
   const Slot& operator[](size_t index) const { return slots_[index]; }
 
@@ -50,10 +50,10 @@ void prepare(Fiber* fiber, const Slots::Slot& slot, size_t stack_bytes, void (*m
 void switch_fiber(Fiber* from, Fiber* to);
 // Goes on with `to` for good.
 [[noreturn]] void end_fiber(Fiber* from, Fiber* to);
-// To be called first in main(): `caller` is the fiber that switched to the first one of all.
+// main() must call this first. `caller` is the fiber that switched to the very first fiber.
 void enter_fiber(Fiber* caller);
 
-// Memory that reads as zero.
+// Maps memory that reads as zero.
 void* map_memory(size_t bytes);
 void unmap_memory(void* memory, size_t bytes);
 

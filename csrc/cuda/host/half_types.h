@@ -1,5 +1,5 @@
-// bfloat16 and half precision as in <cuda_bf16.h> and <cuda_fp16.h>: storage, conversions and maxima. In integer
-// arithmetic throughout, so that results depend neither on instruction sets nor on a flush-to-zero mode of the process.
+// bfloat16 and half precision as in <cuda_bf16.h> and <cuda_fp16.h>: storage, conversions and maxima. All arithmetic is
+// on integers, so that results depend neither on instruction sets nor on a flush-to-zero mode of the process.
 #pragma once
 
 #include <bit>
@@ -50,7 +50,7 @@ constexpr uint32_t shift_right_rounded(uint32_t value, unsigned shift) {
   return quotient + (remainder > half || (remainder == half && (quotient & 1)));
 }
 
-inline constexpr uint16_t kHalfNaN = 0x7fff;  // the one that CUDA's conversions and maxima give, for both types
+inline constexpr uint16_t kHalfNaN = 0x7fff;  // the NaN of CUDA's conversions and maxima, for both types
 
 }  // namespace monosoftmax::cuda::host
 
@@ -69,7 +69,7 @@ constexpr __half __float2half_rn(float value) {
   const uint32_t sign = bits >> 16 & 0x8000;
   if (magnitude > 0x7f800000) return {monosoftmax::cuda::host::kHalfNaN};
   uint32_t result = 0;
-  if (magnitude >= 0x47800000) {  // 2^16 and above. What rounds up to it becomes infinity by the carry.
+  if (magnitude >= 0x47800000) {  // 2^16 and above. Numbers that round up to 2^16 become infinity by the carry.
     result = 0x7c00;
   } else if (magnitude >= 0x38800000) {  // 2^-14, the smallest normal value, and above
     result = shift_right_rounded(magnitude - ((127 - 15) << 23), 13);
@@ -98,10 +98,11 @@ constexpr float __high2float(__half2 pair) { return __half2float(pair.y); }
 
 namespace monosoftmax::cuda::host {
 
-// The bits of a half precision number as an integer of the same order, where -0 comes before +0.
+// Maps the bits of a half precision number to an integer in the same order, with -0 before +0.
 constexpr int ordered(uint16_t bits) { return bits & 0x8000 ? ~(bits & 0x7fff) : bits; }
 
-// Of two numbers whose NaNs are those above infinity: the larger. A NaN gives way to the other number, or is passed on.
+// The larger of two numbers, as bits. Magnitudes above `infinity` are NaN. A NaN is passed on if pass_nan; otherwise
+// the other number is the result.
 template <uint16_t infinity, bool pass_nan>
 constexpr uint16_t larger(uint16_t a, uint16_t b) {
   const bool a_nan = (a & 0x7fff) > infinity;

@@ -1,4 +1,4 @@
-// Launches: the shape is checked, clusters run one after another, and in a cluster the threads take turns.
+// Launches a kernel: checks the shape, and runs clusters one after another. The threads of a cluster take turns.
 #include "launch.h"
 
 #include <algorithm>
@@ -25,7 +25,7 @@ uint64_t Execution::random() {  // xorshift64*
 
 namespace {
 
-// The order in which threads may run. A warp goes on as long as one of its lanes can.
+// Chooses a warp, in the order of execution. A warp goes on as long as one of its lanes can.
 Warp* choose_warp() {
   Warp* warps = execution.warps.data();
   const unsigned count = execution.warp_count;
@@ -105,7 +105,7 @@ void thread_main() {
   end_fiber(&thread.fiber, next == nullptr ? &execution.host : &next->fiber);
 }
 
-// The threads of the launch come after what the host did before it, and the host comes after all of them.
+// The threads of a launch come after all that the host did before it, and the host comes after all of them.
 char launch_begins, launch_ends;
 
 void begin_thread(Thread* thread, unsigned index, Block* block, const LaunchShape& shape, size_t slot) {
@@ -134,10 +134,10 @@ void begin_thread(Thread* thread, unsigned index, Block* block, const LaunchShap
   }
 }
 
-// For the thread sanitizer a block should be of other threads than the blocks before it, after which it does not come.
-// But making a thread takes it half a millisecond and 800 KiB, and the place of one that is gone in its clocks goes to
-// the next one all the same. So there are some sets of threads, for a cluster each: races are seen between all blocks
-// of a launch but those that have the same set; in a random order those are others each time.
+// Each block should have its own threads of the thread sanitizer, since blocks are not ordered. But a new thread costs
+// the sanitizer half a millisecond and 800 KiB, and it takes the place of an ended thread in the clocks anyway. So
+// there are some sets of threads, each for a cluster. Races are found between all blocks of a launch, except blocks
+// with the same set. In a random order, these are other blocks each time.
 constexpr unsigned kSanitizerThreads = 2048;
 constexpr unsigned kMostThreadsAtOnce = kBuild == Build::kThread ? 2048 : 16384;
 
@@ -148,7 +148,7 @@ void choose_slots(size_t cluster) {
   e.slots.provide(e.first_slot + e.thread_count);
 }
 
-// The cluster is the nth of the launch to run.
+// Runs a cluster, the nth of the launch.
 void run_cluster(const LaunchShape& shape, uint3 first_block, size_t nth) {
   Execution& e = execution;
   const unsigned block_threads = shape.block.x * shape.block.y * shape.block.z;

@@ -1,4 +1,4 @@
-// Launching kernels from host code, and what can be asked and set of the machine that they run on.
+// Launches kernels from host code, and reads and sets the state of the machine that they run on.
 #pragma once
 
 #include <cstddef>
@@ -21,8 +21,8 @@ struct LaunchShape {
 void run(std::integral_constant<Build, kBuild>, const LaunchShape& shape, void (*body)(const void*),
          const void* arguments);
 
-// As kernel<<<...>>>(arguments...) and a wait for it. Throws std::invalid_argument for a shape that a GPU would refuse.
-// Clusters, or blocks, run one after another; the threads of one cluster take turns wherever one of them has to wait.
+// Like kernel<<<...>>>(arguments...) and a wait for it. Throws std::invalid_argument for a shape that a GPU would
+// refuse. Clusters, or blocks, run one after another. The threads of one cluster take turns if one of them has to wait.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), const LaunchShape& shape, A... arguments) {
   static_assert((std::is_trivially_copyable_v<P> && ...), "kernels take their arguments as copies of bytes");
@@ -39,7 +39,7 @@ void launch(void (*kernel)(P...), const LaunchShape& shape, A... arguments) {
   run(std::integral_constant<Build, kBuild>(), shape, body, &call);
 }
 
-// In which order blocks run, and threads wherever several could. A clean kernel gives the same results in every order.
+// The order of blocks, and of threads if several could run. A clean kernel gives the same results in every order.
 // kRandom draws anew from the seed at each launch.
 enum class Order { kForward, kReverse, kRandom };
 void set_order(Order order, unsigned seed = 1);
@@ -48,11 +48,11 @@ void set_order(Order order, unsigned seed = 1);
 // sm_89).
 void set_shared_limit(size_t bytes);
 
-// Since the last reset: what kernels counted with MONOSOFTMAX_GLOBAL_READ and MONOSOFTMAX_GLOBAL_WRITE.
+// The counts of MONOSOFTMAX_GLOBAL_READ and MONOSOFTMAX_GLOBAL_WRITE since the last reset.
 Traffic traffic();
 void reset_traffic();
 
-// Since the last reset: the lanes that took part in a __match_any_sync, and the groups of equal values they fell into.
+// The lanes that took part in a __match_any_sync since the last reset, and the groups of equal values among them.
 struct MatchStatistics {
   uint64_t calls, groups;
 };

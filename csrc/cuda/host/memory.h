@@ -8,7 +8,7 @@
 
 #include "runtime.h"
 
-// The array is aligned as its type says and no further: one of floats that is read as float4 is a defect on a GPU too.
+// The array is aligned for its type and no further: to read an array of floats as float4 is a defect on a GPU, too.
 #define SHARED_ARRAY(T, name, ...)                                                                                  \
   static constexpr ::monosoftmax::cuda::host::SharedArray name##_declared{sizeof(T __VA_ARGS__), alignof(T), #name, \
                                                                           __FILE__, __LINE__};                      \
@@ -42,7 +42,7 @@ __attribute__((always_inline)) inline void __stcs(T* to, std::type_identity_t<T>
   *to = value;
 }
 
-// Every CUDA thread runs in the same thread of the process: only the compiler might reorder.
+// All CUDA threads run in the same thread of the process, so only the compiler might reorder accesses.
 inline void __threadfence_block() { asm volatile("" ::: "memory"); }
 inline void __threadfence() { asm volatile("" ::: "memory"); }
 
@@ -98,7 +98,7 @@ __attribute__((always_inline)) inline void copy_aligned(void* to, const void* fr
   std::memcpy(__builtin_assume_aligned(to, bytes), __builtin_assume_aligned(from, bytes), bytes);
 }
 
-// Inlined into the kernel, where the sanitizers see it as accesses of the thread that waits.
+// Inlined into the kernel, so that the sanitizers see accesses of the waiting thread.
 __attribute__((always_inline)) inline void perform(const AsyncCopy& copy) {
   if (copy.zeros != 0) {
     const unsigned copied = copy.bytes - copy.zeros;

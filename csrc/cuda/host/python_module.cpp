@@ -1,5 +1,5 @@
-// The host execution for tests: its submodule cuda has the functions of monosoftmax._C.cuda, for CPU tensors. Built and
-// used by tests/cuda_host.py only.
+// The host execution for tests. Its submodule cuda has the functions of monosoftmax._C.cuda, for CPU tensors. Only
+// tests/cuda_host.py builds and uses it.
 #include <stdexcept>
 #include <string>
 

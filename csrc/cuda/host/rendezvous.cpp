@@ -1,5 +1,5 @@
-// Where threads meet: collectives of a warp, barriers of a block or cluster. The last one to arrive works out the
-// results and makes all of them ready to go on; it waits for its turn like the others.
+// The meetings of threads: collectives of a warp, barriers of a block or cluster. The last thread to arrive computes
+// the results and makes all threads ready to go on. Then it waits for its turn like the others.
 #include <bit>
 #include <cstring>
 
@@ -57,7 +57,7 @@ void resolve(const Warp& warp, unsigned mask, Collective collective) {
     }
     case Collective::kMaxSigned:
     case Collective::kMaxUnsigned: {
-      // Signed numbers are in the order of unsigned ones that differ from them in the first bit.
+      // With the first bit flipped, signed numbers have the order of unsigned numbers.
       const unsigned flip = collective == Collective::kMaxSigned ? 0x80000000u : 0u;
       unsigned largest = 0;
       for_each_lane(warp, mask, [&](Thread& thread) {
@@ -69,7 +69,7 @@ void resolve(const Warp& warp, unsigned mask, Collective collective) {
   }
 }
 
-// All of a block or cluster are at a barrier: at the same one?
+// All threads of a block or cluster are at a barrier. Checks that it is the same barrier.
 void check_same_barrier(const Thread& first, const Thread& thread, const char* name) {
   if (same_place(thread.where, first.where) && thread.reduction == first.reduction) return;
   report_defect_of(thread, "barrier divergence: other threads wait in %s at %s:%u", name, first.where.file_name(),
@@ -113,7 +113,7 @@ uint64_t warp_collective(Collective collective, unsigned mask, uint64_t value, u
     for_each_lane(warp, mask, [&](Thread& other) {
       same = same && other.mask == mask && other.collective == collective && same_place(other.where, where);
     });
-    // If not, another lane may yet come and let the ones that are elsewhere go on to this place.
+    // If not, another lane may still arrive, and let the lanes elsewhere go on to this place.
     if (same) {
       resolve(warp, mask, collective);
       for_each_lane(warp, mask, [](Thread& other) { other.wait = Wait::kNothing; });

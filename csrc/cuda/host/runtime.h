@@ -1,6 +1,6 @@
-// What the kernels, by way of the other headers, call of the runtime, which runs every CUDA thread as a fiber of its
-// own. Nothing is inlined from here that writes what two fibers share: the thread sanitizer would take it for a race of
-// the kernel. For the same reason the runtime is compiled without that sanitizer's instrumentation.
+// The functions of the runtime that kernels call, through the other headers. The runtime runs every CUDA thread as its
+// own fiber. Functions that write memory shared by two fibers are never inlined: the thread sanitizer would report a
+// race of the kernel. For the same reason the runtime is compiled without the instrumentation of this sanitizer.
 #pragma once
 
 #include <cstddef>
@@ -14,10 +14,10 @@
 namespace monosoftmax::cuda::host {
 
 using Location = std::source_location;
-// The last parameter of what a kernel calls: the place of the call.
+// The last parameter of the functions that a kernel calls: the place of the call.
 #define MONOSOFTMAX_CALLER ::monosoftmax::cuda::host::Location where = ::monosoftmax::cuda::host::Location::current()
 
-// Which sanitizers the build has. A runtime and kernels of different builds do not link.
+// The sanitizers of the build. A runtime and kernels of different builds do not link.
 enum class Build { kPlain, kAddress, kThread };
 #if defined(__SANITIZE_THREAD__) || defined(MONOSOFTMAX_CUDA_HOST_THREAD)
 inline constexpr Build kBuild = Build::kThread;
@@ -27,15 +27,15 @@ inline constexpr Build kBuild = Build::kAddress;
 inline constexpr Build kBuild = Build::kPlain;
 #endif
 
-// What a CUDA thread sees of its place.
+// The indices that a CUDA thread can read.
 struct ThreadIndices {
   uint3 thread, block;
   dim3 block_extent, grid_extent;
   unsigned lane;
 };
-MONOSOFTMAX_HIDDEN extern const ThreadIndices* current;  // of the thread that runs
+MONOSOFTMAX_HIDDEN extern const ThreadIndices* current;  // of the running thread
 
-// Of the process, which ends when a kernel has a defect, once that has been described.
+// The exit code of the process if a kernel has a defect: the process describes the defect, then ends.
 inline constexpr int kDefectExitCode = 99;
 
 enum class Collective : uint8_t {
@@ -50,7 +50,7 @@ enum class Collective : uint8_t {
 // Waits for the lanes in mask to come here, and returns this lane's part of the result: for kShuffle, the value of the
 // lane `source`. Only kSync orders memory.
 uint64_t warp_collective(Collective collective, unsigned mask, uint64_t value, unsigned source, Location where);
-unsigned active_lanes();  // of this warp: those that have not ended
+unsigned active_lanes();  // the lanes of this warp that have not ended
 
 enum class BlockReduction : uint8_t { kNone, kOr, kAnd, kCount };
 int block_barrier(BlockReduction reduction, bool predicate, Location where);
@@ -60,7 +60,7 @@ unsigned cluster_rank();
 unsigned cluster_blocks();
 void* shared_of_block(void* mine, unsigned block, Location where);
 
-// An array that a kernel declares in static shared memory: one such object for each declaration and instantiation.
+// An array in the static shared memory of a kernel: one such object for each declaration and instantiation.
 struct SharedArray {
   size_t bytes, alignment;
   const char* name;
@@ -74,14 +74,14 @@ unsigned char* dynamic_shared();
 struct AsyncCopy {
   void* to;
   const void* from;
-  unsigned bytes, zeros;  // in all; at their end, that are not copied
+  unsigned bytes, zeros;  // all bytes; the bytes at their end that are not copied
 };
 void issue_copy(const AsyncCopy& copy, Location where);
 void commit_copies();
 bool next_due_copy(size_t groups_left,
-                   AsyncCopy* copy);  // of the groups but for the last groups_left; whether there was
+                   AsyncCopy* copy);  // of all but the last groups_left groups; false if there is none
 
-// What kernels count of their traffic to and from global memory.
+// The traffic of kernels to and from global memory, as they count it.
 struct Traffic {
   uint64_t bytes_read, bytes_written;
 };

@@ -13,7 +13,7 @@
 #include <sanitizer/tsan_interface.h>
 #endif
 
-// The address sanitizer: what memory may be touched, and on which stack the program is.
+// The address sanitizer: which memory may be accessed, and which stack the program uses.
 namespace monosoftmax::cuda::host::address {
 
 #ifdef __SANITIZE_ADDRESS__
@@ -34,8 +34,8 @@ inline void enter_stack(void*, const void**, size_t*) {}
 
 }  // namespace monosoftmax::cuda::host::address
 
-// The thread sanitizer: which thread the program acts as, and what happens before what. acquire() in one thread comes
-// after what another did before its release() of the same address.
+// The thread sanitizer: the thread that the program acts as, and the order of memory. acquire() in one thread comes
+// after everything that another thread did before its release() of the same address.
 namespace monosoftmax::cuda::host::threads {
 
 #ifdef MONOSOFTMAX_CUDA_HOST_THREAD

@@ -14,15 +14,15 @@ constexpr size_t kMemoryBytes = 512 << 10;  // of a block: the arrays and the ga
 constexpr size_t kMostArrays = 64;
 constexpr size_t kMostAlignment = 128;
 constexpr size_t kMostStaticBytes = 48 << 10;
-// Before, between and behind the arrays. The address sanitizer forbids them; the other builds see that they were
-// written.
+// Bytes before, between and behind the arrays. The address sanitizer forbids access to them; the other builds detect
+// writes to them.
 constexpr size_t kGap = kBuild == Build::kAddress ? 1024 : 128;
 static_assert(kMostSharedBytes + (kMostArrays + 1) * (kGap + 2 * kMostAlignment) + kGap <= kMemoryBytes);
 
 constexpr unsigned char kFill = 0xff;
 
 void fill(unsigned char* begin, size_t bytes) {
-  if constexpr (kBuild == Build::kThread) {  // whose memset would be an access of the thread that runs
+  if constexpr (kBuild == Build::kThread) {  // its memset would be an access of the running thread
     for (size_t i = 0; i < bytes; ++i) const_cast<volatile unsigned char*>(begin)[i] = kFill;
   } else {
     std::memset(begin, kFill, bytes);
@@ -44,7 +44,7 @@ void SharedMemory::begin(size_t blocks, size_t dynamic_bytes) {
   dynamic_ = place(nullptr, dynamic_bytes, 16);
 }
 
-// At an odd multiple of the alignment, so that nothing is aligned further by chance.
+// Places an array at an odd multiple of its alignment, so that it is not aligned further by chance.
 SharedMemory::Zone SharedMemory::place(const SharedArray* array, size_t bytes, size_t alignment) {
   alignment = std::max<size_t>(alignment, 8);
   const size_t offset = (used_ + kGap + 2 * alignment - 1) / (2 * alignment) * (2 * alignment) + alignment;
@@ -74,13 +74,14 @@ void SharedMemory::end() {
     address::forbid(memory_[block], used_);
   }
   zones_.clear();
-  if constexpr (kBuild == Build::kThread) {  // which then forgets the accesses to it
+  if constexpr (kBuild == Build::kThread) {  // so that the sanitizer forgets the accesses to it
     for (unsigned char* memory : memory_) unmap_memory(memory, kMemoryBytes);
     memory_.clear();
   }
 }
 
-// Between two neighbours, of which the first or last may be missing. The one to blame is nearer to what was written.
+// Checks the gap between two neighbours; the first or the last may be missing. The array nearer to the written bytes is
+// to blame.
 void SharedMemory::check_gap(size_t block, const Zone* before, const Zone* after) const {
   if constexpr (kBuild == Build::kAddress) return;
   const unsigned char* begin = memory_[block] + (before == nullptr ? 0 : before->offset + before->bytes);

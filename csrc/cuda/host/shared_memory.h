@@ -1,5 +1,4 @@
-// The shared memory of the blocks that run: of each, one piece of memory that holds the same arrays at the same
-// offsets.
+// The shared memory of the running blocks. Each block has one piece of memory, and the same arrays at equal offsets.
 #pragma once
 
 #include <cstddef>
@@ -11,17 +10,17 @@ namespace monosoftmax::cuda::host {
 
 class SharedMemory {
  public:
-  // Of this many blocks. Arrays are filled with 0xff: NaN, as floats.
+  // Begins with this many blocks. Arrays are filled with 0xff, which is NaN as floats.
   void begin(size_t blocks, size_t dynamic_bytes);
-  // After the last thread of the last block.
+  // To be called after the last thread of the last block.
   void end();
 
   unsigned char* dynamic(size_t block) const { return memory_[block] + dynamic_.offset; }
-  // The array of this block. It comes to be, in all blocks, when the first thread asks for it.
+  // The array of this block. All blocks get the array when the first thread asks for it.
   void* array(const SharedArray& array, size_t block);
   bool contains(size_t block, const void* address) const;
   void* in_other_block(void* mine, size_t block, size_t other) const;
-  // The block has ended and its shared memory is gone; those of other blocks of its cluster remain.
+  // The block has ended and its shared memory is gone. Other blocks of its cluster keep theirs.
   void forbid(size_t block) const;
 
  private:

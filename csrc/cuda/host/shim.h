@@ -1,13 +1,13 @@
-// CUDA C++ for a compiler without CUDA: what platform.h includes instead of CUDA's headers. The kernels run on the CPU,
-// one fiber for each CUDA thread, with a clear report of what would be undefined on a GPU. There are three builds:
-// plain, with the address and undefined-behaviour sanitizers, and with the thread sanitizer, which finds the races.
+// CUDA C++ for a compiler without CUDA: platform.h includes it instead of CUDA's headers. The kernels run on the CPU,
+// one fiber for each CUDA thread, and behaviour that is undefined on a GPU is reported. There are three builds: plain,
+// with the address and undefined-behaviour sanitizers, and with the thread sanitizer, which finds the races.
 //
-// What is not modelled: grid-wide barriers and blocks that wait for each other's results; ordering by atomic operations
-// and fences, which are taken as relaxed; tensor cores; the speed of anything.
+// Not modelled: grid-wide barriers and blocks that wait for each other's results; the order of memory by atomic
+// operations and fences, which are taken as relaxed; tensor cores; speed.
 #pragma once
 
 #include <cmath>
-#include <memory>  // which spells an attribute as __noinline__: before that is a macro
+#include <memory>  // before the macro __noinline__, since it uses an attribute of that name
 
 #define __global__
 #define __device__

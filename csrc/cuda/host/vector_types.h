@@ -1,5 +1,5 @@
-// The vector types of CUDA that the kernels use, with CUDA's alignments: a vector load of misaligned memory is reported
-// by the undefined-behaviour sanitizer. Kernels load elements of any type as one of them, hence may_alias.
+// The vector types of CUDA that the kernels use, with CUDA's alignments: the undefined-behaviour sanitizer reports a
+// vector load of misaligned memory. Kernels load elements of any type as vectors, hence may_alias.
 #pragma once
 
 struct uint3 {

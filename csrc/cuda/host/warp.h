@@ -1,5 +1,5 @@
-// Barriers, warp-wide functions and clusters in their CUDA spelling. Each passes on where it was called: the threads
-// that meet must have come to the same place, and a defect is reported there.
+// Barriers, warp-wide functions and clusters in their CUDA spelling. Each function passes on the place of its call:
+// threads that meet must be at the same place, and a defect is reported there.
 #pragma once
 
 #include <cstring>

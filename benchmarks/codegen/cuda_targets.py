@@ -39,7 +39,7 @@ _RESOURCES = re.compile(
     r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+"
     r"ptxas info\s+: Used (\d+) registers(?:[^\n]*?, (\d+) bytes smem)?"
 )
-_ARGUMENT = re.compile(r"^(?:void )?monosoftmax::cuda::(?:\(anonymous namespace\)::)?(\w+)<(.*)>\(.*\)$")
+_ARGUMENT = re.compile(r"^(?:void )?monosoftmax::cuda::(?:\(anonymous namespace\)::)?(\w+)(?:<(.*)>)?\(.*\)$")
 
 
 class CudaError(Exception):
@@ -48,21 +48,25 @@ class CudaError(Exception):
 
 @dataclass(frozen=True)
 class KernelName:
-    """A kernel by what it is a template of, in the order of its parameters, without namespaces."""
+    """A kernel, and the parameters of its template in order, without namespaces; none if it is no template."""
 
     kernel: str
     parameters: tuple[str, ...]
 
     @property
+    def _first(self) -> str:
+        return self.parameters[0] if self.parameters else ""
+
+    @property
     def transform(self) -> str:
         """The class of the transform, such as Plif; empty where there is none."""
-        found = re.match(r"(?:Table|Vector)Transform<(\w+)", self.parameters[0])
+        found = re.match(r"(?:Table|Vector)Transform<(\w+)", self._first)
         return "" if found is None else found[1]
 
     @property
     def table_in_shared_memory(self) -> bool | None:
         """None of transforms without a table."""
-        found = re.match(r"TableTransform<.*, (true|false)>$", self.parameters[0])
+        found = re.match(r"TableTransform<.*, (true|false)>$", self._first)
         return None if found is None else found[1] == "true"
 
     @property
@@ -93,7 +97,8 @@ class KernelName:
             what = f"{what}, {'resident' if self.resident else 'reread'}"
         parts = [what]
         parts += [self.sums] * bool(self.sums)
-        return f"{self.transform or self.parameters[0]}: {', '.join(parts)}{table[self.table_in_shared_memory]}"
+        who = self.transform or self._first
+        return f"{who + ': ' if who else ''}{', '.join(parts)}{table[self.table_in_shared_memory]}"
 
 
 #: The types of logits, by what reports call them.
@@ -167,6 +172,8 @@ def parse_name(demangled: str) -> KernelName:
     found = _ARGUMENT.match(demangled)
     if found is None:
         raise CudaError(f"not the name of one of the package's kernels: {demangled}")
+    if found[2] is None:
+        return KernelName(found[1], ())
     arguments = re.sub(r"\bmonosoftmax::(?:cuda::)?", "", found[2]).replace(" >", ">")
     return KernelName(found[1], tuple(_split(arguments)))
 

@@ -1,9 +1,9 @@
-"""Where this package was imported from, what it lacks there, and what to type to install it again.
+"""Finds the extension and the Triton kernels of this package, and the command to install the package again.
 
-Python looks into the current folder before any other, and the root of a checkout holds ``monosoftmax/``: the sources,
-without what an installation adds to them, the extension ``_C`` and the Triton kernels as
-``monosoftmax.triton_kernels``. A development install adds both. Without one they are found from here: the Triton
-kernels beside ``monosoftmax/``; the extension in the package that is installed, if that has the same Python files.
+Python looks into the current folder before any other, and the root of a checkout holds ``monosoftmax/``. These are
+the sources only. An installation adds the extension ``_C`` and the Triton kernels, as ``monosoftmax.triton_kernels``.
+A development install adds both to the sources. Without it, this module finds the Triton kernels beside
+``monosoftmax/``, and the extension in the installed package, if that package has the same Python files.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ import torch
 #: The folder of this package.
 FOLDER = Path(__file__).absolute().parent
 
-#: The extension is built against the torch of the environment, and it is built. pip keeps the wheels that it builds of
-#: an archive or a commit, and without --no-cache-dir installs them again for another torch, or after a compiler was
-#: installed that was missing: it looks for them by the sources, so that no name of a wheel could tell them apart.
+#: --no-build-isolation builds the extension against the torch of the environment. --no-cache-dir makes pip build it
+#: again. pip keeps the wheels that it builds from an archive or a commit, and finds them by the sources. So it would
+#: install an old wheel for another torch, or after a missing compiler was installed.
 _INSTALL = "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps"
 
 
 def checkout() -> Path | None:
-    """The root of the checkout, or unpacked archive, whose sources this package is; None for an installed one."""
+    """The root of the checkout or unpacked archive that contains this package; None for an installed package."""
     return FOLDER.parent if _is_checkout(FOLDER.parent) else None
 
 
 def command() -> str:
-    """What to type to build the package again, and to install it, from where it came from."""
+    """The command that builds the package again, from the place that it came from, and installs it."""
     root, origin = checkout(), _origin()
     if root is not None:
         editable = origin.get("dir_info", {}).get("editable") and origin["url"] == root.as_uri()
         return f"{_INSTALL} {'--editable ' if editable else ''}{shlex.quote(str(root))}"
-    # What came from an index has no address.
+    # A package from an index has no address.
     source = origin.get("url", "monosoftmax")
     if "vcs_info" in origin:
         source = f"{origin['vcs_info']['vcs']}+{source}@{origin['vcs_info']['commit_id']}"
@@ -51,11 +51,11 @@ def command() -> str:
 
 
 def import_extension() -> ModuleType:
-    """The extension ``monosoftmax._C``: of the package that is installed rather than one that lies in a checkout.
+    """The extension ``monosoftmax._C``. The installed package's extension comes before one that lies in a checkout.
 
     Raises:
-        ModuleNotFoundError: there is none; :func:`missing_extension` says why.
-        ImportError: it does not load.
+        ModuleNotFoundError: there is no extension; :func:`missing_extension` says why.
+        ImportError: the extension does not load.
     """
     name = f"{__package__}._C"
     spec, different = _installed_extension()
@@ -84,7 +84,7 @@ def load_extension() -> tuple[ModuleType | None, str]:
 
 
 def missing_extension() -> str:
-    """Why there is no extension, and what to do about it."""
+    """The reason why there is no extension, and the remedy."""
     spec, different = _installed_extension()
     if spec is None or spec.origin is None:
         return f"the C++ extension is not built: with a C++ compiler on PATH, {command()}"
@@ -96,7 +96,7 @@ def missing_extension() -> str:
 
 
 def find_triton_kernels() -> None:
-    """Makes ``monosoftmax.triton_kernels`` importable where only an installation would."""
+    """Makes ``monosoftmax.triton_kernels`` importable in a checkout, as an installation does."""
     root, name = checkout(), f"{__package__}.triton_kernels"
     if root is None or importlib.util.find_spec(name) is not None:
         return
@@ -105,7 +105,7 @@ def find_triton_kernels() -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
-    setattr(sys.modules[__package__], "triton_kernels", module)  # noqa: B010, mypy knows modules by what is in them
+    setattr(sys.modules[__package__], "triton_kernels", module)  # noqa: B010, mypy knows modules by their contents
 
 
 def _is_checkout(folder: Path) -> bool:
@@ -113,7 +113,7 @@ def _is_checkout(folder: Path) -> bool:
 
 
 def _origin() -> dict[str, Any]:
-    """What pip noted about where the package came from, or nothing."""
+    """pip's note on the origin of the package; empty if there is none."""
     path = [str(FOLDER.parent)] if checkout() is None else sys.path
     for distribution in importlib.metadata.distributions(name=__package__, path=path):
         if text := distribution.read_text("direct_url.json"):
@@ -123,10 +123,11 @@ def _origin() -> dict[str, Any]:
 
 
 def _installed_extension() -> tuple[ModuleSpec | None, str]:
-    """In a checkout: the extension of the package that another current folder would give, and what differs in that.
+    """In a checkout: the extension of the package that Python would find in another current folder, and a difference.
 
-    The latter is the first Python file of the checkout that is not there or not the same, if any. What only the other
-    package has does not matter: pip installs what earlier versions left in ``build/``.
+    The difference is the first Python file of the checkout that the other package lacks or has in another version, if
+    any. Additional files of the other package do not matter: pip installs files that earlier versions left in
+    ``build/``.
     """
     root = checkout()
     if root is None:

@@ -1,6 +1,6 @@
-"""What a trained output layer looks like: its learned transform, and the rank of its log-probabilities.
+"""Looks at a trained output layer: its learned transform, and the rank of its log-probabilities.
 
-The plots need matplotlib, which nothing else here does: ``pip install matplotlib``.
+Only the plots need matplotlib: ``pip install matplotlib``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .transforms import MonotonicTransform
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Label of the axes that hold the histogram of plot_transform.
+#: The label of the axes with the histogram of plot_transform.
 _HISTOGRAM = "histogram of the logits"
-#: Random vectors of leading_spectrum beyond the values asked for.
+#: The additional random vectors of leading_spectrum, beyond the number of values.
 _OVERSAMPLING = 10
-#: What is left out of a sum near 1 of squares has rounding errors of about 1e-15 for a million of them.
+#: The rest of a sum near 1, over a million squares, has rounding errors of about 1e-15.
 _LEAST_TOLERANCE = 1e-12
 
 
@@ -29,11 +29,11 @@ def spectrum(log_probs: Tensor) -> Tensor:
     """Singular values of a matrix of log-probabilities, largest first.
 
     Nothing is centred. For Linear-Softmax log P = H W^T + 1 b^T - s 1^T, with s the normalisers of the rows, so that at
-    most d + 2 singular values (d + 1 without b) are not rounding noise. That noise is the one of ``log_probs``: about
-    1e-7 of the largest value for float32, less where the log-probabilities were computed in float64.
+    most d + 2 singular values (d + 1 without b) are not rounding noise. The noise comes from ``log_probs``: about 1e-7
+    of the largest value for float32, less if the log-probabilities were computed in float64.
 
     Args:
-        log_probs: (N, V) or (..., V), all of whose leading dimensions are rows; of any floating-point dtype.
+        log_probs: (N, V) or (..., V), in which all leading dimensions are rows; of any floating-point dtype.
 
     Returns:
         (min(N, V),), float64, on the device of ``log_probs``, detached.
@@ -55,18 +55,18 @@ def leading_spectrum(log_probs: Tensor, k: int, *, iterations: int = 4, seed: in
 
         E ||A - Q Q^T A||_2 <= (1 + (k / 9)^(1/2) + e (k + 10)^(1/2) / 10 (min(N, V) - k)^(1/2))^(1 / (2 q + 1)) s_(k+1)
 
-    with q = ``iterations`` and s_(k+1) the first exact singular value left out. The bound is a pessimistic one: the
-    leading values are far closer, the last few are not. It pays for ``k`` well below min(N, V) only.
+    with q = ``iterations`` and s_(k+1) the first exact singular value left out. The bound is pessimistic: the leading
+    values are far closer, the last few are not. The method pays only for ``k`` well below min(N, V).
 
     Source: Halko, Martinsson, Tropp, *Finding structure with randomness*, SIAM Review 53(2), 2011, algorithm 4.4 and
-    corollary 10.10; as ``torch.svd_lowrank`` has it.
+    corollary 10.10; as in ``torch.svd_lowrank``.
 
     Args:
         log_probs: (N, V) or (..., V), as for :func:`spectrum`.
-        k: how many, from 1 to min(N, V).
+        k: the number of singular values, from 1 to min(N, V).
         iterations: power iterations. Each costs two products with the matrix, and raises the weight of the leading
             singular vectors.
-        seed: of the random vectors. The same seed gives the same values; the global random state stays as it is.
+        seed: seed of the random vectors. The same seed gives the same values; the global random state stays as it is.
 
     Returns:
         (k,), float64, largest first, on the device of ``log_probs``, detached.
@@ -81,7 +81,7 @@ def leading_spectrum(log_probs: Tensor, k: int, *, iterations: int = 4, seed: in
     _check_integer("iterations", iterations, 0)
     _check_integer("seed", seed, 0)
     cuda = rows.device.type == "cuda"
-    # torch.svd_lowrank takes no generator. torch.manual_seed would seed every device there is, and not put them back.
+    # torch.svd_lowrank takes no generator. torch.manual_seed would seed every device, and not restore their states.
     with torch.random.fork_rng(devices=[rows.device] if cuda else []):
         if cuda:
             with torch.cuda.device(rows.device):
@@ -100,13 +100,13 @@ def effective_rank(
     squared_norm: float | None = None,
     seed: int = 0,
 ) -> int:
-    r"""The smallest k whose leading k squared singular values hold at least (1 - ``tolerance``) of their sum.
+    r"""The smallest k such that the k largest squared singular values hold at least (1 - ``tolerance``) of their sum.
 
-    It says how much of the matrix needs rank, where a numerical rank (:func:`press_rank`) counts rounding noise.
+    It says how much of the matrix needs rank. A numerical rank (:func:`press_rank`) counts rounding noise, too.
 
-    The sum is the squared Frobenius norm, which is known without an SVD. So a large matrix needs its leading singular
-    values only: give ``max_rank``, and they come from :func:`leading_spectrum`. That never underestimates k, as none of
-    them is too large. Or give leading values yourself, with ``squared_norm``, for several tolerances at once.
+    The sum is the squared Frobenius norm, which needs no SVD. So a large matrix needs only its leading singular values.
+    With ``max_rank``, they come from :func:`leading_spectrum`. That never underestimates k, as none of them is too
+    large. Or give leading values yourself, with ``squared_norm``, for several tolerances at once.
 
     Source: Parthiban, Mao, Inkpen, AAAI 2021, supplement, tables 15, 17 and 18, with tolerances 1e-3, 1e-4 and 1e-5.
 
@@ -114,9 +114,9 @@ def effective_rank(
         matrix_or_singular_values: a matrix, (..., V), as for :func:`spectrum`, or singular values, (R,), in any order.
         tolerance: share of the squared Frobenius norm that may be left out, in (0, 1).
         max_rank: with a matrix: the number of leading singular values to compute; by default all, by an exact SVD.
-        squared_norm: with singular values: the squared Frobenius norm of the matrix whose leading values they are; by
-            default they are all of them.
-        seed: with ``max_rank``: of :func:`leading_spectrum`.
+        squared_norm: with leading singular values: the squared Frobenius norm of their matrix. By default the singular
+            values are complete.
+        seed: with ``max_rank``: the seed of :func:`leading_spectrum`.
 
     Returns:
         k; 0 for a matrix of zeros.
@@ -160,21 +160,21 @@ def effective_rank(
     largest = values[0]
     if largest == 0:
         return 0
-    # Summed from the smallest, so that a tolerance below the rounding of the sum itself still means something; scaled,
-    # so that no square leaves float64.
+    # Summed from the smallest value, so that a tolerance below the rounding of the whole sum still has a meaning.
+    # Scaled, so that no square leaves float64.
     tails = (values / largest).square().flip(0).cumsum(0)
     return int((tails > tolerance * tails[-1]).sum())
 
 
 def press_rank(matrix: Tensor) -> int:
-    r"""Numerical rank: how many singular values exceed s_1 * eps / 2 * (N + V + 1)^(1/2), eps that of the dtype.
+    r"""Numerical rank: the number of singular values above s_1 * eps / 2 * (N + V + 1)^(1/2), with eps of the dtype.
 
-    It is what published ranks of log-probability matrices are. It answers whether a matrix differs from one of lower
-    rank by more than the rounding of an SVD, not whether the difference matters: noise just above eps of the largest
-    singular value takes it from 10 to the full size. Use :func:`effective_rank` to compare output layers.
+    Published ranks of log-probability matrices are this number. It answers whether a matrix differs from a matrix of
+    lower rank by more than the rounding of an SVD, not whether the difference matters: noise just above eps of the
+    largest singular value raises it from 10 to the full size. Use :func:`effective_rank` to compare output layers.
 
-    The singular values are computed in float64 whatever the dtype, so that for float32 what is counted is the rounding
-    of the matrix and not that of the SVD, too. The threshold of ``numpy.linalg.matrix_rank`` is s_1 * eps * max(N, V).
+    The singular values are computed in float64 for every dtype. So for float32 the rank counts the rounding of the
+    matrix, and not the rounding of the SVD. The threshold of ``numpy.linalg.matrix_rank`` is s_1 * eps * max(N, V).
 
     Source: Press, Teukolsky, Vetterling, Flannery, *Numerical Recipes*, 3rd edition, 2007, section 2.6.
 
@@ -205,15 +205,15 @@ def plot_transform(
 ) -> Axes:
     """Plot f(z) - f(0), with the identity as a thin line and, given logits, their histogram beneath.
 
-    The offset f(0) is taken out because softmax does not see it. Call it again with the same ``ax`` and ``label`` to
-    compare transforms.
+    f(0) is subtracted because softmax does not see an offset. To compare transforms, call this function again
+    with the same ``ax`` and another ``label``.
 
     Args:
         transform: f.
-        logits: what f is applied to, of any shape; the plot covers their finite values.
+        logits: the logits, of any shape; the plot covers their finite values.
         ax: where to plot; a new figure by default.
-        bounds: range of z to plot instead; by default that of ``logits`` or, without them, ``transform.bound`` on both
-            sides, 20 for a transform that has no such attribute.
+        bounds: range of z to plot; by default the range of ``logits`` or, without them, ``transform.bound`` on both
+            sides, 20 for a transform without this attribute.
         label: name of f in the legend; the class of ``transform`` by default.
         bins: bars of the histogram.
 
@@ -317,7 +317,7 @@ def _range_of(transform: MonotonicTransform, logits: Tensor | None) -> tuple[flo
         bound = float(getattr(transform, "bound", 20.0))
         return -bound, bound
     lo, hi = float(logits.min()), float(logits.max())
-    # All logits may be equal.
+    # If all logits are equal, the range would be empty.
     return (lo, hi) if lo < hi else (lo - 1, hi + 1)
 
 
@@ -344,7 +344,7 @@ def _rank_of_leading(values: Tensor, total: Tensor, tolerance: float) -> int:
 
 
 def _rows(name: str, matrix: Tensor) -> Tensor:
-    """The matrix (N, V) in float64, once it is known to be one."""
+    """Checks a matrix (N, V), and returns it in float64."""
     _check_floating(name, matrix)
     if matrix.dim() < 2 or matrix.numel() == 0:
         raise ValueError(f"{name} must have shape (..., V) and not be empty, got {tuple(matrix.shape)}")

@@ -1,7 +1,7 @@
-"""Which backends exist here, which of them takes a call, and why each better one does not.
+"""The backends that exist here, the choice of one for a call, and the reasons against each better one.
 
 ``auto`` takes the first backend, in the order of preference for the device, that can take the call. Nothing fails over
-silently: :func:`explain` says what was chosen and why; a backend that is asked for by name takes the call or raises.
+silently: :func:`explain` gives the choice and its reasons, and a backend named by the caller takes the call or raises.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from .transforms import Identity, MonotonicTransform
 BackendName = Literal["auto", "reference", "cpu", "triton", "cuda"]
 Operation = Literal["cross_entropy", "linear_cross_entropy", "linear_token_statistics", "log_softmax"]
 
-#: What a target is: class indices, class probabilities, or class probabilities whose gradient is asked for.
+#: The kinds of targets: class indices, class probabilities, or class probabilities that require a gradient.
 TargetKind = Literal["indices", "probabilities", "differentiated probabilities"]
 
 
 class Call(NamedTuple):
-    """What the choice of a backend depends on. It reads no data."""
+    """The properties of a call that decide the backend. The choice reads no data."""
 
     operation: Operation
     device: str
     dtype: torch.dtype
     transform: MonotonicTransform
-    #: Of the head: what is asked for, and whether the size of a chunk and the time of the gradients are.
+    #: For the head: the method, and whether the caller sets ``chunk_rows`` and ``grad_in_forward``.
     method: str = "auto"
     has_chunk_rows: bool = False
     has_grad_in_forward: bool = False
-    #: Of cross_entropy.
+    #: For cross_entropy.
     target_kind: TargetKind = "indices"
-    #: Logits of the shape in question, where someone asks how they are dealt with.
+    #: For :func:`explain`: logits of the shape in question.
     like: Tensor | None = None
-    #: Classes; 0 where nobody knows.
+    #: The number of classes; 0 if it is unknown.
     classes: int = 0
-    #: Of log_softmax: the type of the result; None for that of the arithmetic.
+    #: For log_softmax: the type of the result; None for the type of the arithmetic.
     result_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
 class Status:
-    """Whether a backend can run here, and what it is or why it cannot."""
+    """Whether a backend can run here, with its description or the reason why it cannot."""
 
     available: bool
     detail: str
@@ -61,7 +61,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend that takes a call, how it does it, and why each backend that would be preferred does not."""
+    """The backend that takes a call, how it computes the call, and why each preferred backend does not."""
 
     backend: str
     how: str
@@ -75,18 +75,18 @@ class Explanation:
 
 @dataclass(frozen=True)
 class _Backend:
-    #: The reason why it cannot run here, or None.
+    #: The reason why the backend cannot run here, or None.
     problem: Callable[[], str | None]
-    #: What it is, and with what it runs.
+    #: A description of the backend, and of the device or processor it uses.
     detail: Callable[[], str]
-    #: The reason why it cannot take a call, or None.
+    #: The reason why the backend cannot take a call, or None.
     refusal: Callable[[Call], str | None]
-    #: How it does a call that it takes.
+    #: How the backend computes a call that it takes.
     how: Callable[[Call], str]
 
 
 def target_kind(target: Tensor) -> TargetKind:
-    """What ``target`` is to a call."""
+    """The kind of ``target``."""
     if not target.is_floating_point():
         return "indices"
     return "differentiated probabilities" if target.requires_grad and torch.is_grad_enabled() else "probabilities"
@@ -129,15 +129,15 @@ def _no_fused_kernel(call: Call) -> str | None:
 
 _NO_PROBABILITIES = "its cross_entropy takes class indices, class probabilities are not implemented in it"
 
-#: Their kernels number the columns of a row by int32, with room for a tile beyond the last one.
+#: The GPU kernels number the columns of a row by int32, with room for a tile beyond the last column.
 _MOST_CLASSES_ON_GPU = (2**31 - 1) // 2
 
-#: The CUDA kernels find a piece of a table in the last bits of a float32 (kMostPieces in csrc/cuda/operators.cpp).
+#: The CUDA kernels keep the number of a piece in the last bits of a float32 (kMostPieces in csrc/cuda/limits.h).
 _MOST_PIECES_OF_CUDA = 2**22
 
 
 def _gpu_refusal(call: Call) -> str | None:
-    """What the kernels for GPUs have in common."""
+    """The reason why no kernel for GPUs can take ``call``, or None."""
     if call.dtype == torch.float64:
         return "it computes in float32, input is float64"
     if call.classes > _MOST_CLASSES_ON_GPU:
@@ -149,7 +149,7 @@ def _gpu_refusal(call: Call) -> str | None:
 
 _CHUNKED_HOW = "chunks of rows through one buffer of logits: matrix product, fused "
 
-#: What an operation of the head does beyond its product and its fused kernel.
+#: The words of :func:`explain` for an operation of the head, after its product and its fused kernel.
 _LINEAR_HOW = {
     "linear_cross_entropy": (
         ", products of the gradients of a mean or sum, all in the forward pass; memory beyond inputs, outputs and "
@@ -211,20 +211,20 @@ _RECOMPUTE_HOW = (
     "atomics; no logits in memory"
 )
 
-#: The most features of a head whose logits are formed tile by tile without being asked for.
+#: The most features of a head for which ``method="auto"`` is ``"recompute"``.
 _RECOMPUTE_FEATURES = 512
 
 
 def head_method(
     backend: str, features: int, dtype: torch.dtype, needs_gradient: bool
 ) -> Literal["chunked", "recompute"]:
-    """What ``method="auto"`` is for a head of ``features`` features.
+    """The method that ``"auto"`` takes for a head of ``features`` features.
 
-    ``"recompute"`` on the triton backend, in half precision, where no gradient is needed and there are 512 features at
-    most. On an H100, 8192 rows of 50304 classes, the one kernel multiplies at two thirds of the speed of cuBLAS and
-    saves 0.6 ms of writing and reading logits: with 2048 features it took 3.6 ms instead of 3.0. At that rate both are
-    equal at 990 features, at fewer where the kernel has a fixed part; that was not timed. With gradients, the chunked
-    head multiplies three times and the other one four times: 14 ms and 33 ms
+    It is ``"recompute"`` on the triton backend, in half precision, without gradients and with 512 features at most. On
+    an H100, with 8192 rows of 50304 classes, the kernel multiplies at two thirds of the speed of cuBLAS, and saves 0.6
+    ms of writing and reading logits: with 2048 features it took 3.6 ms instead of 3.0. At that rate both are equal at
+    990 features, or at fewer if the kernel has a fixed cost; that was not timed. With gradients, the chunked head
+    multiplies three times and took 14 ms; ``"recompute"`` multiplies four times and took 33 ms
     (``benchmarks/results/gpu/h100_80gb_hbm3``).
     """
     if backend == "triton" and not needs_gradient and dtype != torch.float32 and features <= _RECOMPUTE_FEATURES:
@@ -282,7 +282,7 @@ _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "referenc
 
 
 def available() -> dict[str, Status]:
-    """The backends by name: which can run here, and why the others cannot. ``python -m monosoftmax.info`` prints it."""
+    """The backends by name, and whether each can run here. ``python -m monosoftmax.info`` prints it."""
     return {
         name: Status(True, backend.detail()) if problem is None else Status(False, problem)
         for name, backend, problem in ((name, each, each.problem()) for name, each in _BACKENDS.items())
@@ -299,18 +299,18 @@ def explain(
     backend: BackendName = "auto",
     method: Literal["auto", "chunked", "recompute"] = "auto",
 ) -> Explanation:
-    """Which backend takes a call of ``operation`` with these arguments, and why each better one does not.
+    """The backend that takes a call of ``operation`` with these arguments, and why each better one does not.
 
     >>> print(explain("cross_entropy", torch.randn(8, 1_000), backend="reference"))
     reference: plain PyTorch; holds the transformed logits [N, V] in float32 or float64
 
     Args:
         operation: ``"cross_entropy"``, ``"linear_cross_entropy"``, ``"linear_token_statistics"`` or ``"log_softmax"``.
-        input: the logits, or the input of the head. Its device and dtype are looked at, and the shape of logits [N, V],
+        input: the logits, or the input of the head. Only its device, its dtype and the shape of logits [N, V] matter,
             not its values.
         transform: as given to the call.
-        target: as given to ``cross_entropy``, of which it matters whether it is class probabilities and whether they
-            require a gradient; class indices where there is none.
+        target: as given to ``cross_entropy``. It matters whether it is class probabilities, and whether they require a
+            gradient. ``None`` stands for class indices.
         dtype: as given to ``log_softmax``.
         backend: as given to the call.
         method: as given to ``linear_cross_entropy``.

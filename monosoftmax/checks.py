@@ -1,4 +1,4 @@
-"""Checks of arguments that the public functions share: an error names the argument, what it got and what it wants."""
+"""Common checks of the public functions' arguments. An error names the argument, its value and the allowed values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IGNORE_INDEX = -100
 
 
 def check_transform(transform: nn.Module | None) -> MonotonicTransform:
-    """The transform that ``transform`` is or wraps; the identity for None."""
+    """The transform itself, without wrappers; the identity for None."""
     if transform is None:
         return IDENTITY
     found = _unwrapped(transform)
@@ -37,7 +37,7 @@ def check_transform(transform: nn.Module | None) -> MonotonicTransform:
 
 
 def _unwrapped(module: Any) -> Any:
-    """What a wrapper around a transform calls: that of ``torch.compile``, and PEFT's ModulesToSaveWrapper."""
+    """The transform inside the wrapper of ``torch.compile``, and inside PEFT's ModulesToSaveWrapper."""
     while not isinstance(module, MonotonicTransform):
         copies, original = getattr(module, "modules_to_save", None), getattr(module, "original_module", None)
         if isinstance(copies, nn.ModuleDict) and original is not None:
@@ -56,7 +56,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     if hasattr(tensor, "full_tensor"):  # a DTensor, without the price of importing torch.distributed.tensor
-        # Not to_local(), the loss over a part of the vocabulary, nor full_tensor(), whose gradient nobody reduces.
+        # to_local() would give the loss over a part of the vocabulary, full_tensor() a gradient that nobody reduces.
         raise NotImplementedError(
             f"{name} is a DTensor, which is not supported. Where fully_shard made it one, call the module that owns it "
             "instead of reading its parameters; or call module.unshard() before; or let "
@@ -74,7 +74,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def check_target(target: Tensor, device: torch.device, shape: torch.Size) -> Tensor:
-    """``target`` as int64, and without a dimension where ``shape`` has none: as PyTorch takes uint8 and (1,)."""
+    """``target`` as int64, and 0-dim if ``shape`` is (). PyTorch takes uint8 and (1,), too."""
     check_tensor("target", target)
     if target.is_floating_point():
         raise NotImplementedError(
@@ -108,7 +108,7 @@ def check_class_probabilities(target: Tensor, input: Tensor, ignore_index: int) 
 
 
 def check_head(head: Head, target: Tensor) -> Tensor:
-    """``target`` as :func:`check_target` returns it."""
+    """Checks the head, and returns ``target`` as :func:`check_target` does."""
     input, linear_weight, linear_bias = head
     check_floating("input", input)
     check_floating("linear_weight", linear_weight)
@@ -141,7 +141,7 @@ def check_head(head: Head, target: Tensor) -> Tensor:
 
 def autocast_enabled(device: str) -> bool:
     """``torch.is_autocast_enabled``, for the meta device, too."""
-    # Not by torch.amp.is_autocast_available, which Dynamo of torch 2.10 cannot read.
+    # Dynamo of torch 2.10 cannot read torch.amp.is_autocast_available.
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
@@ -151,12 +151,12 @@ def check_classes(classes: int) -> None:
 
 
 def check_ignore_index(ignore_index: int) -> int:
-    """``ignore_index`` as an int, which a tensor or an array of one integer is, too."""
+    """``ignore_index`` as an int. A tensor or an array of one integer counts as an int, too."""
     if not isinstance(ignore_index, bool):
         try:
             return operator.index(ignore_index)
         except TypeError:
-            pass  # the error below says it in our words
+            pass  # the error below has our own words
     raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
 
 
@@ -202,7 +202,7 @@ def check_head_options(
 
 
 def check_device(name: str, transform: MonotonicTransform, device: torch.device) -> None:
-    # What runs before a call of f may bring its parameters here: hooks, and the forward that accelerate puts in place.
+    # Hooks, and accelerate's forward, may move the parameters to the device before a call of f.
     if transform._forward_pre_hooks or "forward" in vars(transform):
         return
     for parameter in transform.parameters() if transform._modules else transform._parameters.values():

@@ -1,4 +1,4 @@
-"""What monosoftmax finds here: versions, machine, backends, and what is missing: ``python -m monosoftmax.info``."""
+"""Lists versions, the machine, the backends and what is missing: ``python -m monosoftmax.info``."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import torch
 
 from . import __version__, _installation, backends
 
-#: Packages that parts of monosoftmax or its benchmarks use where they are installed.
+#: Packages that parts of monosoftmax or its benchmarks use if they are installed.
 _OPTIONAL = ("triton", "numpy", "matplotlib", "tabulate", "tqdm")
 
 
 def collect() -> dict[str, Any]:
-    """All that the command prints, as values that ``json`` can write.
+    """All values that the command prints, in types that ``json`` can write.
 
-    ``folder`` is that of the package. ``extension`` is what the C++ extension was built with, or None where it is
-    missing or cannot be used; ``backends`` says why, ``extension_file`` where it is. ``kernels`` says of its kernels
-    which of them run here. ``compiler`` is the path of the C++ compiler that a build would use now, or None.
+    ``folder`` is the folder of the package. ``extension`` has the settings that the C++ extension was built with, or
+    None if it is missing or cannot be used; ``backends`` has the reason, ``extension_file`` the path. ``kernels`` tells
+    which kernels of the extension run here. ``compiler`` is the path of the C++ compiler for a build now, or None.
     """
     extension = backends.extension
     built = None if extension is None else dict(extension.build_info())
@@ -54,7 +54,7 @@ def collect() -> dict[str, Any]:
 
 
 def render(info: Mapping[str, Any]) -> str:
-    """The text for people of what :func:`collect` returns."""
+    """Turns the values of :func:`collect` into text for people."""
     extension, compiler = info["extension"], info["compiler"]
     built = "not in use, see the cpu backend"
     if extension is not None:
@@ -82,7 +82,7 @@ def render(info: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command: prints the text, or with ``--json`` the values."""
+    """Runs the command: prints the text, or with ``--json`` the values."""
     parser = argparse.ArgumentParser(
         prog="python -m monosoftmax.info", description="What monosoftmax finds here, and what is missing."
     )
@@ -102,7 +102,7 @@ def _cuda_kernels(built: Mapping[str, Any] | None) -> str:
 
 
 def _compiler() -> str:
-    # As torch.utils.cpp_extension finds it, which is slow to import.
+    # The same rule as in torch.utils.cpp_extension, which is slow to import.
     return (shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]
 
 

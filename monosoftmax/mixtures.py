@@ -19,7 +19,7 @@ from .transforms.base import arithmetic_dtype, require_count
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-#: Bytes of logits, counted in the type of the arithmetic, that one chunk of MixtureOfSoftmaxes may hold.
+#: The most bytes of logits, in the type of the arithmetic, of one chunk of MixtureOfSoftmaxes.
 LOGITS_BUDGET = 64 * 2**20
 
 
@@ -32,7 +32,7 @@ class _Sizes(NamedTuple):
 
 
 class _Experts(nn.Module):
-    """K context vectors tanh(U_k g) with weights pi = softmax(V g), and the decoder that all of them share.
+    """K context vectors tanh(U_k g) with weights pi = softmax(V g), and their common decoder.
 
     ``decoder``: keyword arguments of :class:`MonotonicSoftmax`.
     """
@@ -62,15 +62,15 @@ class _Experts(nn.Module):
         self.decoder = MonotonicSoftmax(self.expert_features, n_classes, device=device, dtype=dtype, **decoder)
 
     def reset_parameters(self) -> None:
-        """Set everything to the values of a new layer, drawn as :class:`torch.nn.Linear` draws them.
+        """Set everything to the values of a new layer, with random values as in :class:`torch.nn.Linear`.
 
-        A weight that is tied is drawn anew as well (:meth:`MonotonicSoftmax.reset_parameters`).
+        A tied weight is drawn anew, too (:meth:`MonotonicSoftmax.reset_parameters`).
         """
         for part in (self.prior, self.latent, self.decoder):
             part.reset_parameters()
 
     def tie_weights(self, embedding: nn.Embedding) -> Self:
-        """Use the weight of ``embedding`` (V, d) as that of the decoder; returns the layer.
+        """Use the weight of ``embedding`` (V, d) as the weight of the decoder; returns the layer.
 
         Raises:
             TypeError, ValueError: as in :meth:`MonotonicSoftmax.tie_weights`.
@@ -84,7 +84,7 @@ class _Experts(nn.Module):
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise ValueError(f"input must have shape (..., {self.in_features}), got {tuple(input.shape)}")
         for name, part in (("prior.weight", self.prior), ("latent.weight", self.latent)):
-            # Sharded with the layer, it is whole inside of forward only. Sharded alone, it becomes so by its own hook.
+            # A weight sharded with the layer is whole only inside of forward. Sharded alone, it has its own hook.
             if hasattr(part.weight, "full_tensor") and not part._forward_pre_hooks:
                 check_tensor(name, part.weight)
         latent = torch.tanh(self.latent(input)).view(*input.shape[:-1], self.n_experts, self.expert_features)
@@ -102,24 +102,25 @@ class _Experts(nn.Module):
 class MixtureOfSoftmaxes(_Experts):
     r"""Output layer :math:`p(x \mid g) = \sum_k \pi_k \,\mathrm{softmax}_x(\langle w_x, \tanh(U_k g) \rangle + b_x)`.
 
-    The interface is that of :class:`torch.nn.AdaptiveLogSoftmaxWithLoss`. The loss is computed in log space,
+    It has the interface of :class:`torch.nn.AdaptiveLogSoftmaxWithLoss`. The loss is computed in log space,
 
     .. math:: -\log p(t \mid g) = -\mathrm{logsumexp}_k (\log \pi_k - \ell_k),
         \qquad \ell_k = \text{cross entropy of component } k, \qquad \pi = \mathrm{softmax}(V g)
 
-    over chunks of rows whose logits are computed again in the backward pass, so that the N x K x V logits and
-    probabilities never exist for more than one chunk: by :func:`monosoftmax.linear_cross_entropy` of all components
-    where a fused backend takes it, else by checkpointed chunks. The gradient of the decoder is summed over chunks in
-    float32.
-    That is four matrix products for each component, where :class:`MonotonicSoftmax` takes three in all: the upstream
-    gradient of a component is known only once the losses of all of them are, and there is no operator that makes this
-    second pass over the logits of a chunk in the forward pass.
+    over chunks of rows, and the backward pass computes the logits of a chunk again. So the N x K x V logits and
+    probabilities never exist for more than one chunk. If a fused backend takes it, one
+    :func:`monosoftmax.linear_cross_entropy` computes all components, otherwise checkpointed chunks. The gradient of the
+    decoder is summed over chunks in float32.
 
-    There is no label smoothing: it needs log p of every class, which is what the chunked loss avoids.
+    Each component takes four matrix products, where :class:`MonotonicSoftmax` takes three in all. The upstream gradient
+    of a component depends on the losses of all components, and no operator makes this second pass over the logits of a
+    chunk in the forward pass.
+
+    There is no label smoothing: it needs log p of every class, and the chunked loss avoids just that.
 
     Source: Yang, Dai, Salakhutdinov, Cohen, "Breaking the Softmax Bottleneck: A High-Rank RNN Language Model", ICLR
-    2018; settings there: Penn Treebank K=15, d=280, dropout 0.29, WikiText-2 K=15, d=300, dropout 0.29. Its code uses
-    one dropout mask for all time steps of a sequence, this layer one for each.
+    2018; settings there: Penn Treebank K=15, d=280, dropout 0.29, WikiText-2 K=15, d=300, dropout 0.29. The published
+    code uses one dropout mask for all time steps of a sequence, this layer uses one for each step.
 
     Args:
         in_features: width of g.
@@ -130,8 +131,8 @@ class MixtureOfSoftmaxes(_Experts):
         dropout: dropout probability of :math:`\tanh(U_k g)`, in [0, 1).
         published: compute as the published code does: probabilities of all components, mixed, then
             :math:`\log(p + 10^{-8})`. It holds several tensors of N x K x V, and no loss exceeds 18.4.
-        chunk_rows: rows in a checkpointed chunk; asks for these on a fused backend, too. By default as many as have
-            64 MiB of float32 (or float64) logits, at least one.
+        chunk_rows: rows in a checkpointed chunk; if given, a fused backend takes such chunks, too. By default as many
+            rows as have 64 MiB of float32 (or float64) logits, at least one.
         ignore_index, backend: as in :func:`monosoftmax.cross_entropy`.
 
     Shapes: prior.weight (K, in_features), latent.weight (K d, in_features), latent.bias (K d), decoder.weight (V, d),
@@ -139,7 +140,7 @@ class MixtureOfSoftmaxes(_Experts):
 
     Raises:
         TypeError, ValueError: a size is not an int >= 1, ``dropout`` is out of range, or ``chunk_rows`` or ``backend``
-            is given with ``published``, which has no use for them.
+            is given with ``published``, which does not use them.
     """
 
     def __init__(
@@ -213,7 +214,7 @@ class MixtureOfSoftmaxes(_Experts):
         return mixed
 
     def predict(self, input: Tensor) -> Tensor:
-        """The most probable class, (...): that of the mixture, which need not be that of any component."""
+        """The most probable class of the mixture, (...). It need not be the most probable class of any component."""
         return self.log_prob(input).argmax(-1)
 
     def _losses(self, latent: Tensor, log_prior: Tensor, target: Tensor) -> Tensor:
@@ -232,17 +233,17 @@ class MixtureOfSoftmaxes(_Experts):
                 backend=self.decoder.backend,
             )
             return _mixed(log_prior, losses)
-        # In the arithmetic type, so that autograd sums the gradients of the chunks in it. _chunk_losses rounds back.
+        # In the arithmetic type, so that autograd sums the gradients of chunks in this type. _chunk_losses rounds back.
         compute = arithmetic_dtype(matrix.dtype)
         weight = matrix.to(compute)
         bias = None if bias is None else bias.to(compute)
         rows = self.chunk_rows or max(1, LOGITS_BUDGET // (self.n_experts * self.n_classes * compute.itemsize))
         chunks = list(zip(*(torch.split(whole, rows) for whole in (latent, log_prior, target)), strict=True))
-        # A single chunk stays within the budget without being computed twice.
+        # A single chunk is within the budget anyway, so it is not computed twice.
         if len(chunks) == 1 or not torch.is_grad_enabled():
             parts = [self._chunk_losses(weight, bias, *chunk) for chunk in chunks]
         else:
-            # Nothing random happens in a chunk, so there is no state of a generator to preserve.
+            # A chunk has no random operation, so no state of a generator must be preserved.
             parts = [
                 checkpoint(self._chunk_losses, weight, bias, *chunk, use_reentrant=False, preserve_rng_state=False)
                 for chunk in chunks
@@ -285,8 +286,8 @@ class MixtureOfContexts(_Experts):
     r"""Output layer :math:`p(x \mid g) = \mathrm{softmax}_x(\langle w_x, \sum_k \pi_k \tanh(U_k g) \rangle + b_x)`.
 
     The control for :class:`MixtureOfSoftmaxes`, with the same parameters: it mixes the context vectors instead of the
-    probabilities, so that the matrix of log-probabilities has rank at most d + 2 (d + 1 without b). It is one softmax,
-    whose published form, log(softmax), differs from this one in rounding only.
+    probabilities, so that the matrix of log-probabilities has rank at most d + 2 (d + 1 without b). It is one softmax.
+    The published form, log(softmax), differs from it only in rounding.
 
     Source: Yang, Dai, Salakhutdinov, Cohen, ICLR 2018, section 2.4.
 
@@ -359,11 +360,11 @@ class MixtureOfContexts(_Experts):
 
 
 def _mixed(log_prior: Tensor, losses: Tensor) -> Tensor:
-    """-log p(target) of the mixture from the losses of its components, log_prior.numel() of them."""
+    """-log p(target) of the mixture, from the log_prior.numel() losses of its components."""
     return -torch.logsumexp(log_prior - losses.reshape(log_prior.shape), dim=1)
 
 
 def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
-    """log(e^a + e^b). The gradient of torch.logaddexp is NaN where both are -inf, as for a class masked by its bias."""
+    """log(e^a + e^b). If both are -inf, as for a class masked by its bias, torch.logaddexp has a NaN gradient."""
     masked = torch.isneginf(a) & torch.isneginf(b)
     return torch.logaddexp(a.masked_fill(masked, 0.0), b.masked_fill(masked, 0.0)).masked_fill(masked, -torch.inf)

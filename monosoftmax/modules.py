@@ -36,8 +36,8 @@ class MonotonicCrossEntropyLoss(nn.Module):
         transform: f; ``None`` is Linear-Softmax.
         weight, ignore_index, label_smoothing, z_loss, reduction, backend: as in :func:`monosoftmax.cross_entropy`.
 
-    Shapes: input (V,), (N, V) or (N, V, d1, ...); target of that shape without V, or of that shape where it is class
-    probabilities; returns a scalar, or the shape without V for "none".
+    Shapes: input (V,), (N, V) or (N, V, d1, ...); target: this shape without V for class indices, this shape for class
+    probabilities; returns a scalar, or for "none" this shape without V.
     """
 
     weight: Tensor | None
@@ -64,12 +64,12 @@ class MonotonicCrossEntropyLoss(nn.Module):
         self.backend: BackendName = backend
 
     def reset_parameters(self) -> None:
-        """Set the transform to its initial values and ``weight`` to those that were given.
+        """Set the transform to its initial values, and ``weight`` to the given values.
 
         Raises:
-            RuntimeError: ``weight`` was given on the meta device, so that nobody knows its values.
+            RuntimeError: ``weight`` was given on the meta device, so that its values are unknown.
         """
-        check_transform(self.transform).reset_parameters()  # of what a wrapper wraps, too
+        check_transform(self.transform).reset_parameters()  # inside a wrapper, too
         _restore("weight", self.weight, self._initial_weight)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -93,11 +93,11 @@ class MonotonicCrossEntropyLoss(nn.Module):
 
 
 class OutputAndLoss(NamedTuple):
-    """What an output layer returns: log p(target) of each row, and the loss, reduced as the layer says.
+    """The result of an output layer: log p(target) of each row, and the loss, with the reduction of the layer.
 
-    ``output`` has the shape of the targets and is 0 where they are ignored. It is the log-probability alone, whatever
-    class weights, label smoothing and z-loss make of ``loss``. ``loss`` is a scalar, or of the shape of the targets
-    where the reduction is "none".
+    ``output`` has the shape of the targets, and is 0 for ignored targets. It is always the log-probability: class
+    weights, label smoothing and z-loss change only ``loss``. ``loss`` is a scalar, or for the reduction "none" has the
+    shape of the targets.
     """
 
     output: Tensor
@@ -107,9 +107,9 @@ class OutputAndLoss(NamedTuple):
 class MonotonicSoftmax(nn.Module):
     r"""Output layer :math:`p(x \mid h) = \mathrm{softmax}_x f(\langle w_x, h \rangle + b_x)` with its loss.
 
-    The interface is that of :class:`torch.nn.AdaptiveLogSoftmaxWithLoss`. Training by ``loss`` alone takes the three
-    matrix products of :func:`monosoftmax.linear_cross_entropy`; ``output`` is differentiable too, and where it is
-    differentiated the backward pass computes the logits again and does without what the forward pass computed.
+    It has the interface of :class:`torch.nn.AdaptiveLogSoftmaxWithLoss`. Training by ``loss`` alone takes the three
+    matrix products of :func:`monosoftmax.linear_cross_entropy`. ``output`` is differentiable, too. If it is
+    differentiated, the backward pass computes the logits again, and does not use the results of the forward pass.
 
     >>> layer = MonotonicSoftmax(64, 10_000, PLIF())
     >>> log_p_of_target, loss = layer(torch.randn(32, 64), torch.randint(10_000, (32,)))
@@ -161,7 +161,7 @@ class MonotonicSoftmax(nn.Module):
         self.reduction: Reduction = reduction
         self.backend: BackendName = backend
         self.weight = nn.Parameter(torch.empty(n_classes, in_features, device=device, dtype=dtype))
-        # Registered without one, too, as torch.nn.Linear does.
+        # Without a bias, None is registered, as in torch.nn.Linear.
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(n_classes, device=device, dtype=dtype)) if bias else None
         )
@@ -175,13 +175,13 @@ class MonotonicSoftmax(nn.Module):
         self._reset_linear()
 
     def reset_parameters(self) -> None:
-        """Set everything to the values of a new layer: weight and bias as those of :class:`torch.nn.Linear`, too.
+        """Set everything to the values of a new layer. Weight and bias get the values of a :class:`torch.nn.Linear`.
 
-        Weight, bias and a transform with random values are drawn in the order in which a new transform and a new layer
-        draw them. A weight that is tied is the embedding's and is drawn anew as well: reset the embedding after this.
+        Random values are drawn in the order of a new transform and a new layer. A tied weight belongs to the embedding.
+        It is drawn anew, too: reset the embedding after this.
 
         Raises:
-            RuntimeError: the class weights were given on the meta device, so that nobody knows their values; or weight
+            RuntimeError: the class weights were given on the meta device, so that their values are unknown; or weight
                 or bias is computed from other parameters, so that setting it would change nothing.
         """
         for name in ("weight", "bias"):
@@ -190,7 +190,7 @@ class MonotonicSoftmax(nn.Module):
                     f"{name} is computed from other parameters: remove its parametrization, pruning or weight norm "
                     "before reset_parameters()"
                 )
-        check_transform(self.transform).reset_parameters()  # of what a wrapper wraps, too
+        check_transform(self.transform).reset_parameters()  # inside a wrapper, too
         _restore("class_weight", self.class_weight, self._initial_class_weight)
         self._reset_linear()
 
@@ -201,25 +201,25 @@ class MonotonicSoftmax(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def tie_weights(self, embedding: nn.Embedding) -> MonotonicSoftmax:
-        """Use the weight of ``embedding`` (V, d) as that of this layer; returns the layer.
+        """Use the weight of ``embedding`` (V, d) as the weight of this layer; returns the layer.
 
-        Tie before the model is sharded, and once more after ``to_empty`` has brought it from the meta device: that
+        Tie before the model is sharded, and again after ``to_empty`` has moved it from the meta device, as ``to_empty``
         makes two parameters of one.
 
         >>> embedding = nn.Embedding(10_000, 64)
         >>> layer = MonotonicSoftmax(64, 10_000).tie_weights(embedding)
 
         Raises:
-            TypeError: ``embedding`` is no ``nn.Embedding``, its weight is quantised, or its weight or that of this
-                layer is no parameter but computed from others, as by ``torch.nn.utils.parametrize`` or ``prune``.
-            ValueError: the weight has another shape than that of this layer, another dtype or device than the bias, or
-                is sharded.
+            TypeError: ``embedding`` is no ``nn.Embedding``, its weight is quantised, or one of the two weights is no
+                parameter but computed from others, as by ``torch.nn.utils.parametrize`` or ``prune``.
+            ValueError: the weight has another shape than the weight of this layer, another dtype or device than the
+                bias, or is sharded.
         """
         if not isinstance(embedding, nn.Embedding):
             kind = type(embedding)
             raise TypeError(f"embedding must be a torch.nn.Embedding, got {kind.__module__}.{kind.__qualname__}")
-        # What torch computes from other parameters is not registered under this name: parametrize puts a property in
-        # the class, prune and the older weight_norm and spectral_norm an attribute that is set before each forward.
+        # A weight that torch computes from other parameters is not registered under this name: parametrize puts a
+        # property in the class; prune and the older weight_norm and spectral_norm set an attribute before each forward.
         if "weight" not in embedding._parameters:
             raise TypeError(
                 "the weight of embedding is computed from other parameters (parametrized, normalised or pruned), so "
@@ -251,14 +251,14 @@ class MonotonicSoftmax(nn.Module):
         """The logits before the transform, (..., V).
 
         Raises:
-            NotImplementedError: the weight is a DTensor, as it is outside forward where ``fully_shard`` has sharded it.
+            NotImplementedError: the weight is a DTensor, as after ``fully_shard`` everywhere outside of forward.
         """
         return F.linear(input, *self.matrix_and_bias())
 
     def matrix_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """The weight and the bias as forward would find them, for other methods.
+        """The weight and the bias with the values that forward would see, for other methods.
 
-        Pruning and the older ``weight_norm`` and ``spectral_norm`` compute them in hooks that run before forward only.
+        Pruning and the older ``weight_norm`` and ``spectral_norm`` compute them in hooks that run only before forward.
 
         Raises:
             NotImplementedError: as :meth:`logits`.
@@ -270,7 +270,7 @@ class MonotonicSoftmax(nn.Module):
         return self.weight, self.bias
 
     def forward(self, input: Tensor, target: Tensor) -> OutputAndLoss:
-        """Log-probabilities of the targets, of the shape of ``target`` (0 where ignored), and the loss.
+        """Log-probabilities of the targets, in the shape of ``target`` (0 if ignored), and the loss.
 
         Args:
             input: (..., d).
@@ -279,7 +279,7 @@ class MonotonicSoftmax(nn.Module):
         Raises:
             TypeError, ValueError, IndexError: as in :func:`monosoftmax.linear_cross_entropy`.
         """
-        # Without these the loss of a row is -log p.
+        # Without these options, the loss of a row is -log p.
         plain = self.label_smoothing == 0 and self.z_loss == 0 and self.class_weight is None
         losses = linear_losses(
             Head(input, self.weight, self.bias),
@@ -302,7 +302,7 @@ class MonotonicSoftmax(nn.Module):
         return log_softmax(self.logits(input), self.transform, backend=self.backend)
 
     def predict(self, input: Tensor) -> Tensor:
-        """The most probable class, (...). f is increasing, so it is that of the largest logit."""
+        """The most probable class, (...). f is increasing, so this class has the largest logit."""
         return self.logits(input).argmax(-1)
 
     def extra_repr(self) -> str:
@@ -315,8 +315,8 @@ class MonotonicSoftmax(nn.Module):
 
 
 def _kept(transform: MonotonicTransform) -> MonotonicTransform:
-    """``transform`` as a module keeps it: in PEFT's wrapper, which chooses its adapter anew at every call, but not in
-    that of ``torch.compile``, which would only change the names of parameters.
+    """``transform`` for an attribute of a module. PEFT's wrapper stays, since it chooses its adapter at every call. The
+    wrapper of ``torch.compile`` goes, since it would only change the names of parameters.
     """
     check_transform(transform)
     while "_orig_mod" in transform._modules:
@@ -325,7 +325,7 @@ def _kept(transform: MonotonicTransform) -> MonotonicTransform:
 
 
 def _copy(weight: Tensor | None) -> Tensor | None:
-    """The values of class weights to come back to: no buffer, so that nothing that is done to buffers changes them."""
+    """A copy of class weights, to restore them. It is no buffer, so that operations on buffers leave it unchanged."""
     return None if weight is None else weight.detach().clone()
 
 

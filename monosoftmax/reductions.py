@@ -1,4 +1,4 @@
-"""What a sum of losses is divided by."""
+"""The divisors and scales of sums of losses."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .row_kernels import extension
 
 
 def normalizer(reduction: str, target: Tensor, options: LossOptions, classes: int, dtype: torch.dtype) -> Tensor | None:
-    """1 for "sum"; for "mean" what :func:`monosoftmax.cross_entropy` says, 0 where every row is ignored.
+    """The divisor of a sum of losses: 1 for "sum", None for "none".
 
-    None for "none".
+    For "mean" it is as in :func:`monosoftmax.cross_entropy`, and 0 if all rows are ignored.
     """
     if reduction == "none":
         return None
@@ -28,7 +28,7 @@ def normalizer(reduction: str, target: Tensor, options: LossOptions, classes: in
 
 
 def scale_of(reduction: str, target: Tensor, options: LossOptions, classes: int, dtype: torch.dtype) -> Tensor | None:
-    """What kernels multiply the sum of losses by: the reciprocal of :func:`normalizer`. ``target`` has values."""
+    """The factor of a sum of losses in kernels: 1 / :func:`normalizer`. ``target`` must have values."""
     counts = reduction == "mean" and options.weight is None and not target.is_floating_point()
     if counts and extension is not None and target.device.type == "cpu":
         scale: Tensor = extension.cpu.mean_scale(target, options.ignore_index, dtype)
@@ -38,5 +38,5 @@ def scale_of(reduction: str, target: Tensor, options: LossOptions, classes: int,
 
 
 def reduced(loss: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``scale`` and the total, both empty where there is no scale."""
+    """``scale`` and the scaled sum of ``loss``; both are empty without a scale."""
     return (loss.new_empty(0), loss.new_empty(0)) if scale is None else (scale, loss.sum() * scale)

@@ -1,7 +1,7 @@
-"""The kernels over rows of logits: what a fused backend offers to the operators, and which of them run here.
+"""The kernels over rows of logits, by which a fused backend implements the operators, and the choice between them.
 
 A table of kernels is a module: ``monosoftmax._C.cpu``, ``monosoftmax._C.cuda`` or
-``monosoftmax.triton_kernels.operators``, which is imported when it is first asked for.
+``monosoftmax.triton_kernels.operators``. The last one is imported at its first use.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from . import _installation
 from ._dispatch import assume_constant
 from .groups import LossOptions, RowResults, Transform, Upstream
 
-#: The compiled extension ``monosoftmax._C``, or None; and why it is None.
+#: The compiled extension ``monosoftmax._C``, or None; and the reason why it is None.
 extension, extension_problem = _installation.load_extension()
 _installation.find_triton_kernels()
 
 
 class RowKernels(Protocol):
-    """``rows`` [N, V] have any row stride, and columns next to each other. No function changes its arguments, or waits
-    for a device, but for what it says.
+    """The contract of the kernels. ``rows`` [N, V] have any row stride, and columns next to each other. A function
+    changes its arguments or waits for a device only if its docstring says so.
     """
 
     def cross_entropy(
@@ -41,23 +41,24 @@ class RowKernels(Protocol):
         output_mask: Sequence[bool] = (False, False),
         grad_rows: Tensor | None = None,
     ) -> RowResults:
-        """Losses of rows, and the gradients that ``output_mask`` asks for: of rows, and of the coefficients.
+        """Losses of rows, and the gradients in ``output_mask``: of rows, and of the coefficients.
 
         Args:
             rows: [N, V].
             target: [N] int64, or class probabilities [N, V] of any floating type.
             transform: f.
-            options: of the loss.
-            upstream: the gradients of what is returned; needed where the mask asks for one.
-            row_stats: of an earlier call with the same arguments, which computed the losses; None computes them.
-            output_mask: which gradients are computed.
-            grad_rows: where the gradient of rows is written; ``rows`` itself, or None for new memory.
+            options: the options of the loss.
+            upstream: the gradients of the results; needed if the mask asks for a gradient.
+            row_stats: the result of an earlier call with the same arguments, which computed the losses; None computes
+                the losses.
+            output_mask: the gradients to compute.
+            grad_rows: memory for the gradient of rows; it may be ``rows`` itself. None allocates new memory.
         """
 
     def token_statistics(
         self, rows: Tensor, target: Tensor, transform: Transform, ignore_index: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """log p(target), entropy, argmax, lse, and rank of the target (how many logits are larger), each [N].
+        """log p(target), entropy, argmax, lse, and rank of the target (the number of larger logits), each [N].
 
         In an ignored row log p is 0 and the rank is -1.
         """
@@ -73,10 +74,10 @@ class RowKernels(Protocol):
         row_stats: Tensor,
         output_mask: Sequence[bool],
     ) -> tuple[Tensor, Tensor]:
-        """The gradients of rows and of the coefficients; empty where the mask does not ask for them."""
+        """The gradients of rows and of the coefficients; empty unless the mask asks for them."""
 
     def plif_coefficients(self, raw_slope: Tensor, bound: float, min_slope: float) -> Tensor:
-        """The table [2, K] of :class:`monosoftmax.transforms.PLIF`, of the type of ``raw_slope`` [K]."""
+        """The table [2, K] of :class:`monosoftmax.transforms.PLIF`, in the type of ``raw_slope`` [K]."""
 
     def plif_coefficients_backward(
         self, grad_coefficients: Tensor, raw_slope: Tensor, bound: float, min_slope: float
@@ -84,11 +85,13 @@ class RowKernels(Protocol):
         """The gradient of ``raw_slope`` [K]."""
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None:
-        """Multiply a contiguous ``tensor`` by the 0-dim ``factor``, unless that is 1. Of devices that do not tell."""
+        """Multiply a contiguous ``tensor`` by the 0-dim ``factor``, unless the factor is 1. Not for CPU tensors, where
+        the caller knows the factor.
+        """
 
 
 def row_kernels(backend: str) -> RowKernels:
-    """The kernels of ``backend``, which runs here: :func:`problem` says None of it."""
+    """The kernels of ``backend``, which must be able to run here (:data:`PROBLEMS`)."""
     if backend == "triton":
         return _triton_kernels()
     if backend == "cuda" and host_execution():
@@ -100,7 +103,7 @@ def row_kernels(backend: str) -> RowKernels:
 
 @functools.cache
 def kernels_for(device: str) -> RowKernels | None:
-    """The kernels of the best backend for tensors on a device of this type; None where there are none."""
+    """The kernels of the best backend for tensors on a device of this type; None if there are none."""
     backends = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device, ())
     return next((row_kernels(each) for each in backends if PROBLEMS[each]() is None), None)
 
@@ -117,7 +120,7 @@ def _triton_kernels() -> RowKernels:
 
 @assume_constant
 def interpreting() -> bool:
-    """Whether Triton's interpreter stands in for a GPU; triton is not imported to find out."""
+    """Whether Triton's interpreter stands in for a GPU. This does not import triton."""
     triton = sys.modules.get("triton")
     return os.environ.get("TRITON_INTERPRET") == "1" if triton is None else bool(triton.knobs.runtime.interpret)
 
@@ -164,7 +167,7 @@ def _cuda_problem() -> str | None:
 
 
 def runs_on(gpu: tuple[int, int], architecture: str) -> bool:
-    """Whether a GPU of this capability runs what was compiled for ``architecture``, such as 9.0 or 10.0+PTX."""
+    """Whether a GPU of this capability runs code for ``architecture``, such as 9.0 or 10.0+PTX."""
     name, _, ptx = architecture.partition("+")
     major, minor = (int(part) for part in name.rstrip("af").split("."))
     if name.endswith("a"):
@@ -173,7 +176,7 @@ def runs_on(gpu: tuple[int, int], architecture: str) -> bool:
     return same_family if name.endswith("f") else same_family or (bool(ptx) and (major, minor) <= gpu)
 
 
-#: The fused backends, and for each the reason why it cannot run here, or None.
+#: For each fused backend, a function that gives the reason why it cannot run here, or None.
 PROBLEMS: dict[str, Callable[[], str | None]] = {
     "cpu": _cpu_problem,
     "triton": _triton_problem,

@@ -1,4 +1,4 @@
-"""What the operators over rows of logits compute: one kernel of the backend each."""
+"""Implements the operators over rows of logits, each by one kernel of the backend."""
 
 from __future__ import annotations
 

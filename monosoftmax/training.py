@@ -1,4 +1,4 @@
-"""What the training of a transform asks of an optimiser: groups of parameters, and the clipping of gradients."""
+"""Help for the training of transforms: groups of parameters for an optimiser, and the clipping of gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .transforms import MonotonicTransform
 
 
 class GradientNorms(NamedTuple):
-    """The norms of the gradients before :func:`clip_grad_norm_`, scalars: of all parameters but f's, and of f's."""
+    """The norms of gradients before :func:`clip_grad_norm_`, scalars: of all parameters but f's, and of f's."""
 
     model: Tensor
     transform: Tensor
@@ -27,11 +27,11 @@ def parameter_groups(
     weight_decay: float = 0.0,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any ``torch.optim`` optimiser, with settings of their own for transforms.
+    """Parameter groups for any ``torch.optim`` optimiser, with separate settings for transforms.
 
-    The parameters of transforms get no weight decay (it would pull f away from the identity) and a learning rate of
-    their own. Use an optimiser of the Adam family for them; plain SGD hardly moves a PLIF (see :class:`PLIF`). What is
-    below a transform is its own, wrapped, parametrised or pruned as it may be.
+    The parameters of transforms get their own learning rate, and no weight decay, which would pull f away from the
+    identity. Use an optimiser of the Adam family for them: plain SGD hardly moves a PLIF (see :class:`PLIF`). All
+    parameters below a transform belong to it, also if it is wrapped, parametrised or pruned.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), MonotonicCrossEntropyLoss(PLIF()))
     >>> optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3, weight_decay=0.1))
@@ -40,15 +40,16 @@ def parameter_groups(
 
     Args:
         module: the model, sharded by ``fully_shard`` or not. Parameters that do not require a gradient are left out.
-        lr: learning rate of everything else.
-        transform_lr: learning rate of the transforms; 0.003 to 0.01 worked for Adam, or 0.03 to 0.1 of the head's.
-        weight_decay: of the parameters with 2 dimensions or more that are in no transform.
+        lr: the learning rate of all other parameters.
+        transform_lr: learning rate of the transforms. For Adam, 0.003 to 0.01 worked, or 0.03 to 0.1 of the head's.
+        weight_decay: for parameters with 2 dimensions or more that are in no transform.
         **options: further options of the optimiser, for all groups.
 
     Returns:
-        Those of these groups that hold anything, each in the order of ``module.parameters()`` and each parameter once,
-        tied as it may be: "model"; where ``weight_decay`` is not 0, "no_decay", the biases and gains of norms (fewer
-        than 2 dimensions), which differs from "model" in its weight decay of 0 only; "transform".
+        The groups "model", "no_decay" and "transform", without empty ones. Each is in the order of
+        ``module.parameters()``, and has a tied parameter once. "no_decay" exists if ``weight_decay`` is not 0. It has
+        the biases and the gains of norms (fewer than 2 dimensions), and differs from "model" only in its weight decay
+        of 0.
 
     Raises:
         TypeError: ``module`` is no module.
@@ -63,7 +64,7 @@ def parameter_groups(
     )
     flattened = _dimensions_before_flattening(module)
     decayed = [
-        # A weight decay of 0 leaves nothing to set apart, and the state of the optimiser is that of older versions.
+        # With a weight decay of 0 there is no "no_decay", so that the optimiser has the state of older versions.
         parameter
         for parameter in model
         if weight_decay == 0 or flattened.get(id(parameter), parameter.dim()) >= 2
@@ -92,14 +93,14 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> GradientNorms:
-    r"""Clip the gradients of f's parameters and those of all others apart, each as torch's ``clip_grad_norm_`` does.
+    r"""Clip the gradients of f's parameters and of all others separately, each like torch's ``clip_grad_norm_``.
 
     .. math:: g \leftarrow g \cdot \min\left(1, \frac{\text{max\_norm}}{\lVert g \rVert + 10^{-6}}\right),
         \qquad g = g_\text{model}, \text{ and then } g = g_f
 
-    Clipping both together starves the model where f's parameters act on all logits: their gradient is a sum over all
-    logits, so that it is most of the joint norm, and the model's own gradients are scaled down for it. Measured: a
-    temperature lost 7 % of perplexity by it.
+    Clipping both together starves the model if f's parameters act on all logits. Their gradient is a sum over all
+    logits: it makes up most of the joint norm, and scales down the gradients of the model. Measured: a temperature lost
+    7 % of perplexity by it.
 
     >>> model = MonotonicSoftmax(64, 1_000, PLIF())
     >>> optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3))
@@ -108,15 +109,15 @@ def clip_grad_norm_(
     >>> optimizer.step()
 
     Args:
-        module: the model, f included; the model itself, where torch's function takes its parameters. It may be sharded
-            by ``fully_shard``: call this on every rank.
-        max_norm: the norm that the gradients of all parameters but f's keep at most; ``math.inf`` only measures.
-        transform_max_norm: that of f's parameters; ``max_norm`` by default.
-        norm_type, error_if_nonfinite, foreach: as in :func:`torch.nn.utils.clip_grad_norm_`. Where
-            ``error_if_nonfinite`` raises, no gradient has been changed; it waits for the device.
+        module: the model, f included; torch's function takes parameters instead. It may be sharded by ``fully_shard``:
+            call this on every rank.
+        max_norm: the largest norm for the gradients of all parameters but f's; ``math.inf`` only measures.
+        transform_max_norm: the largest norm for the gradients of f's parameters; ``max_norm`` by default.
+        norm_type, error_if_nonfinite, foreach: as in :func:`torch.nn.utils.clip_grad_norm_`. ``error_if_nonfinite``
+            waits for the device. If it raises, no gradient has changed.
 
     Returns:
-        The two norms before clipping, scalars; 0 where there are no gradients.
+        The two norms before clipping, scalars; 0 without gradients.
 
     Raises:
         TypeError: ``module`` is no module.
@@ -136,20 +137,20 @@ def clip_grad_norm_(
             "clip_grad_norm_ only, which clips all together: shard with torch.distributed.fsdp.fully_shard instead"
         )
     clipped = [[parameter for parameter in part if parameter.grad is not None] for part in parts]
-    # Both norms before any gradient changes, for error_if_nonfinite.
+    # Both norms come before any gradient changes, for error_if_nonfinite.
     norms = [_total_norm(part, norm_type, error_if_nonfinite, foreach) for part in clipped]
     for part, most, norm in zip(clipped, (max_norm, transform_max_norm), norms, strict=True):
         for alike in _by_mesh(part):
             torch.nn.utils.clip_grads_with_norm_(alike, most, norm, foreach)
     model, transform = norms
-    # Where one of them has no gradients: on the device of the other, so that the two can be logged as one tensor.
+    # A norm without gradients goes to the device of the other norm, so that both can be logged as one tensor.
     return GradientNorms(
         model if clipped[0] else model.to(transform.device), transform if clipped[1] else transform.to(model.device)
     )
 
 
 def _model_and_transform(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """All parameters but those of transforms, and those of transforms; each once, in the order of the module."""
+    """The parameters of the model without its transforms, and of its transforms; each once, in the module's order."""
     if not isinstance(module, nn.Module):
         raise TypeError(
             f"module must be a torch.nn.Module, the model and not its parameters, got {type(module).__name__}"
@@ -173,7 +174,7 @@ def _model_and_transform(module: nn.Module) -> tuple[list[nn.Parameter], list[nn
 
 
 def _fsdp1_handles(module: nn.Module) -> Iterator[Any]:
-    """What FullyShardedDataParallel keeps of its parameters, found without importing torch.distributed.fsdp."""
+    """The handles of FullyShardedDataParallel for its parameters, without an import of torch.distributed.fsdp."""
     for part in module.modules():
         handle = part.__dict__.get("_handle")
         if getattr(getattr(handle, "flat_param", None), "_is_flat_param", False):
@@ -181,7 +182,7 @@ def _fsdp1_handles(module: nn.Module) -> Iterator[Any]:
 
 
 def _dimensions_before_flattening(module: nn.Module) -> dict[int, int]:
-    """By the id of a parameter, its dimensions, where it is a piece of what FullyShardedDataParallel has flattened."""
+    """The original dimensions of each parameter that FullyShardedDataParallel has flattened, by the id of its piece."""
     flat = [handle.flat_param for handle in _fsdp1_handles(module)]
     return {
         id(parameter): len(shape) for each in flat for parameter, shape in zip(each._params, each._shapes, strict=True)
@@ -189,7 +190,7 @@ def _dimensions_before_flattening(module: nn.Module) -> dict[int, int]:
 
 
 def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """``parameters`` by the mesh of their gradients: torch takes no DTensors of several, nor any beside plain ones."""
+    """Groups ``parameters`` by the mesh of their gradients: torch takes no mixture of meshes or with plain tensors."""
     meshes: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
         meshes.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
@@ -203,7 +204,7 @@ def _total_norm(
     for alike in _by_mesh(parameters):
         gradients = [parameter.grad for parameter in alike if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, norm_type, error_if_nonfinite, foreach)
-        # The norm of DTensors is a sum that is still to come, whose item() would be this rank's part of it.
+        # The norm of DTensors is a sum that is not yet reduced: its item() would be the part of this rank.
         norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if len(norms) < 2:
         return norms[0] if norms else torch.zeros(())

@@ -15,7 +15,7 @@ from .soft_cap import SoftCap
 from .spline import RationalQuadraticSpline
 from .temperature import Temperature
 
-# A new transform adds its row here.
+# For a new transform, add its row here.
 REGISTRY.update(
     {
         "identity": Identity,
@@ -43,11 +43,11 @@ def make(name: str, **settings: Any) -> MonotonicTransform:
 
 
 def from_dict(config: dict[str, Any]) -> MonotonicTransform:
-    """The transform that :meth:`MonotonicTransform.to_dict` gave ``config`` for, as it was built.
+    """The transform that ``config``, from :meth:`MonotonicTransform.to_dict`, describes, as it was built.
 
     Raises:
         TypeError: ``config`` is no dict, or has names that are no arguments of the transform.
-        ValueError: it has no ``"type"``, or one that no transform has. Whatever the transform's constructor raises.
+        ValueError: ``"type"`` is missing, or names no transform. The transform's constructor may raise other errors.
     """
     if not isinstance(config, dict):
         raise TypeError(f"config must be a dict, got {type(config).__name__}")

@@ -1,4 +1,4 @@
-"""The contract of a monotonic pointwise transform f, and the pieces that its parameterisations share."""
+"""The contract of a monotonic pointwise transform f, and the common parts of its parameterisations."""
 
 from __future__ import annotations
 
@@ -10,82 +10,82 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-#: Positive scalars and shifts are clamped to this range, so that f stays finite and increasing whatever float32 value
-#: an optimiser step leaves in a raw parameter. Inside the range the clamp is the identity.
+#: Positive scalars and shifts are clamped to this range. So f stays finite and increasing for every float32 value of a
+#: raw parameter that an optimiser step may leave. Inside the range the clamp is the identity.
 SCALE_LIMIT = 1e4
 SHIFT_LIMIT = 1e4
 
-#: The most pieces of a table of coefficients: up to there float32 has a number for each of them.
+#: The most pieces of a table of coefficients: up to this number, float32 represents the number of each piece.
 MOST_PIECES = 2**24
 
 
-#: The transforms by the name that kernels, command lines and :meth:`MonotonicTransform.to_dict` use for them.
-#: ``transforms/__init__.py`` fills it; a class from elsewhere adds its row there itself.
+#: The transforms by their name in kernels, command lines and :meth:`MonotonicTransform.to_dict`.
+#: ``transforms/__init__.py`` fills this table. Classes from elsewhere must add their own row.
 REGISTRY: dict[str, type[MonotonicTransform]] = {}
 
-#: Arguments of constructors that say where a transform lives or how it was drawn, not which function it is.
+#: Arguments of constructors for the device, the dtype and the random numbers. They do not choose the function f.
 _NO_SETTINGS = ("device", "dtype", "generator")
 
 
 class MonotonicTransform(nn.Module):
     r"""An increasing, pointwise function :math:`f: \mathbb{R} \to \mathbb{R}` on logits.
 
-    A subclass has two faces. As an ``nn.Module`` it holds raw, unconstrained parameters and is called on a tensor of
-    any shape. To the fused kernels it is :meth:`coefficients`, a small tensor that is computed from the raw parameters
-    by differentiable PyTorch code, and :meth:`constants`, numbers that never change; the kernels return the gradient
-    with respect to the coefficients and autograd carries it on to the raw parameters. :meth:`evaluate` defines f in
-    terms of both and is the plain PyTorch mathematics that every kernel is tested against.
+    A subclass has two faces. As an ``nn.Module`` it holds raw, unconstrained parameters, and is called on a tensor of
+    any shape. For the fused kernels it has :meth:`coefficients`, a small tensor that differentiable PyTorch code
+    computes from the raw parameters, and :meth:`constants`, numbers that never change. The kernels return the gradient
+    of the coefficients, and autograd computes from it the gradient of the raw parameters. :meth:`evaluate` defines f by
+    coefficients and constants, in plain PyTorch. Every kernel is tested against it.
 
-    Subclasses outside the package need :meth:`coefficients`, :meth:`evaluate` and :meth:`evaluate_derivative` only:
-    with ``kernel = None`` the reference backend takes them. With parameters or buffers they define
-    :meth:`reset_parameters` too, and with arguments :meth:`arguments`.
+    Subclasses outside the package need only :meth:`coefficients`, :meth:`evaluate` and :meth:`evaluate_derivative`:
+    with ``kernel = None`` the reference backend takes them. With parameters or buffers they also define
+    :meth:`reset_parameters`, and with arguments :meth:`arguments`.
 
-    **Hooks.** Called without an input, a transform returns its coefficients. Losses get them by that call, because
-    pruning, the old ``weight_norm`` and ``fully_shard`` prepare the parameters in hooks that run before a call of the
-    module, and in no other method. So hooks on a transform see two kinds of calls: with logits and without arguments.
+    **Hooks.** Called without an input, a transform returns its coefficients. Losses get them by this call, because
+    pruning, the old ``weight_norm`` and ``fully_shard`` prepare the parameters in hooks, which run before a call of the
+    module, but before no other method. So hooks on a transform see two kinds of calls: with logits, and without
+    arguments.
 
-    **FSDP.** ``fully_shard(transform)`` needs no more. Where f belongs to the group of a module around it, its
-    parameters are whole only while that module's ``forward`` runs; elsewhere they are DTensors, which every method
-    refuses: a shard would pass for the whole.
+    **FSDP.** ``fully_shard(transform)`` needs nothing else. If f belongs to the group of a module around it, its
+    parameters are whole only while ``forward`` of that module runs. Elsewhere they are DTensors, which every method
+    refuses: a shard would be taken for the whole parameter.
 
     **Precision.** Raw parameters are float32 or float64, never half. Around 0.54, where the raw slopes of a
-    :class:`~monosoftmax.transforms.PLIF` start, bfloat16 numbers lie 1/256 apart, so that a step of 1e-3, such as
-    AdamW takes, rounds to no step at all. Therefore ``model.bfloat16()``, ``.half()`` and ``.to(dtype)`` leave a
-    transform in float32, with its values unrounded, and a half-precision default dtype is widened; it costs nothing
-    that shows, because coefficients are computed in float32 in any case and there are few. FSDP with mixed precision
-    keeps the sharded parameters that the optimiser steps in float32, but the forward pass sees them rounded to
-    ``param_dtype``. ``fully_shard(transform)`` of its own, without a policy and before the modules around it, avoids
-    the rounding. In a model whose other parameters are half that is needed anyway, since FSDP wants one dtype in a
-    group.
+    :class:`~monosoftmax.transforms.PLIF` start, bfloat16 numbers lie 1/256 apart, so that a step of 1e-3, which is
+    typical for AdamW, rounds to no step at all. Therefore ``model.bfloat16()``, ``.half()`` and ``.to(dtype)`` leave a
+    transform in float32, with its values unrounded, and a half-precision default dtype is widened. The cost is
+    negligible, because coefficients are computed in float32 anyway and are few. FSDP with mixed precision keeps the
+    sharded parameters of the optimiser in float32, but the forward pass sees them rounded to ``param_dtype``. Its own
+    ``fully_shard(transform)``, without a policy and before the modules around it, avoids the rounding. In a model with
+    half-precision parameters it is needed anyway, since FSDP wants one dtype in a group.
 
     Raises:
         NotImplementedError: (when called) parameters are DTensors.
     """
 
-    #: Name of the fused mathematics of this transform (``csrc/transforms``, ``triton_kernels/transforms``).
+    #: The name of the fused kernels of this transform (``csrc/transforms``, ``triton_kernels/transforms``).
     kernel: ClassVar[str | None] = None
-    #: True where f(-inf) is finite, so that a logit of -inf keeps some probability.
+    #: True if f(-inf) is finite, so that a logit of -inf keeps some probability.
     bounded_below: ClassVar[bool] = False
 
     def __init__(self) -> None:
-        # Without arguments, unlike nn.Module, so that to_dict() can tell what a subclass without __init__ takes.
+        # No arguments, unlike nn.Module, so that to_dict() knows the arguments of a subclass without __init__.
         super().__init__()
 
     def coefficients(self) -> Tensor:
-        """What the kernels see: a vector [P] with P <= 64, or a table [R, K] of R coefficients for each of K pieces.
+        """The coefficients for kernels: a vector [P] with P <= 64, or a table [R, K] of R coefficients for K pieces.
 
-        A subclass defines it, from the attributes that its raw parameters are; callers call the transform instead,
-        ``transform()``, for the hooks.
+        A subclass defines this method, and computes it from the attributes of its raw parameters. Callers use
+        ``transform()`` instead, so that hooks run.
         """
         raise NotImplementedError
 
     def constants(self) -> tuple[float, ...]:
-        """Numbers that the kernels need beside the coefficients and that are never learned."""
+        """Numbers for kernels, in addition to the coefficients. They are never learned."""
         return ()
 
     @property
     def table_size(self) -> int:
-        """K of a table of coefficients [R, K], which a backend may have no room for; 0 where they are a vector."""
+        """K of a table of coefficients [R, K], which may be too large for a backend; 0 if they are a vector."""
         return 0
 
     def evaluate(self, z: Tensor, coefficients: Tensor) -> Tensor:
@@ -101,21 +101,21 @@ class MonotonicTransform(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no inverse in closed form")
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments that the constructor was called with, as values of JSON; ``device``, ``dtype``, ``generator``
-        aside. A subclass whose constructor takes others defines it.
+        """The arguments of the constructor, as values of JSON, without ``device``, ``dtype`` and ``generator``. A
+        subclass with other arguments defines this method.
         """
         return {}
 
     def to_dict(self) -> dict[str, Any]:
-        """What f was built with, ``{"type": name, **arguments}``, for :func:`monosoftmax.transforms.from_dict`.
+        """The settings of f, ``{"type": name, **arguments}``, for :func:`monosoftmax.transforms.from_dict`.
 
-        What f has learned since is not in it: that is in ``state_dict()``.
+        The learned values are not in it, but in ``state_dict()``.
 
         Raises:
             ValueError: the class is not in ``monosoftmax.transforms.REGISTRY``.
             NotImplementedError: :meth:`arguments` does not return the arguments that the constructor takes.
         """
-        # Past the classes that torch derives on the fly, such as ParametrizedPLIF and FSDPPLIF.
+        # Skips the classes that torch derives on the fly, such as ParametrizedPLIF and FSDPPLIF.
         kind = next(each for each in type(self).__mro__ if not each.__module__.startswith("torch."))
         name = next((name for name, registered in REGISTRY.items() if registered is kind), None)
         if name is None:
@@ -136,7 +136,7 @@ class MonotonicTransform(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.arguments().items())
 
     def reset_parameters(self) -> None:
-        """Restore what f was built with, also on a device that ``to_empty`` brought it to.
+        """Restore the values that f was built with, also on a device after ``to_empty``.
 
         Raises:
             NotImplementedError: the subclass has parameters or buffers and does not define this method.
@@ -147,10 +147,10 @@ class MonotonicTransform(nn.Module):
             )
 
     def _raw(self, name: str) -> Tensor:
-        """The parameter or buffer ``name``, to be written to."""
+        """The parameter or buffer ``name``, for writing."""
         raw = self._parameters.get(name, self._buffers.get(name))
         if raw is None:
-            # What the attribute is then was computed from other parameters: writing to it would change nothing.
+            # The attribute was computed from other parameters, so that writing to it would change nothing.
             raise RuntimeError(
                 f"{name} is not a parameter or buffer of this {type(self).__name__}: "
                 "remove its parametrization, pruning or weight norm before reset_parameters()"
@@ -160,10 +160,10 @@ class MonotonicTransform(nn.Module):
     def forward(self, input: Tensor | None = None) -> Tensor:
         """f(input), elementwise; without an input, the coefficients.
 
-        float16 and bfloat16 are computed in float32 and rounded once.
+        float16 and bfloat16 are computed in float32, and rounded once.
         """
-        # Told by what they can do: an import of torch.distributed takes a second, and some builds have none. Parameters
-        # without ado, which are no DTensors, are let through without a walk over them by name.
+        # DTensors are recognised by an attribute: an import of torch.distributed takes a second, and some builds have
+        # none. A transform of plain parameters needs no walk over their names.
         sharded: list[str] = []
         if self._modules or any([type(raw) is not nn.Parameter for raw in self._parameters.values()]):
             sharded = [name for name, raw in self.named_parameters() if hasattr(raw, "full_tensor")]
@@ -192,7 +192,7 @@ class MonotonicTransform(nn.Module):
         def unless_half(raw: Tensor) -> Tensor:
             changed = fn(raw)
             if changed.is_floating_point() and changed.dtype != arithmetic_dtype(changed.dtype):
-                # From the values before the cast, which has rounded them.
+                # From the values before the cast, since the cast has rounded them.
                 return raw.to(changed.device, arithmetic_dtype(raw.dtype))
             return changed
 
@@ -200,15 +200,15 @@ class MonotonicTransform(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # Written to, as hooks of torch write to it: load_state_dict() hands out copies of the caller's dict. What is
-        # written for modules below, such as parametrizations, goes on to them.
+        # state_dict may be changed, as hooks of torch change it: load_state_dict() copies the caller's dict. Changes
+        # reach modules below, such as parametrizations.
         for name, raw in [*self.named_parameters(), *self.named_buffers()]:
             entry = state_dict.get(prefix + name)
             if not isinstance(entry, Tensor):
                 continue
-            if entry.dim() == 0 and raw.shape == (1,):  # as scalars were saved once
+            if entry.dim() == 0 and raw.shape == (1,):  # older versions saved scalars as 0-dim
                 state_dict[prefix + name] = entry = _shared_like(entry.detach().reshape(1), raw)
-            if entry.dtype in (torch.float16, torch.bfloat16):  # which assign=True would put in the parameter's place
+            if entry.dtype in (torch.float16, torch.bfloat16):  # assign=True would make it the parameter
                 state_dict[prefix + name] = entry.detach().float()
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -219,7 +219,7 @@ class MonotonicTransform(nn.Module):
 
 
 def _shared_like(entry: Tensor, raw: Any) -> Tensor:
-    """``entry``, which every rank has, in the pieces of ``raw``: torch.distributed cuts no scalars."""
+    """Shards ``entry``, which is whole on every rank, like ``raw``: torch.distributed cannot cut scalars."""
     if not hasattr(raw, "device_mesh") or hasattr(entry, "device_mesh"):
         return entry
     from torch.distributed.tensor import distribute_tensor
@@ -240,7 +240,7 @@ def _elementwise(
 
 
 def settings_of(kind: type[MonotonicTransform]) -> list[str]:
-    """The names of the arguments that choose f; a constructor that takes ``**kwargs`` takes those of its base class."""
+    """The names of the arguments that choose f. A constructor with ``**kwargs`` also has its base class's."""
     names: list[str] = []
     for each in kind.__mro__:
         if "__init__" in vars(each):
@@ -272,9 +272,9 @@ def coefficients_of(transform: MonotonicTransform, device: torch.device, dtype: 
     """The coefficients for logits on ``device``, in the type of their arithmetic.
 
     Raises:
-        TypeError: something has rounded them to half precision on their way.
+        TypeError: the coefficients were rounded to half precision.
     """
-    # What has no parameters has nothing that a hook could prepare.
+    # Without parameters, a hook has nothing to prepare.
     called = transform._parameters or transform._modules or transform._forward_pre_hooks or transform._forward_hooks
     coefficients: Tensor = transform() if called else transform.coefficients()
     if coefficients.dtype in (torch.float16, torch.bfloat16):
@@ -288,12 +288,12 @@ def coefficients_of(transform: MonotonicTransform, device: torch.device, dtype: 
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that arithmetic on logits of type ``dtype`` is done in: float64 for float64, float32 otherwise."""
+    """The type of the arithmetic on logits of type ``dtype``: float64 for float64, float32 otherwise."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def widened(raw: Tensor, size: int = 1) -> Tensor:
-    """A raw parameter [size] in the type that coefficients are computed in, also where FSDP hands it out in half.
+    """A raw parameter [size] in the type of the arithmetic, even if FSDP provides it in half precision.
 
     Raises:
         NotImplementedError: ``raw`` is of another shape.
@@ -311,8 +311,9 @@ def widened(raw: Tensor, size: int = 1) -> Tensor:
 def of_pieces(coefficients: Tensor, piece: Tensor) -> tuple[Tensor, ...]:
     """The R rows of a table ``coefficients`` [R, K], each looked up at ``piece``.
 
-    In one look-up: torch.compile (inductor, torch 2.9 to 2.11, on CPUs) sets the gradients of several tables to zero
-    after summing them, where a reduction over rows, such as that of log_softmax, goes before the sums in one kernel.
+    It is one look-up, because of a defect in torch.compile (inductor, torch 2.9 to 2.11, on CPUs). It sets the
+    gradients of several tables to zero after summing them, if a reduction over rows, such as in log_softmax, precedes
+    the sums in one kernel.
     """
     return coefficients[:, piece].unbind()
 
@@ -367,10 +368,10 @@ def require_count(name: str, value: int, largest: int | None = None) -> int:
 
 
 class ScalarTransform(MonotonicTransform):
-    """A transform with a few scalar coefficients, each of them a positive scale (kept as its logarithm) or a shift.
+    """A transform with a few scalar coefficients, each a positive scale (stored as its logarithm) or a shift.
 
-    The raw values are parameters where they are learned and persistent buffers where they are fixed, under the same
-    names, so that a state_dict carries them in both cases. They have the shape (1,), since FSDP takes no scalars.
+    Learned raw values are parameters, fixed ones are persistent buffers under the same names, so that a state_dict has
+    them in both cases. They have the shape (1,), since FSDP takes no scalars.
     """
 
     def __init__(
@@ -380,7 +381,7 @@ class ScalarTransform(MonotonicTransform):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        """``values`` of the coefficients, in order, by the names of their raw tensors: ``log_`` and the name of the
+        """``values`` are the coefficients, in order, by the names of their raw tensors: ``log_`` and the name of the
         argument for a scale, ``raw_`` and the name for a shift.
         """
         super().__init__()
@@ -415,7 +416,7 @@ class ScalarTransform(MonotonicTransform):
         return torch.cat([(bounded_exp if _is_scale(name) else bounded_shift)(raw) for name, raw in raws.items()])
 
     def scalars(self) -> dict[str, Tensor]:
-        """The present values, differentiable 0-dim tensors, by the names of the constructor's arguments."""
+        """The present values as differentiable 0-dim tensors, by the names of the constructor's arguments."""
         return dict(zip((raw_name[4:] for raw_name in self._initial), self().unbind(), strict=True))
 
 

@@ -12,9 +12,8 @@ from .base import ScalarTransform
 class GSS(ScalarTransform):
     r""":math:`f(z) = k (z-c) + c - (k-1)\,\mathrm{softplus}(z-c)`, with :math:`k > 0`.
 
-    The slope is k far below c and 1 far above it. ``k=2, c=0`` is :class:`SigSoftmax`; ``k=1`` is the identity, where
-    a learned GSS starts by default. Published settings: ``GSS(k=2.5, c=-1.5, learnable=False)`` on the Penn Treebank,
-    ``k=3`` on WikiText-2.
+    The slope is k far below c and 1 far above c. ``k=2, c=0`` is :class:`SigSoftmax`. ``k=1``, the default, is the
+    identity. Published settings: ``GSS(k=2.5, c=-1.5, learnable=False)`` on the Penn Treebank, ``k=3`` on WikiText-2.
 
     Source: Parthiban, Mao, Inkpen, "On the Softmax Bottleneck of Recurrent Language Models", AAAI 2021.
 
@@ -41,8 +40,8 @@ class GSS(ScalarTransform):
 
     def evaluate(self, z: Tensor, coefficients: Tensor) -> Tensor:
         k, c = coefficients.unbind()
-        # k u - (k-1) softplus(u) with the linear part of softplus taken out by hand: no inf - inf at either end.
-        # where() instead of abs() and clamp(), whose autograd derivatives at u = 0 do not add up to f'(c) = (k+1)/2.
+        # k u - (k-1) softplus(u). The linear part of softplus is subtracted by hand, so that no end computes inf - inf.
+        # where(), since autograd's derivatives of abs() and clamp() at u = 0 do not add up to f'(c) = (k+1)/2.
         u = z - c
         magnitude = torch.where(u >= 0, u, -u)
         return c + torch.where(u >= 0, u, k * u) - (k - 1) * F.softplus(-magnitude)

@@ -19,16 +19,16 @@ from .base import (
     widened,
 )
 
-#: Smallest amplitude of a unit. Amplitudes start here, so that f starts as the identity to rounding.
+#: The smallest amplitude of a unit. Amplitudes start here, so that f starts as the identity up to rounding.
 MIN_AMPLITUDE = 1e-7
 
 
 class MonotonicMLP(MonotonicTransform):
     r""":math:`f(z) = w_0 z + \sum_{h=1}^{H} a_h \tanh(b_h z + c_h)`, with :math:`w_0, a_h, b_h > 0`.
 
-    The amplitudes are :math:`a_h = \sqrt{\mathrm{raw}_h^2 + 10^{-14}}`: positive, next to 0 at the start, and with a
-    gradient that neither vanishes there (as that of a softplus would) nor dies when an optimiser step overshoots (as
-    that of a clamp would). The units start with their centres spread evenly over [-bound, bound].
+    The amplitudes are :math:`a_h = \sqrt{\mathrm{raw}_h^2 + 10^{-14}}`: positive, and next to 0 at the start. Their
+    gradient does not vanish there, unlike with a softplus, and does not die when an optimiser step overshoots, unlike
+    with a clamp. At the start, the centres of the units lie evenly on [-bound, bound].
 
     Source: Sill, "Monotonic Networks", NeurIPS 1998; the second family of Ganea et al., ICML 2019.
 
@@ -65,11 +65,11 @@ class MonotonicMLP(MonotonicTransform):
         with torch.no_grad():
             self._raw("log_linear").zero_()
             self._raw("raw_amplitude").fill_(MIN_AMPLITUDE)
-            # A unit rises over about 4 / b: neighbours overlap. One unit sits at 0.
+            # A unit rises over about 4 / b, so that neighbours overlap. A single unit is at 0.
             spacing = 2 * self.bound / self.num_units
             steepness = 4 / (2 * spacing)
             self._raw("log_steepness").fill_(math.log(steepness))
-            # Places 1, 2, ... as a sum and not by arange(), whose result is no DTensor where the parameter is one.
+            # Places 1, 2, ... come from a sum, since arange() gives no DTensor if the parameter is one.
             shift = self._raw("raw_shift")
             places = torch.ones_like(shift, dtype=torch.float64).cumsum(0)
             shift.copy_(-steepness * ((places - 0.5) * spacing - self.bound))
@@ -87,7 +87,7 @@ class MonotonicMLP(MonotonicTransform):
 
     def evaluate(self, z: Tensor, coefficients: Tensor) -> Tensor:
         result = coefficients[0] * z
-        # A loop over units: a tensor of shape [..., H] would be H times the logits.
+        # A loop over units, since a tensor of shape [..., H] would be H times as large as the logits.
         for a, b, c in self._units(coefficients):
             result = result + a * torch.tanh(b * z + c)
         return result

@@ -23,7 +23,7 @@ from .base import (
     widened,
 )
 
-#: softplus of this raw value is 1.
+#: The softplus of this raw value is 1.
 _RAW_OF_UNIT_SLOPE = math.log(math.e - 1)
 
 
@@ -32,9 +32,9 @@ def _coefficients(raw_slope: Tensor, bound: float, min_slope: float) -> Tensor:
     pieces = raw_slope.shape[0]
     width = 2 * bound / pieces
     slopes = (min_slope + (1 - min_slope) * F.softplus(raw_slope)).clamp(max=SCALE_LIMIT)
-    # Sums over up to 10^5 slopes: in float64, so that f is continuous to the last bit that float32 can show.
+    # Sums over up to 10^5 slopes are in float64, so that f is continuous up to the rounding of float32.
     rises = slopes.double() * width
-    # 0 lies in piece `centre`, `inside` to the right of its left end.
+    # 0 lies in piece `centre`, at a distance of `inside` from its left end.
     centre = min(int(bound / width), pieces - 1)
     inside = bound - centre * width
     at_centre = -slopes[centre].double() * inside
@@ -45,7 +45,7 @@ def _coefficients(raw_slope: Tensor, bound: float, min_slope: float) -> Tensor:
 
 
 class _Coefficients(SingleLevelFunction):
-    """:func:`_coefficients` by one kernel each way, where twenty small ones would cost more than the loss."""
+    """:func:`_coefficients` by one kernel each way: twenty small kernels would cost more than the loss."""
 
     @staticmethod
     def forward(ctx: Any, raw_slope: Tensor, bound: float, min_slope: float, kernels: RowKernels) -> Tensor:
@@ -59,7 +59,7 @@ class _Coefficients(SingleLevelFunction):
         again = torch.is_grad_enabled()
         if not again and unobserved((raw_slope, grad_coefficients)):
             return kernels.plif_coefficients_backward(grad_coefficients, raw_slope, bound, min_slope), None, None, None
-        # The gradient may be differentiated in turn, or is a batch of gradients: by the formula.
+        # The gradient may be differentiated again, or may be a batch of gradients: only the formula allows this.
         with torch.enable_grad():
             leaf = raw_slope if again else raw_slope.detach().requires_grad_()
             coefficients = _coefficients(leaf, bound, min_slope)
@@ -74,13 +74,13 @@ class PLIF(MonotonicTransform):
               k = \mathrm{clamp}(\lfloor (z + \mathrm{bound}) / \mathrm{width} \rfloor, 0, K-1)
 
     with ``slope = min_slope + (1 - min_slope) softplus(raw_slope)``. Beyond the bounds f continues with its first and
-    last slope. It is anchored at f(0) = 0, with the values at the knots summed outwards from there, so that a piece
-    which no logit reaches, with none beyond it as seen from 0, has a gradient of exactly zero (with f(-bound) = 0, as
-    published, rounding leaves noise in it, which Adam blows up to full-size steps). The offset itself is irrelevant:
-    softmax is shift invariant.
+    last slope. It is anchored at f(0) = 0, and the values at the knots are summed outwards from there. So a piece has a
+    gradient of exactly zero if no logit reaches it or lies beyond it, as seen from 0. (With f(-bound) = 0, as
+    published, rounding leaves noise in this gradient, which Adam blows up to full-size steps.) The offset itself is
+    irrelevant: softmax is shift invariant.
 
-    Train ``raw_slope`` with Adam in a group of its own (:func:`monosoftmax.parameter_groups`): the gradient of a slope
-    scales with the width of its piece, so plain SGD at the rate of the head leaves it where it started.
+    Train ``raw_slope`` with Adam in its own group (:func:`monosoftmax.parameter_groups`): the gradient of a slope
+    scales with the width of its piece, so plain SGD at the rate of the head leaves the slope where it started.
 
     Source: Ganea, Gelly, Bécigneul, Severyn, "Breaking the Softmax Bottleneck via Learnable Monotonic Pointwise
     Non-linearities", ICML 2019. Anchor, floor and initialisation are changed as said above; ``init="random"`` with
@@ -129,7 +129,7 @@ class PLIF(MonotonicTransform):
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Set the slopes to their initial values; those of ``init="random"`` are drawn anew."""
+        """Set the slopes to their initial values; with ``init="random"`` they are drawn anew."""
         raw = self._raw("raw_slope")
         with torch.no_grad():
             if self.init == "random":
@@ -170,7 +170,7 @@ class PLIF(MonotonicTransform):
         return coefficients
 
     def constants(self) -> tuple[float, ...]:
-        """Left bound, width of a piece, and its inverse."""
+        """The left bound, the width of a piece, and the inverse of this width."""
         return (-self.bound, self.width, 1 / self.width)
 
     def evaluate(self, z: Tensor, coefficients: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class SigSoftmax(MonotonicTransform):
 
     def evaluate_inverse(self, y: Tensor, coefficients: Tensor) -> Tensor:
         # With w = e^z: w^2 = e^y (1 + w), so w = (e^y + sqrt(e^2y + 4 e^y)) / 2. Each branch factors out the part that
-        # would overflow; the other branch's argument is clamped because torch.where differentiates both.
+        # would overflow. The argument of the other branch is clamped, because torch.where differentiates both.
         positive, negative = y.clamp(min=0), y.clamp(max=0)
         upper = positive + torch.log1p(torch.sqrt(1 + 4 * torch.exp(-positive))) - _LOG_2
         lower = negative / 2 + torch.log(torch.exp(negative / 2) + torch.sqrt(torch.exp(negative) + 4)) - _LOG_2

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .base import ScalarTransform
 
-#: tanh and sigmoid are constant in float64 beyond this argument. Clamping it, and the logit itself, keeps 0 * inf out
-#: of the gradients of logits of -inf and +inf.
+#: tanh and sigmoid are constant in float64 beyond this argument. Clamping the argument and the logit itself avoids
+#: 0 * inf in the gradients of logits of -inf and +inf.
 SATURATION = 400.0
 LARGEST_LOGIT = 1e30
 
@@ -44,7 +44,7 @@ class SoftCap(ScalarTransform):
         return cap * torch.tanh(u.clamp(-SATURATION, SATURATION))
 
     def evaluate_derivative(self, z: Tensor, coefficients: Tensor) -> Tensor:
-        # 4 e / (1 + e)^2 with e = exp(-2|u|) is 1 - tanh(u)^2 without its cancellation.
+        # 1 - tanh(u)^2 is 4 e / (1 + e)^2 with e = exp(-2|u|), without cancellation.
         decay = torch.exp(-2 * (z / coefficients[0]).abs().clamp(max=SATURATION))
         return 4 * decay / (1 + decay) ** 2
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from .base import MOST_PIECES, MonotonicTransform, bounded_exp, of_pieces, raw_tensor, require_count, require_positive
 
-#: Widths, heights and derivatives stay within this factor of their initial values: the square of a slope then still
-#: fits float32 with room to spare.
+#: Widths, heights and derivatives stay within this factor of their initial values. So the square of a slope easily
+#: fits float32.
 _FACTOR_LIMIT = 1e3
 
 
@@ -22,10 +22,10 @@ class RationalQuadraticSpline(MonotonicTransform):
 
     .. math:: f(z) = y + h\,\frac{s \xi^2 + d_0\, \xi (1-\xi)}{s + (d_0 + d_1 - 2 s)\, \xi (1-\xi)}
 
-    Source: Durkan, Bekasov, Murray, Papamakarios, "Neural Spline Flows", NeurIPS 2019, equations 4 and 5. Different
-    from there: the widths and heights are free positive numbers, summed outwards from the knot next to 0, instead of
-    shares of a fixed interval. The range of f is then not pinned, and a piece that no logit reaches, with none beyond
-    it, has a gradient of exactly zero.
+    Source: Durkan, Bekasov, Murray, Papamakarios, "Neural Spline Flows", NeurIPS 2019, equations 4 and 5. Unlike there,
+    the widths and heights are free positive numbers, summed outwards from the knot next to 0, instead of shares of a
+    fixed interval. So the range of f is not pinned, and a piece has a gradient of exactly zero if no logit reaches it
+    or lies beyond it.
 
     Args:
         num_bins: K, at most 2^24.
@@ -89,7 +89,7 @@ class RationalQuadraticSpline(MonotonicTransform):
         xi = inside / width
         slope = height / width
         bump = xi * (1 - xi)
-        # s (xi^2 + (1-xi)^2) + (d0 + d1) xi (1-xi): the published denominator as a sum of positive terms.
+        # s (xi^2 + (1-xi)^2) + (d0 + d1) xi (1-xi) is the published denominator, as a sum of positive terms.
         ratio = (slope * xi**2 + d0 * bump) / (slope * (xi**2 + (1 - xi) ** 2) + (d0 + d1) * bump)
         return y + height * ratio + d0 * below + d1 * above
 
@@ -108,7 +108,7 @@ class RationalQuadraticSpline(MonotonicTransform):
         x, width, y0, height, d0, d1 = of_pieces(coefficients, piece)
         slope = height / width
         inside, below, above = self._split(y, y0, height)
-        # Solve a xi^2 + b xi + c = 0 (Durkan, equations 6 to 8) in the form that does not cancel.
+        # Solves a xi^2 + b xi + c = 0 (Durkan, equations 6 to 8), in the form without cancellation.
         a = height * (slope - d0) + inside * (d0 + d1 - 2 * slope)
         b = height * d0 - inside * (d0 + d1 - 2 * slope)
         c = -slope * inside
@@ -117,8 +117,9 @@ class RationalQuadraticSpline(MonotonicTransform):
 
     @staticmethod
     def _split(z: Tensor, x: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Offset within the piece, and the parts of z beyond its left (<= 0) and right (>= 0) end."""
-        # where() instead of clamp(), which passes the whole gradient on both sides of a tie: f' would double at a knot.
+        """The offset in the piece, and the parts of z beyond its left (<= 0) and right (>= 0) end."""
+        # where() instead of clamp(): clamp() passes the whole gradient on both sides of a tie, and f' would double at a
+        # knot.
         offset = z - x
         zero = torch.zeros_like(offset)
         below, above = offset < 0, offset > width

@@ -1,4 +1,4 @@
-"""f(z) = z / tau: the control that every other transform is held against."""
+"""f(z) = z / tau: the control for every other transform."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .base import ScalarTransform
 class Temperature(ScalarTransform):
     r""":math:`f(z) = z / \tau` with one learned scalar :math:`\tau > 0`.
 
-    It cannot raise the rank of the log-probability matrix, so whatever it gains is not due to the softmax bottleneck:
-    always report it beside a transform that is meant to break the bottleneck.
+    It cannot raise the rank of the log-probability matrix, so its gain is not due to the softmax bottleneck. Always
+    report it beside a transform that is meant to break the bottleneck.
 
     Args:
         tau: initial (or fixed) temperature; 1 starts as the identity.
-        learnable: whether tau is a parameter (its logarithm is what is stored).
+        learnable: whether tau is a parameter (stored as its logarithm).
 
     Raises:
         ValueError: tau is not finite or not in [1e-4, 1e4], or ``dtype`` is of half precision.

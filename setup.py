@@ -1,15 +1,15 @@
 """Builds the extension ``monosoftmax._C``; pyproject.toml has everything else about the package.
 
 The extension is built against the torch that this script can import: the environment's torch with
-``pip install --no-build-isolation``, else the torch that pip puts into its build environment. The script leaves out
-what the machine cannot build, the CUDA kernels or the whole extension, and the last line of the output says what and
-why. An error in compiling is an error. Environment variables:
+``pip install --no-build-isolation``, else the torch that pip puts into its build environment. If the machine cannot
+build the CUDA kernels or the whole extension, the script leaves them out, and the last line of the output says so and
+gives the reason. An error in compiling is an error. Environment variables:
 
 MONOSOFTMAX_CPP       0 never builds the extension, 1 insists on it
-MONOSOFTMAX_CUDA      0 leaves the CUDA kernels out of it, 1 insists on them; unset: they are built where there are nvcc
-                      and a CUDA build of torch
+MONOSOFTMAX_CUDA      0 leaves out the CUDA kernels, 1 insists on them; unset: they are built if there are nvcc and a
+                      CUDA build of torch
 TORCH_CUDA_ARCH_LIST  the compute capabilities to compile for, as torch reads them: "8.0;9.0+PTX", "Hopper" or "native";
-                      unset: those of the GPUs that torch finds, else cuda_toolkit.WIDESPREAD as far as nvcc knows them
+                      unset: the GPUs that torch finds, else cuda_toolkit.WIDESPREAD without those nvcc does not know
 CUDA_HOME             the CUDA toolkit; unset: CUDA_PATH, the toolkit of the nvidia-cuda-nvcc wheel, of nvcc on PATH, or
                       /usr/local/cuda
 CXX                   the C++ compiler, for nvcc too unless NVCC_CCBIN names another one
@@ -33,7 +33,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
-# Build backends put no folder of the sources on sys.path.
+# Build backends put no source folder on sys.path.
 sys.path.append(str(Path(__file__).resolve().parent / "scripts"))
 try:
     import cuda_toolkit
@@ -49,8 +49,8 @@ except ModuleNotFoundError as error:
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 CSRC = Path("csrc")
 # No -std: torch adds the one that its headers need (C++17 up to 2.9, C++20 for 2.14); our sources are C++17.
-# No contraction of a * b + c: the forward and the backward pass must round y = f(z) alike, or a p of exactly 1 would
-# not come out as 1. Where a fused operation is wanted, the sources say fma.
+# No contraction of a * b + c: the forward and the backward pass must round y = f(z) in the same way, otherwise a p of
+# exactly 1 would not come out as 1. The sources write fma where they want it.
 FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", *(["-DMONOSOFTMAX_X86"] if X86 else [])]
 # torch hides the operators of half types with four macros; the CUDA sources use the operators.
 NVCC_FLAGS = [
@@ -65,14 +65,14 @@ NVCC_FLAGS = [
 
 
 class Source(NamedTuple):
-    """A line of csrc/sources.txt, without the column that says which build takes the file."""
+    """A line of csrc/sources.txt, without the column of the build."""
 
     file: str
     flags: tuple[str, ...]
 
 
 def sources(cuda: bool) -> list[Source]:
-    """Reads from csrc/sources.txt what the extension consists of on this processor, with or without CUDA."""
+    """Reads the files of the extension on this processor from csrc/sources.txt, with or without CUDA."""
     parts = {"extension", *(["extension-x86"] if X86 else []), *(["cuda", "extension-cuda"] if cuda else [])}
     lines = (CSRC / "sources.txt").read_text(encoding="utf-8").splitlines()
     listed = [line.split() for line in lines if line and not line.startswith("#")]
@@ -96,7 +96,7 @@ def job_limit() -> int | None:
 
 
 def examine_machine() -> tuple[str | None, bool]:
-    """Returns what is missing for the extension, or None, and whether the C++ compiler is clang."""
+    """Returns the missing requirement of the extension, or None, and whether the C++ compiler is clang."""
     if not sys.platform.startswith("linux"):
         return f"it is built on Linux only, this is {sys.platform}", False
     if torch is None:
@@ -123,16 +123,16 @@ def c_string(text: str) -> str:
 
 
 class BuildKernels(BuildExtension):
-    """Extends torch's build_ext: skips what the machine cannot build, and gives single files flags of their own."""
+    """Extends torch's build_ext: skips parts that the machine cannot build, and gives single files their own flags."""
 
-    #: The last line of the output; empty where no extension was asked for.
+    #: The last line of the output; empty if no extension was requested.
     outcome: ClassVar[str] = ""
 
     def finalize_options(self) -> None:
         if self.build_temp is None:
-            # pip would take a new folder each time. In a folder that stays, ninja rebuilds what a changed source or
-            # header needs. The version is in the name because ninja goes by dates: the headers of another torch may be
-            # older than the objects.
+            # pip would take a new folder each time. In a permanent folder, ninja rebuilds only the files of a changed
+            # source or header. The name has the version because ninja compares dates: the headers of another torch may
+            # be older than the objects.
             version = "none" if torch is None else torch.__version__
             self.build_temp = f"build/temp-{sys.implementation.cache_tag}-torch-{version}"
         super().finalize_options()
@@ -182,36 +182,36 @@ class BuildKernels(BuildExtension):
         flags = {"cxx": list(extension.extra_compile_args), "nvcc": []}
         extension.extra_compile_args = flags
         if self.clang:
-            # clang's OpenMP calls a runtime of its own. Next to GNU's runtime, which torch's wheels bring, every thread
+            # clang's OpenMP calls its own runtime. Next to GNU's runtime, which torch's wheels bring, every thread
             # would do all of the work of a parallel loop.
             self.warn("the C++ extension is built by clang: it will use one thread; CXX=g++ builds it with OpenMP")
         else:
-            # Not for the linker: libtorch_cpu brings the OpenMP runtime, and a process should have one.
+            # Not for the linker: libtorch_cpu brings the OpenMP runtime, and a process should have only one.
             flags["cxx"].append("-fopenmp")
         if self.toolkit is not None:
             cpp_extension.CUDA_HOME = str(self.toolkit.home)
             flags["nvcc"] += [*NVCC_FLAGS, *self.toolkit.nvcc_flags]
             extension.libraries.append("c10_cuda")
-            # The shared runtime, which torch uses: a static one would be the second of the process, with errors and
-            # attributes of kernels that torch's checks do not see. No rpath: torch is always loaded first, and then the
-            # loader knows the name libcudart.so.<major>.
+            # The shared runtime, which torch uses. A static one would be a second runtime of the process, and torch's
+            # checks do not see its errors and attributes of kernels. No rpath: torch is always loaded first, so that
+            # the loader knows the name libcudart.so.<major>.
             extension.extra_link_args.append(str(self.toolkit.runtime))
 
         listed = sources(cuda=self.toolkit is not None)
-        # torch gives all files of a call the same flags, so a file with flags of its own needs a call of its own.
+        # torch gives all files of a call the same flags, so a file with its own flags needs its own call.
         # Without ninja, a call changes the compiler object, so only one call may run at a time.
         with ThreadPoolExecutor(self.jobs if self.use_ninja else 1) as pool:
             special = [each for each in listed if each.flags]
             extension.extra_objects = list(pool.map(lambda source: self.compile_source(extension, source), special))
         # The files above take longest. They do not get these flags, so that another toolkit does not rebuild them.
         flags["cxx"] += self.cuda_flags
-        # With CUDA sources from the start, torch would look up CXX in a table of compilers for nvcc, and might refuse
-        # what find_toolkit has seen to work.
+        # With CUDA sources from the start, torch would look up CXX in a table of compilers for nvcc. It might refuse a
+        # compiler that find_toolkit has tried successfully.
         extension.sources = [str(CSRC / each.file) for each in listed if not each.flags]
         super().build_extension(extension)
 
     def compile_source(self, extension: Extension, source: Source) -> str:
-        """Compiles a file that has flags of its own, and returns the object file."""
+        """Compiles a file that has its own flags, and returns the object file."""
         [compiled] = self.compiler.compile(
             [str(CSRC / source.file)],
             output_dir=os.path.join(self.build_temp, source.file),
@@ -224,7 +224,7 @@ class BuildKernels(BuildExtension):
 
 
 if __name__ == "__main__":
-    # torch looks for ninja on PATH, and pip installs it beside a Python whose environment need not be activated.
+    # torch looks for ninja on PATH. pip installs ninja beside Python, and this environment may not be activated.
     os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)))
     setup(
         # A top-level module named triton_kernels would collide with another project's.

@@ -1,14 +1,14 @@
-"""Builds monosoftmax with its CUDA kernels, on a machine with or without a GPU, and looks at what came of it.
+"""Builds monosoftmax with its CUDA kernels, on a machine with or without a GPU, and checks the result.
 
-In a new environment in a temporary folder, with what requirements/cuda.txt pins (a CUDA build of torch and nvcc), it
-installs the package from its source distribution, with warnings of nvcc as errors, and checks
+It makes a new environment in a temporary folder, with the packages in requirements/cuda.txt (a CUDA build of torch and
+nvcc). There it installs the package from its source distribution, with warnings of nvcc as errors, and checks
 
-- that ``python -m monosoftmax.info`` says that the CUDA kernels are built, and what device there is for them;
-- that every kernel file left machine code for each architecture in the extension, and PTX where it was asked for;
+- that ``python -m monosoftmax.info`` says that the CUDA kernels are built, and names the device for them;
+- that every kernel file left machine code for each architecture in the extension, and PTX for each +PTX;
 - that the extension has every function for CUDA tensors;
-- that losses and gradients are right, on the CPU, and on the GPU where there is one.
+- that losses and gradients are right, on the CPU, and on the GPU if there is one.
 
-Then it removes the folder. It needs 12 GB there (TMPDIR names another place), a C++ compiler, and takes some minutes.
+Then it removes the folder. It needs 12 GB there (TMPDIR names another place), a C++ compiler, and some minutes.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED_GB = 12
-#: Of the output of a command that fails.
+#: The lines to show of the output of a command that fails.
 LAST_LINES = 40
 BUILT = ("*.egg-info", "*.o", "*.so", ".*_cache", ".git", ".venv*", "__pycache__", "build", "dist")
 
 
 class Failure(Exception):
-    """A check that does not hold, or a command that fails."""
+    """A failed check or a failed command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
+    """Runs the command, and returns its exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--if-possible", action="store_true", help="where the disk is too small, say so and succeed")
     parser.add_argument("--keep", action="store_true", help="leave the folder there, and say where it is")
     parser.add_argument("--architectures", default="8.0;9.0;10.0+PTX", help="TORCH_CUDA_ARCH_LIST (%(default)s)")
-    # What this script runs in the new environment.
+    # This script calls itself with this option, in the new environment.
     parser.add_argument("--only-compute", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.only_compute:
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verdict = "skipped" if options.if_possible else "failed"
         print(f"{verdict}: needs {NEEDED_GB} GB free, there are {free:.1f} ({place})")
         return 0 if options.if_possible else 1
-    # So that a CI system which loses patience gets its disk back.
+    # A CI system that stops this script gets its disk space back.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     folder = Path(tempfile.mkdtemp(prefix="monosoftmax-cuda-"))
     try:
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check(folder: Path, architectures: str) -> None:
-    """Everything that the head of this file says, in an empty folder."""
+    """Runs all steps in the docstring of this file, in an empty folder."""
     with step("an environment with what requirements/cuda.txt pins"):
         venv.create(folder / "env", with_pip=True)
         python = folder / "env/bin/python"
@@ -113,7 +113,7 @@ def check(folder: Path, architectures: str) -> None:
 
 @contextlib.contextmanager
 def step(what: str) -> Iterator[None]:
-    """Says what is done, and how long it took."""
+    """Prints the name of a step, and its time."""
     print(f"--- {what}", flush=True)
     start = time.monotonic()
     yield
@@ -121,12 +121,12 @@ def step(what: str) -> Iterator[None]:
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    """What a command prints on both streams.
+    """Runs a command, and returns its output on both streams.
 
     Raises:
-        Failure: it fails.
+        Failure: the command fails.
     """
-    # Everything temporary goes where the free space was looked at, and nothing of an activated environment comes along.
+    # All temporary files go to the folder with enough free space. Settings of an activated environment are removed.
     settings = {**os.environ, "TMPDIR": str(cwd), **environment}
     settings.pop("PYTHONPATH", None)
     result = subprocess.run(
@@ -141,7 +141,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 
 def expect(pattern: str, text: str) -> str:
-    """What in ``text`` matches."""
+    """Returns the match in ``text``, which must exist."""
     found = re.search(pattern, text)
     if found is None:
         raise Failure(f"nothing matches {pattern!r} in\n{text}")
@@ -149,7 +149,7 @@ def expect(pattern: str, text: str) -> str:
 
 
 def check_device_code(listed: str, architectures: str) -> str:
-    """A summary of what ``cuobjdump --list-elf --list-ptx`` says, if that is all that was asked for."""
+    """Summarizes the output of ``cuobjdump --list-elf --list-ptx``, which must have exactly the requested code."""
     names = [word.replace(".", "").partition("+") for word in architectures.replace(";", " ").split()]
     wanted = {("ELF", number) for number, *_ in names} | {("PTX", number) for number, _, ptx in names if ptx}
     found = collections.Counter(re.findall(r"^(ELF|PTX) file .*\.sm_(\w+)\.(?:cubin|ptx)$", listed, re.MULTILINE))
@@ -161,7 +161,7 @@ def check_device_code(listed: str, architectures: str) -> str:
 
 
 def check_results() -> None:
-    """Looks for the CUDA functions and compares results with torch and the reference; runs in the new environment."""
+    """Checks, in the new environment, the CUDA functions, and compares results with torch and the reference."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -190,7 +190,7 @@ def check_results() -> None:
             plif = ms.transforms.PLIF(64).to(backend)
             inputs = (logits, *plif.parameters())
             for settings in variants:
-                # torch's loss is as wide as its logits, ours is float32 at least.
+                # torch's loss has the dtype of its logits, our loss is at least float32.
                 wide = logits.to(torch.promote_types(dtype, torch.float32))
                 results = (
                     *outcome(ms.cross_entropy(logits, target, backend=backend, **settings), logits),

@@ -1,9 +1,9 @@
-"""Runs the tests that depend on the versions of torch and Triton under each supported pair of them, on the CPU.
+"""Runs the tests that depend on torch and Triton with each supported pair of their versions, on the CPU.
 
-For the oldest supported torch, the pinned one (requirements/dev.txt), the newest, and one between that is widespread,
-it makes an environment, builds the extension in a copy of the sources, without the CUDA kernels, and runs the tests of
-torch.compile, the operators, Triton's interpreter and the host execution of the CUDA kernels. Environments stay in the
-folder for the next time. Each takes 7 GB, as PyPI has CUDA builds of torch only.
+The versions are the oldest supported torch, the pinned one (requirements/dev.txt), the newest, and a widespread one
+between them. For each, it makes an environment, builds the extension in a copy of the sources, without the CUDA
+kernels, and runs the tests of torch.compile, the operators, Triton's interpreter and the host execution of the CUDA
+kernels. Environments stay in the folder for the next time. Each takes 7 GB, as PyPI has only CUDA builds of torch.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-#: torch, with the Triton that it is released with, a numpy, and what it asks for in another version than
-#: requirements/dev.txt pins; the pinned ones come from there.
+#: Each torch with its Triton, a numpy, and packages that need another version than in requirements/dev.txt. All other
+#: versions come from requirements/dev.txt.
 VERSIONS = {
     "2.10.0": ("triton==3.6.0", "numpy==2.3.5"),
     "2.11.0": ("triton==3.6.0", "numpy==2.4.6", "setuptools==81.0.0"),
     "2.14.1": ("triton==3.8.0", "numpy==2.4.6"),
 }
 
-#: What the build and the tests need besides.
+#: Other packages for the build and the tests.
 TOOLS = ("setuptools", "ninja", "hypothesis", "pytest", "matplotlib", "tabulate", "tqdm")
 
-#: What is run, and the expression that selects from it.
+#: The test files, and an expression that selects from each.
 TESTS = (
     (
         "tests/test_operators.py tests/test_triton_operators.py tests/test_triton_interpreter.py",
@@ -49,19 +49,19 @@ TESTS = (
     ("tests/test_overhead_benchmark.py", "agree or older_torch"),
 )
 
-#: Not copied to where the extension is built.
+#: Files that are not copied to the folder of the build.
 LEFT_OUT = ("*.egg-info", "*.o", "*.so", ".*", "__pycache__", "build", "dist", "results")
-#: Of the output of a command that fails.
+#: The lines to show of the output of a command that fails.
 LAST_LINES = 40
 
 
 class Failure(Exception):
-    """A command that fails."""
+    """A failed command."""
 
 
 @dataclass
 class Outcome:
-    """What came of one version."""
+    """The outcome for one version."""
 
     packages: str
     passed: int = 0
@@ -76,7 +76,7 @@ class Outcome:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
+    """Runs the command, and returns its exit status."""
     versions = supported()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", action="append", choices=versions, metavar="VERSION", help=", ".join(versions))
@@ -106,14 +106,14 @@ def pins(*names: str) -> list[str]:
 
 
 def supported() -> dict[str, tuple[str, ...]]:
-    """The versions of torch, in order, and what goes with each."""
+    """The versions of torch, in order, each with its packages."""
     [pinned] = pins("torch")
     found = {**VERSIONS, pinned.partition("==")[2]: (*pins("triton", "numpy"),)}
     return dict(sorted(found.items(), key=lambda item: [int(part) for part in item[0].split(".")]))
 
 
 def check(version: str, packages: Sequence[str], folder: Path, outcome: Outcome) -> None:
-    """Everything for one version."""
+    """Runs all steps for one version."""
     folder.mkdir(parents=True, exist_ok=True)
     python = folder / "env/bin/python"
     named = [each.partition("==")[0] for each in packages]
@@ -128,7 +128,7 @@ def check(version: str, packages: Sequence[str], folder: Path, outcome: Outcome)
         stamp.write_text(wanted, encoding="utf-8")
     say(version, "the extension")
     tree = copy(folder / "tree")
-    # torch.compile keeps what it made of our derivatives, and does not see that they changed.
+    # torch.compile caches code of our derivatives, and does not see that the derivatives changed.
     shutil.rmtree(tree / "build/inductor", ignore_errors=True)
     install = ("-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--editable", ".")
     run(python, *install, cwd=tree, MONOSOFTMAX_CPP="1", MONOSOFTMAX_CUDA="0")
@@ -152,7 +152,7 @@ def check(version: str, packages: Sequence[str], folder: Path, outcome: Outcome)
 
 
 def copy(tree: Path) -> Path:
-    """The sources, copied anew; what was compiled from them before stays, for where they are the same."""
+    """Copies the sources anew. Compiled files of an earlier run stay, to be used again for unchanged sources."""
     tree.mkdir(exist_ok=True)
     for each in tree.iterdir():
         if each.is_dir() and each.name != "build":
@@ -164,15 +164,15 @@ def copy(tree: Path) -> Path:
 
 
 def say(version: str, what: str) -> None:
-    """What is done now."""
+    """Prints the name of a step."""
     print(f"--- torch {version}: {what}", flush=True)
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> None:
-    """Runs a command, with nothing of an activated environment.
+    """Runs a command, without the settings of an activated environment.
 
     Raises:
-        Failure: it fails.
+        Failure: the command fails.
     """
     settings = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cwd / "build/inductor"), **environment}
     settings.pop("PYTHONPATH", None)

@@ -1,4 +1,4 @@
-"""Finds what setup.py builds the CUDA kernels with, and tries it out before the build starts.
+"""Finds the CUDA toolkit for setup.py, and tries it out before the build starts.
 
 It is a file of its own so that tests can import it. setup.py puts this folder on ``sys.path``.
 """
@@ -19,8 +19,8 @@ import torch
 from setuptools.errors import SetupError
 from torch.utils import cpp_extension
 
-#: The architectures where torch finds no GPU: those of torch's own wheels (2.14.1 with CUDA 13.0). Machine code for 8.6
-#: runs on 8.9, machine code for 10.0 runs on 10.3, and the driver compiles the PTX of the last one for newer GPUs.
+#: The architectures if torch finds no GPU, the same as in torch's own wheels (2.14.1 with CUDA 13.0). Machine code for
+#: 8.6 runs on 8.9, machine code for 10.0 runs on 10.3, and the driver compiles the PTX of the last one for newer GPUs.
 WIDESPREAD = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
 PROBE = "#include <cuda_runtime.h>\n__global__ void probe() {}\nvoid launch() { probe<<<1, 1>>>(); }\n"
 
@@ -42,7 +42,7 @@ class Toolkit:
     runtime: Path
     #: Compute capabilities, such as 9.0 or 10.0+PTX.
     architectures: tuple[str, ...]
-    #: What nvcc has to be told about this machine and these architectures.
+    #: The flags of nvcc for this machine and these architectures.
     nvcc_flags: tuple[str, ...]
 
 
@@ -79,7 +79,7 @@ def find_toolkit(flags: Sequence[str]) -> Toolkit:
     runtime = find_file(home, libraries, "libcudart.so", f"libcudart.so.{major}")
 
     architectures, gencode = choose_architectures(ask(nvcc, "--list-gpu-arch"), version)
-    # As in torch's own wheels, the kernels then take a fifth of the space. Drivers before 12.4 cannot unpack them.
+    # As in torch's own wheels: kernels take a fifth of the space. Drivers before 12.4 cannot unpack them.
     compression = ["-compress-mode=size"] if int(major) >= 13 else []
     found = ("-ccbin", host_compiler, *compression, *gencode)
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +113,7 @@ def find_host_compiler() -> str:
 
 
 def ask(*command: str, what: str = "") -> str:
-    """Returns what a command prints on both streams.
+    """Returns the output of a command on both streams.
 
     Raises:
         Unavailable: the command does not run, or fails; ``what`` describes the attempt in the message.
@@ -130,7 +130,7 @@ def ask(*command: str, what: str = "") -> str:
 
 
 def setting(plan: str, name: str) -> str:
-    """Reads a setting from what ``nvcc --dryrun`` prints; empty where it is not there."""
+    """Reads a setting from the output of ``nvcc --dryrun``; empty if it is missing."""
     found = re.search(rf"^#\$ {name}=(.*)$", plan, re.MULTILINE)
     return found[1].strip() if found else ""
 

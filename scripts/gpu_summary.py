@@ -1,8 +1,8 @@
-"""The page that scripts/on_gpu.py prints last: what held, what was measured, and what that says of our choices.
+"""Writes the last page of scripts/on_gpu.py: the checks, the measurements, and their verdict on our choices.
 
     python scripts/gpu_summary.py FOLDER
 
-It reads what is there: a run that was cut off has a page, too.
+It reads the files that exist, so that an interrupted run has a page, too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _COUNTERS = {
 
 
 def summarize(folder: Path) -> str:
-    """The page, in Markdown."""
+    """Returns the page, in Markdown."""
     run = _json(folder / "run.json") or {}
     parts = [_heading(run), _stages(run), _tests(folder), _sanitizers(folder)]
     overhead = _json(folder / "overhead.json") or _json(folder / "overhead" / "results.json")
@@ -81,7 +81,7 @@ def _sanitizers(folder: Path) -> str:
 
 
 def _tables(cases: list[dict[str, Any]]) -> list[str]:
-    """A table for each group and mode: contestants by shapes."""
+    """A table of contestants by shapes, for each group and mode."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = collections.defaultdict(list)
     for record in cases:
         if not record["skipped"]:
@@ -127,7 +127,7 @@ def _ms(value: float) -> str:
 
 
 def _variants(folder: Path) -> str:
-    """A line for each operator: as it is, and all variants from the fastest on."""
+    """A line for each operator: the usual variant, and all variants from the fastest on."""
     groups: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
     failed = []
     for row in (_json(folder / "variants.json") or {"rows": []})["rows"]:
@@ -189,7 +189,7 @@ def _json(path: Path) -> Any:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines that are whole: the last one may have been cut off."""
+    """The complete lines. An interrupted run may have cut off the last one."""
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
         if line.endswith("\n"):
             yield json.loads(line)

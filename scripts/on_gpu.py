@@ -2,27 +2,27 @@
 
     python scripts/on_gpu.py FOLDER [--seconds 540] [--wheels FOLDER] [--dry-run]
 
-The stages, each with a limit of its own and within what is left of ``--seconds``:
+The stages; each has its own limit, within the rest of ``--seconds``:
 
-    build      the extension in place for the GPU that is found, unless it is there
+    build      the extension, in place for the GPU of this machine, unless it exists already
     tests      tests/gpu, and compute-sanitizer (memcheck, racecheck, synccheck) over launches of every kernel family
     variants   python -m benchmarks.overhead.variants: other plans and tiles, to choose by measurement
     counters   ncu of the kernels that matter
     overhead   python -m benchmarks.overhead --preset gpu
-    more       the tests of the kernels' own dimensions, with the time that is left
+    more       the tests of the kernels' own dimensions, with the rest of the time
 
-A stage that fails or runs out of time stops no other. What is finished lies in FOLDER, in eight files at most, whatever
-comes later: every line of tests.jsonl, every case of overhead.json and variants.json is written when it is known, and
-run.json and summary.md after every stage. The exit status is 0 where correctness held: the build, the tests and the
-sanitizers ended, and found nothing.
+A stage that fails or runs out of time stops no other stage. Results are in FOLDER, in eight files at most, as soon as
+they are known: every line of tests.jsonl and every case of overhead.json and variants.json at once, run.json and
+summary.md after every stage. The exit status is 0 if correctness holds: the build, the tests and the sanitizers ended,
+and found nothing.
 
-A machine without a package index has neither Liger nor cut-cross-entropy, which are pure Python. Brought along, they
-are contestants of the overhead suite:
+A machine without a package index has neither Liger nor cut-cross-entropy. Both are pure Python. These commands bring
+them along as contestants of the overhead suite:
 
     pip download --no-deps --dest wheels --requirement requirements/peers.txt
     python scripts/on_gpu.py FOLDER --wheels wheels
 
-``--dry-run`` goes through the same stages on the CPU: Triton's interpreter, the host execution of the CUDA kernels,
+``--dry-run`` runs the same stages on the CPU, with Triton's interpreter, the host execution of the CUDA kernels, and
 tiny shapes. Its figures mean nothing.
 """
 
@@ -51,7 +51,7 @@ from gpu_summary import summarize
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 STAGES = ("tests", "variants", "counters", "overhead", "more")
-#: Seconds between the friendly and the other signal to what has run out of time.
+#: Seconds between SIGTERM and SIGKILL for a process that has run out of time.
 _GRACE = 5.0
 _USABLE = """
 import monosoftmax.triton_kernels
@@ -64,7 +64,7 @@ raise SystemExit(0 if status.available or {dry_run} else str(status))
 
 @dataclass
 class Command:
-    """A process of a stage. Its output goes to the log, and to ``output`` as well where that is named."""
+    """A process of a stage. Its output goes to the log, and also to ``output`` if that is given."""
 
     name: str
     words: Sequence[str]
@@ -74,12 +74,12 @@ class Command:
 
 @dataclass
 class Stage:
-    """Commands that run side by side, and the most seconds that they may take."""
+    """Commands that run side by side, and their time limit in seconds."""
 
     name: str
     seconds: float
     commands: list[Command]
-    #: Whether correctness rests on it.
+    #: Whether this stage decides correctness.
     proves: bool = False
 
 
@@ -99,16 +99,16 @@ class Run:
         self._save()
 
     def left(self) -> float:
-        """Seconds."""
+        """The seconds that are left."""
         return self.seconds - (time.monotonic() - self.started)
 
     def say(self, text: str) -> None:
-        """To the terminal and the log."""
+        """Writes ``text`` to the terminal and the log."""
         print(text, flush=True)
         self.log.write(f"{text}\n".encode())
 
     def execute(self, stage: Stage) -> dict[str, int | None]:
-        """Runs a stage; the exit status of each command, None where its time ran out."""
+        """Runs a stage, and returns the exit status of each command; None if its time ran out."""
         limit = min(stage.seconds, self.left())
         began = time.monotonic()
         self.say(f"=== [{began - self.started:.0f} s] {stage.name}, at most {max(limit, 0):.0f} s")
@@ -154,7 +154,7 @@ class Run:
         return found
 
     def close(self, holds: bool) -> None:
-        """The verdict, and the page."""
+        """Records the verdict, and writes the page."""
         self.record["holds"] = holds
         self._save()
 
@@ -165,14 +165,14 @@ class Run:
 
 
 def write(path: Path, text: str) -> None:
-    """In one step: a reader finds the old text or the new one."""
+    """Writes a file in one step, so that a reader finds the old text or the new one."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and those that it has started, which share its session."""
+    """Ends a process and all processes in its session, which it has started."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -185,7 +185,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What runs here, and on what."""
+    """The versions of the software, and the device."""
     query = "name,driver_version,memory.total,clocks.max.sm,power.limit"
     gpus: list[str] = []
     if smi := shutil.which("nvidia-smi"):
@@ -207,18 +207,18 @@ def machine() -> dict[str, Any]:
 
 
 def import_from(wheels: Path, folder: Path) -> None:
-    """Makes what ``wheels`` hold importable for the commands, unpacked to ``folder``."""
+    """Unpacks ``wheels`` to ``folder``, and makes them importable for the commands."""
     words = [PYTHON, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps"]
     subprocess.run([*words, "--target", str(folder), *sorted(map(str, wheels.glob("*.whl")))], check=True)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
 
 
 def build(run: Run) -> bool:
-    """Makes the package importable, with its extension, and says whether it is."""
+    """Makes the package importable, with its extension. Returns whether it is."""
     usable = Command("usable", [PYTHON, "-c", _USABLE.format(dry_run=run.dry_run)])
     if run.execute(Stage("build: what is there", 60, [usable]))["usable"] == 0:
         return True
-    # An extension that was brought along is taken as it is, if it is for this Python, torch and GPU.
+    # An existing extension is used, if it is for this Python, torch and GPU.
     pip = [PYTHON, "-m", "pip", "--disable-pip-version-check", "install", "--no-build-isolation", "--no-deps"]
     pip += ["--no-index", "--editable", str(ROOT)]
     brought = Command("install", pip, environment={"MONOSOFTMAX_CPP": "0"})
@@ -236,7 +236,7 @@ def proofs(run: Run) -> Stage:
     workers = min(16, os.cpu_count() or 1)
     pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--numprocesses={workers}", "-m", "gpu"]
     record = f"--record={run.folder / 'tests.jsonl'}"
-    # Heads want it under deterministic algorithms.
+    # cuBLAS needs this in heads, under deterministic algorithms.
     environment = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     commands = [Command("tests", [*pytest, record, *emulate, "tests/gpu"], environment=environment)]
     launches = [PYTHON, "tests/gpu/launches.py", "sanitize"]
@@ -245,7 +245,7 @@ def proofs(run: Run) -> Stage:
     elif tool := shutil.which("compute-sanitizer"):
         for name in ("memcheck", "racecheck", "synccheck"):
             for backend in ("cuda", "triton"):
-                # torch's own kernels are not looked at; those of Triton have no name in common.
+                # Without torch's own kernels. Triton's kernels have no common name.
                 only = ["--kernel-name", "kernel_substring=monosoftmax"] if backend == "cuda" else []
                 words = [tool, "--tool", name, "--error-exitcode", "9", "--print-limit", "5", *only, *launches, backend]
                 alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -270,7 +270,7 @@ def variants(run: Run) -> Stage:
 
 
 def counters(run: Run, folder: Path) -> list[Stage]:
-    """What ncu reads of the kernels."""
+    """ncu's counters of the kernels."""
     launches = [PYTHON, "tests/gpu/launches.py", "count"]
     if run.dry_run:
         return [Stage("counters", 60, [Command("launches", launches)])]
@@ -278,7 +278,7 @@ def counters(run: Run, folder: Path) -> list[Stage]:
     if ncu is None:
         return [Stage("counters", 60, [Command("ncu is not here", ["false"])])]
     report = str(folder / "kernels")
-    # The clocks are left as they are.
+    # "none" leaves the clocks unchanged.
     words = [ncu, "--clock-control", "none", "--set", "full", "--force-overwrite", "--export", report]
     words += ["--kernel-name", "regex:cross_entropy", *launches]
     table = [ncu, "--import", f"{report}.ncu-rep", "--page", "details", "--csv"]
@@ -289,7 +289,7 @@ def counters(run: Run, folder: Path) -> list[Stage]:
 
 
 def more_tests(run: Run) -> Stage:
-    """The tests of the kernels' own dimensions, which take a device where there is one."""
+    """The tests of the kernels' own dimensions, which use a device if there is one."""
     workers = min(16, os.cpu_count() or 1)
     words = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--numprocesses={workers}", "-m", "not slow"]
     words += [f"--record={run.folder / 'tests.jsonl'}", "--timeout=60"] if not run.dry_run else []
@@ -302,7 +302,7 @@ def more_tests(run: Run) -> Stage:
 
 @contextmanager
 def ended_politely() -> Iterator[None]:
-    """SIGTERM raises, so that the processes of a stage are ended, too."""
+    """Turns SIGTERM into an exception, so that the processes of a stage end, too."""
 
     def end(number: int, _: Any) -> None:
         raise SystemExit(128 + number)
@@ -315,7 +315,7 @@ def ended_politely() -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
+    """Runs the command, and returns its exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="where the results go")
     parser.add_argument("--seconds", type=float, default=540, help="for all of it (%(default)g)")
@@ -342,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run.execute(overhead(run, run.folder / "overhead"))
                 collect_overhead(run.folder)
             if "more" in options.only:
-                # These need not come to their end.
+                # These tests may run out of time.
                 holds = set(run.execute(more_tests(run)).values()) <= {0, None} and holds
         run.close(holds)
     print((run.folder / "summary.md").read_text(encoding="utf-8"), end="")
@@ -350,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def collect_overhead(folder: Path) -> None:
-    """Of the results of the benchmark its figures stay; its report and pictures can be made of them."""
+    """Keeps only the figures of the benchmark. Its report and pictures can be made from them."""
     results = folder / "overhead" / "results.json"
     if results.exists():
         results.replace(folder / "overhead.json")

@@ -279,7 +279,7 @@ def test_nothing_is_waited_for(reduction: str) -> None:
     """No number is brought to the host: calls can be captured in CUDA graphs."""
     input, target = torch.randn(4, 70), torch.randint(0, 70, (4,))
     transform, options = kernel_transform(disturbed("plif")), LossOptions(torch.rand(70), -100, 0.1, 0.1, True)
-    call = ops.CrossEntropy("cuda", input, target, transform, options, reduction, output_mask=(True, True))
+    call = ops.CrossEntropy("cuda", input, target, transform, options, reduction=reduction, output_mask=(True, True))
     with executing(), torch.profiler.profile() as profile:
         row_stats = ops.cross_entropy(call).row_stats
         kernels, scale = row_kernels("cuda"), torch.tensor(0.5)
@@ -305,7 +305,9 @@ def test_operators_check_out() -> None:
     with executing():
         for name in ("identity", "plif", "monotonic_mlp"):
             transform = kernel_transform(disturbed(name))
-            call = ops.CrossEntropy("cuda", input, target, transform, options, "mean", output_mask=(True, True))
+            call = ops.CrossEntropy(
+                "cuda", input, target, transform, options, reduction="mean", output_mask=(True, True)
+            )
             opcheck(call)
             row_stats = ops.cross_entropy(call).row_stats
             for grad_lse in (None, torch.rand(4)):

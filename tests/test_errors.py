@@ -160,7 +160,7 @@ def test_the_operator_checks_what_it_is_given(name: str, value: Any, message: st
     """Called by its arguments, and by its name at the dispatcher."""
     operator = ops.cross_entropy
     transform = Transform(torch.ones(2, 4), "plif", [-1.0, 0.5, 2.0])
-    call = ops.CrossEntropy("cpu", LOGITS, TARGET, transform, PLAIN, "none", output_mask=(False, False))
+    call = ops.CrossEntropy("cpu", LOGITS, TARGET, transform, PLAIN, reduction="none", output_mask=(False, False))
     operator(call)
     arguments = list(flattened(call))
     assert operator.named(arguments) == call

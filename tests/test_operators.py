@@ -45,7 +45,9 @@ _OPTIONS = [PLAIN, LossOptions(torch.linspace(0.1, 1.0, CLASSES), -100, 0.1, 0.0
 def test_opcheck_cross_entropy(batch: tuple[Tensor, Tensor], name: str, options: LossOptions) -> None:
     input, target = batch
     transform = kernel_transform(disturbed(name), requires_grad=True)
-    call = ops.CrossEntropy("cpu", input.requires_grad_(), target, transform, options, "none", (False, False))
+    call = ops.CrossEntropy(
+        "cpu", input.requires_grad_(), target, transform, options, reduction="none", output_mask=(False, False)
+    )
     for reduction in ("none", "mean", "sum"):
         opcheck(call._replace(reduction=reduction))
     row_stats = ops.cross_entropy(call).row_stats.detach()
@@ -145,7 +147,7 @@ def test_a_call_is_the_same_whether_the_dispatcher_sees_it(
     transform = kernel_transform(disturbed("plif"), requires_grad=True)
     mask = (reduction != "none",) * 2
     input = batch[0].requires_grad_()
-    call = ops.CrossEntropy("cpu", input, batch[1], transform, _OPTIONS[1], reduction, mask)
+    call = ops.CrossEntropy("cpu", input, batch[1], transform, _OPTIONS[1], reduction=reduction, output_mask=mask)
     wanted = torch.ops.monosoftmax.cross_entropy.default(*flattened(call))
     with torch.profiler.profile() if observed else nullcontext() as profile:
         got = ops.cross_entropy(call)

@@ -381,7 +381,9 @@ def test_who_takes_them() -> None:
         ms.cross_entropy(LOGITS, target.clone().requires_grad_(), backend="cpu")
     with pytest.raises(ValueError, match="target must not require a gradient"):
         leaf, identity = target.clone().requires_grad_(), Transform(torch.empty(0), "identity", [])
-        ops.cross_entropy(ops.CrossEntropy("cpu", LOGITS, leaf, identity, PLAIN, "none", output_mask=(False, False)))
+        ops.cross_entropy(
+            ops.CrossEntropy("cpu", LOGITS, leaf, identity, PLAIN, reduction="none", output_mask=(False, False))
+        )
     call = ms.backends.Call("cross_entropy", "cuda", torch.float32, ms.transforms.Identity(), target_kind="indices")
     soft = ms.backends.Call(
         "cross_entropy", "cuda", torch.float32, ms.transforms.Identity(), target_kind="probabilities"
@@ -426,7 +428,7 @@ def test_opcheck(name: str, options: LossOptions) -> None:
     transform = kernel_transform(disturbed(name), requires_grad=True)
     below = transform._replace(coefficients=transform.coefficients.detach())
     input, target = torch.randn(6, CLASSES).requires_grad_(), probabilities(6, CLASSES)
-    call = ops.CrossEntropy("cpu", input, target, transform, options, "none", output_mask=(False, False))
+    call = ops.CrossEntropy("cpu", input, target, transform, options, reduction="none", output_mask=(False, False))
     for reduction in ("none", "mean", "sum"):
         opcheck(call._replace(reduction=reduction))
     row_stats = ops.cross_entropy(call).row_stats.detach()

@@ -182,7 +182,8 @@ def test_in_place_and_later_are_the_same(name: str) -> None:
     """The gradient of the one kernel for both, of the backward one, and of those that overwrite the logits."""
     transform, target = kernel_transform(disturbed(name), device=DEVICE), _target(300)
     options, input, both = LossOptions(None, -100, 0.1, 0.01, True), _rows(300, torch.float32), (True, True)
-    results = ops.cross_entropy(ops.CrossEntropy("triton", input, target, transform, options, "mean", output_mask=both))
+    forward = ops.CrossEntropy("triton", input, target, transform, options, reduction="mean", output_mask=both)
+    results = ops.cross_entropy(forward)
     scale = results.scale
     assert scale == 1 / (ROWS - 1)
     torch.testing.assert_close(results.total, results.loss.sum() / (ROWS - 1))

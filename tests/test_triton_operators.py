@@ -130,7 +130,7 @@ def test_opcheck(name: str, all_options: bool) -> None:
     f = kernel_transform(transform, device=DEVICE)
     upstream, both = torch.rand(2, ROWS, device=DEVICE), (True, True)
     with on_gpu_or_interpreted():
-        call = ops.CrossEntropy("triton", input, target, f, options, "mean", output_mask=both)
+        call = ops.CrossEntropy("triton", input, target, f, options, reduction="mean", output_mask=both)
         opcheck(call)
         opcheck(call._replace(input=leaf, transform=of_leaf, output_mask=(False, False)))
         opcheck(call._replace(input=leaf, transform=of_leaf, reduction="none", output_mask=(False, False)))

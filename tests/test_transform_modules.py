@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize, prune
 
 import monosoftmax as ms
-from monosoftmax.transforms import GSS, PLIF, REGISTRY, MonotonicTransform
+from monosoftmax.transforms import GSS, PLIF, REGISTRY, MonotonicTransform, plif
 
 
 def test_every_registered_transform_is_tested():
@@ -463,3 +465,24 @@ def test_coefficients_that_were_rounded_on_their_way_are_refused(backend, half):
                  lambda: ms.log_softmax(torch.randn(2, 3), f, backend=backend)):  # fmt: skip
         with pytest.raises(TypeError, match=f"coefficients, got {half}: .* without output_dtype"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "pieces", "fused"),
+    [
+        ("cpu", torch.float32, 4, True),
+        ("cpu", torch.float64, 2**22 + 1, True),
+        ("cuda", torch.float32, 2**22, True),
+        ("cuda", torch.float64, 4, False),
+        ("cuda", torch.float32, 2**22 + 1, False),
+    ],
+)
+def test_plif_has_kernels_for_what_they_take(
+    device: str, dtype: torch.dtype, pieces: int, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the formula computes the coefficients that the kernels refuse."""
+    kernels = object()
+    monkeypatch.setattr(plif, "unobserved", lambda tensors: True)
+    monkeypatch.setattr(plif, "kernels_for", lambda kind: kernels)
+    raw: Any = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=torch.Size([pieces]))
+    assert plif._kernels_for(raw) is (kernels if fused else None)

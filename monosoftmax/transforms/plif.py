@@ -23,6 +23,9 @@ from .base import (
     widened,
 )
 
+#: Slopes that the kernels of every GPU backend take (``csrc/cuda/limits.h``), in float32.
+_MOST_ON_GPU = 2**22
+
 #: The softplus of this raw value is 1.
 _RAW_OF_UNIT_SLOPE = math.log(math.e - 1)
 
@@ -42,6 +45,15 @@ def _coefficients(raw_slope: Tensor, bound: float, min_slope: float) -> Tensor:
     right = at_centre + rises[centre:-1].cumsum(0)
     values = torch.cat([left, at_centre.reshape(1), right])
     return torch.stack([slopes, values.to(slopes.dtype)])
+
+
+def _kernels_for(raw_slope: Tensor) -> RowKernels | None:
+    """The kernels that compute the coefficients; None where the formula must, which takes everything."""
+    if not unobserved((raw_slope,)):
+        return None
+    if raw_slope.device.type != "cpu" and (raw_slope.dtype != torch.float32 or raw_slope.shape[0] > _MOST_ON_GPU):
+        return None
+    return kernels_for(raw_slope.device.type)
 
 
 class _Coefficients(SingleLevelFunction):
@@ -163,7 +175,7 @@ class PLIF(MonotonicTransform):
     def coefficients(self) -> Tensor:
         """[2, K]: the slopes, and the values at the left ends of the pieces."""
         raw = widened(self.raw_slope, self.num_pieces)
-        kernels = kernels_for(raw.device.type) if unobserved((raw,)) else None
+        kernels = _kernels_for(raw)
         if kernels is None:
             return _coefficients(raw, self.bound, self.min_slope)
         coefficients: Tensor = _Coefficients.apply(raw, self.bound, self.min_slope, kernels)  # type: ignore[attr-defined]

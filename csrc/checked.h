@@ -19,7 +19,8 @@ inline void check_rows(const Memory& memory, const char* name, const Tensor& row
   TORCH_CHECK_VALUE(memory.is_ours(rows), "monosoftmax: ", name, " must be on ", memory.place, ", got ", rows.device());
   TORCH_CHECK_VALUE(rows.dim() == 2 && rows.size(1) > 0, "monosoftmax: ", name,
                     " must have shape [N, V] with V > 0, got ", rows.sizes());
-  TORCH_CHECK_VALUE(rows.size(1) == 1 || rows.stride(1) == 1, "monosoftmax: ", name,
+  // The strides of no rows mean nothing: contiguous() leaves them alone.
+  TORCH_CHECK_VALUE(rows.numel() == 0 || rows.size(1) == 1 || rows.stride(1) == 1, "monosoftmax: ", name,
                     " must have its columns next to each other, got strides ", rows.strides());
 }
 

@@ -73,6 +73,7 @@ class RowResults(NamedTuple):
     #: [N]; empty if ``row_stats`` was given.
     lse: Tensor
     #: [2, N]: the largest y of a row, and sum exp(y - largest). [3, N] for class probabilities, with the sum of q.
+    #: Without a meaning if ``row_stats`` was given.
     row_stats: Tensor
     #: [N, V]
     grad_rows: Tensor

@@ -217,3 +217,15 @@ def test_wrappers_that_hide_a_transform_are_refused(wrapped: nn.Module) -> None:
 def test_a_compiled_transform_is_the_transform() -> None:
     f = ms.transforms.PLIF()
     assert check_transform(torch.compile(f)) is f  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows_whatever_their_strides(backend: str) -> None:
+    """``sum().backward()`` expands a number to no rows, whose strides ``contiguous()`` leaves at 0."""
+    with on(backend):
+        input = torch.zeros(0, 7, requires_grad=True)
+        ms.log_softmax(input, backend=backend).sum().backward()
+        assert input.grad is not None and input.grad.shape == (0, 7)
+        expanded = torch.zeros(0, 1).expand(0, 7)
+        loss = ms.cross_entropy(expanded, torch.zeros(0, dtype=torch.int64), reduction="sum", backend=backend)
+        assert loss == 0

@@ -19,10 +19,10 @@ constexpr int64_t kSmallHistogram = 256;
 
 struct NoSums {
   static constexpr bool kRescales = true;
-  template <class Point, class T>
-  void add(const Point&, T, T, int64_t) {}
-  template <class Point, class T>
-  void add_alone(const Point&, T, T) {}
+  template <class F, class T>
+  void add(const F&, const typename F::Point&, T, T, int64_t) {}
+  template <class F, class T>
+  void add_alone(const F&, const typename F::Point&, T, T) {}
   void end_strip(int64_t) {}
   void end_tile() {}
   void rescale(double) {}
@@ -34,16 +34,18 @@ class VectorSums {
  public:
   static constexpr bool kRescales = true;
 
-  VectorSums(const F& f, double* total, int64_t size) : f_(f), total_(total), size_(size) {
+  VectorSums(double* total, int64_t size) : total_(total), size_(size) {
     std::fill_n(lanes_, size_, T(0));
     std::fill_n(sums_, size_, 0.0);
   }
-  void add(const typename F::Point& point, T z, T weight, int64_t) { f_.accumulate(point, z, weight, lanes_); }
+  void add(const F& f, const typename F::Point& point, T z, T weight, int64_t) {
+    f.accumulate(point, z, weight, lanes_);
+  }
   // Adds one large weight to the total directly: the sum of the many small weights nearly cancels it.
-  void add_alone(const typename F::Point& point, T z, T weight) {
+  void add_alone(const F& f, const typename F::Point& point, T z, T weight) {
     T alone[kMostVectorCoefficients];
     std::fill_n(alone, size_, T(0));
-    f_.accumulate(point, z, weight, alone);
+    f.accumulate(point, z, weight, alone);
     for (int64_t p = 0; p < size_; ++p) total_[p] += sum_of_lanes(alone[p]);
   }
   void end_strip(int64_t) {}
@@ -64,7 +66,6 @@ class VectorSums {
   }
 
  private:
-  const F& f_;
   double* total_;
   int64_t size_;
   T lanes_[kMostVectorCoefficients];
@@ -83,7 +84,7 @@ class Strip {
     T out[F::kTableRows];
     f.differentiate(point, z, out);
     for (int r = 0; r < F::kTableRows; ++r) out[r] = weight * out[r];
-    at::vec::convert_to_int_of_same_size(point.piece).store(piece_ + at);
+    at::vec::convert_to_int_of_same_size(point.piece * T(kStride)).store(entry_ + at);
     if constexpr (kStride == 2) {
       const auto [first, second] = at::vec::interleave2(out[0], out[1]);
       first.store(contribution_ + 2 * at);
@@ -97,7 +98,8 @@ class Strip {
       for (int r = 0; r < kStride; ++r) streams[r].store(contribution_ + kStride * at + r * T::size());
     }
   }
-  Index piece(int64_t i) const { return piece_[i]; }
+  // The place of the entry of logit i.
+  Index entry(int64_t i) const { return entry_[i]; }
   // Adds the contribution of logit i to an entry, as one vector. In a loop over numbers, the compiler would have to
   // assume that the contribution and the entry overlap.
   template <class Sum>
@@ -131,8 +133,8 @@ class Strip {
     if constexpr (half > 1) interleave<half / 2>(streams);
   }
 
-  Index piece_[kStrip];
-  alignas(64) S contribution_[kStrip * kStride];
+  Index entry_[kStrip];
+  alignas(kLine) S contribution_[kStrip * kStride];
 };
 
 template <class T, class F>
@@ -155,19 +157,23 @@ class SmallHistogram {
  public:
   static constexpr bool kRescales = true;
 
-  SmallHistogram(const F& f, double* total, int64_t pieces) : f_(f), total_(total), size_(pieces * kStride) {
-    std::fill_n(copies_, kCopies * size_, S(0));
+  SmallHistogram(double* total, int64_t pieces) : total_(total), size_(pieces * kStride) {
+    for (int c = 0; c < kCopies; ++c) std::fill_n(copies_ + c * kCopy, size_, S(0));
     std::fill_n(sums_, size_, 0.0);
   }
-  void add(const typename F::Point& point, T z, T weight, int64_t at) { strip_.set(f_, point, z, weight, at); }
-  void add_alone(const typename F::Point& point, T z, T weight) { add_to_table(f_, point, z, weight, total_); }
+  void add(const F& f, const typename F::Point& point, T z, T weight, int64_t at) {
+    strip_.set(f, point, z, weight, at);
+  }
+  void add_alone(const F& f, const typename F::Point& point, T z, T weight) {
+    add_to_table(f, point, z, weight, total_);
+  }
   void end_strip(int64_t n) {
     int64_t i = 0;
     for (; i + kCopies <= n; i += kCopies) {
 #pragma GCC unroll 4
-      for (int c = 0; c < kCopies; ++c) strip_.add_to(copies_ + c * size_ + strip_.piece(i + c) * kStride, i + c);
+      for (int c = 0; c < kCopies; ++c) strip_.add_to(copies_ + c * kCopy + strip_.entry(i + c), i + c);
     }
-    for (; i < n; ++i) strip_.add_to(copies_ + strip_.piece(i) * kStride, i);
+    for (; i < n; ++i) strip_.add_to(copies_ + strip_.entry(i), i);
   }
   void end_tile() {
     if (++tiles_ == kTilesKept) flush();
@@ -187,23 +193,25 @@ class SmallHistogram {
  private:
   using S = typename Arithmetic<T>::Scalar;
   static constexpr int kCopies = 4, kTilesKept = 4;
-  static constexpr int kStride = Strip<T, F>::kStride;
+  static constexpr int kStride = table_stride(F::kTableRows);
+  // Numbers from one copy to the next: known when this is compiled, and a cache line more than the largest table takes,
+  // so that the copies of an entry do not compete for the same place in the cache.
+  static constexpr int kCopy = kSmallHistogram * kStride + kLine / sizeof(S);
 
   void flush() {
     tiles_ = 0;
     for (int c = 0; c < kCopies; ++c) {
-      S* copy = copies_ + c * size_;
+      S* copy = copies_ + c * kCopy;
       for (int64_t i = 0; i < size_; ++i) sums_[i] += copy[i];
+      std::fill_n(copy, size_, S(0));
     }
-    std::fill_n(copies_, kCopies * size_, S(0));
   }
 
-  const F& f_;
   double* total_;
   int64_t size_;
   int tiles_ = 0;
   Strip<T, F> strip_;
-  alignas(64) S copies_[kCopies * kSmallHistogram * kStride];
+  alignas(kLine) S copies_[kCopies * kCopy];
   double sums_[kSmallHistogram * kStride];
 };
 
@@ -213,32 +221,35 @@ class LargeHistogram {
  public:
   static constexpr bool kRescales = false;
 
-  LargeHistogram(const F& f, double* total, int64_t) : f_(f), total_(total) {}
-  void add(const typename F::Point& point, T z, T weight, int64_t at) { strip_.set(f_, point, z, weight, at); }
-  void add_alone(const typename F::Point& point, T z, T weight) { add_to_table(f_, point, z, weight, total_); }
+  LargeHistogram(double* total, int64_t) : total_(total) {}
+  void add(const F& f, const typename F::Point& point, T z, T weight, int64_t at) {
+    strip_.set(f, point, z, weight, at);
+  }
+  void add_alone(const F& f, const typename F::Point& point, T z, T weight) {
+    add_to_table(f, point, z, weight, total_);
+  }
   void end_strip(int64_t n) {
-    for (int64_t i = 0; i < n; ++i) strip_.add_to(total_ + strip_.piece(i) * Strip<T, F>::kStride, i);
+    for (int64_t i = 0; i < n; ++i) strip_.add_to(total_ + strip_.entry(i), i);
   }
   void end_tile() {}
   void finish(double) {}
 
  private:
-  const F& f_;
   double* total_;
   Strip<T, F> strip_;
 };
 
-// Calls visitor(sums) with the sums for transform f and its table or vector of `size`. NoSums if total is null.
+// Calls visitor(sums) with the sums for a transform F and its table or vector of `size`. NoSums if total is null.
 template <class T, class F, class Visitor>
-void with_sums(const F& f, double* total, int64_t size, Visitor&& visitor) {
+void with_sums(const F&, double* total, int64_t size, Visitor&& visitor) {
   if (total == nullptr) {
     visitor(NoSums());
   } else if constexpr (F::kTableRows == 0) {
-    visitor(VectorSums<T, F>(f, total, size));
+    visitor(VectorSums<T, F>(total, size));
   } else if (size <= kSmallHistogram) {
-    visitor(SmallHistogram<T, F>(f, total, size));
+    visitor(SmallHistogram<T, F>(total, size));
   } else {
-    visitor(LargeHistogram<T, F>(f, total, size));
+    visitor(LargeHistogram<T, F>(total, size));
   }
 }
 

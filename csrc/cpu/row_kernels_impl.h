@@ -86,7 +86,7 @@ void cross_entropy_finish(const CrossEntropyCall<S, IndexTarget<S>>& call, int64
 // exp(y - shift) f', with the shift that is known at its tile. The second sweep, in the L2 cache, multiplies by the
 // factor that is missing. Not for smoothed labels: their part of the gradient is not a multiple of p.
 template <class T, class F, class Sums, class S = typename Arithmetic<T>::Scalar>
-void row_with_gradient(const F& f, const CrossEntropyCall<S, IndexTarget<S>>& call, int64_t row,
+void row_with_gradient(const F f, const CrossEntropyCall<S, IndexTarget<S>>& call, int64_t row,
                        std::vector<Tile<S>>& unscaled_row, std::vector<S>& shifts, Sums& sums) {
   using A = Arithmetic<T>;
   const int64_t classes = call.target.options.classes, target = call.target.index[row];
@@ -120,14 +120,14 @@ void row_with_gradient(const F& f, const CrossEntropyCall<S, IndexTarget<S>>& ca
       const int64_t end = std::min(strip + kStrip, n);
       if (unscaled != nullptr && !in_place) prefetch(call.grad_input, row, begin + strip, begin + end);
       for (int64_t i = strip; i < end; i += T::size()) {
-        const T z = at::vec::maximum(load<T>(logits + i, n - i), lowest);
+        const T z = at::vec::clamp_min(load<T>(logits + i, n - i), lowest);
         const typename F::Point point = f.at(z);
         T p = A::exp(point.value - shift);
         if (n - i < T::size()) p = T::set(T(0), p, n - i);
         sum = sum + p;
         if (unscaled != nullptr) store(p * point.derivative, unscaled + begin + i, n - i);
         if (begin + i == target_vector) p = p * T::loadu(but_target);
-        sums.add(point, z, p, i - strip);
+        sums.add(f, point, z, p, i - strip);
       }
       sums.end_strip(end - strip);
     }
@@ -144,12 +144,12 @@ void row_with_gradient(const F& f, const CrossEntropyCall<S, IndexTarget<S>>& ca
   sums.finish(of_p * inverse_sum);
 
   // The column of the target goes alone: its two large parts cancel if p is next to 1.
-  const T z = at::vec::maximum(target_z, lowest);
+  const T z = at::vec::clamp_min(target_z, lowest);
   const typename F::Point point = f.at(z);
   const T p = A::exp(point.value - T(largest)) * T(inverse_sum);
   const T of_target = (T(gradient.of_p) * p - T(gradient.of_target)) + T(gradient.extra_of_p) * p;
   S alone[T::size()] = {first_lane(of_target)};
-  sums.add_alone(point, z, T::loadu(alone));
+  sums.add_alone(f, point, z, T::loadu(alone));
   if (unscaled == nullptr) return;
   for (int64_t begin = 0, tile = 0; begin < classes; begin += kTile, ++tile) {
     const int64_t n = std::min(kTile, classes - begin);
@@ -233,7 +233,7 @@ void token_statistics(const TokenStatisticsCall<S>& call, int64_t begin, int64_t
         const S* z = load_tile(call.input, row, at, n, buffer);
         T sum(0);
         for (int64_t i = 0; i < n; i += T::size()) {
-          const T gap = shift - f.value(at::vec::maximum(load<T>(z + i, n - i), lowest));
+          const T gap = shift - f.value(at::vec::clamp_min(load<T>(z + i, n - i), lowest));
           const T term = A::exp(T(0) - gap) * gap;
           sum = sum + (n - i < T::size() ? T::set(T(0), term, n - i) : term);
         }

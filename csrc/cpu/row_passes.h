@@ -1,6 +1,9 @@
 // The loops of the kernels over a row of logits, in tiles that stay in the L1 cache. f is increasing, so the largest y
 // of a tile is f of its largest logit. Hazards: a padded lane of the last vector of a row must not reach the sum
 // (f(-inf) may be finite) or the gradient of a coefficient. So its exponential and its dL/dy are set to 0.
+//
+// A loop takes f by value. The compiler must assume that a store of a result changes what a reference refers to, and
+// would load the table of f again for each vector of logits.
 #pragma once
 
 #include <limits>
@@ -25,7 +28,7 @@ void with_transform_of(const Transform<S>& transform, Visitor&& visitor) {
 
 // The log-sum-exp of columns [first, last) of f(row). Calls on_tile(begin, n, z) with the logits of each tile.
 template <class T, class F, class OnTile, class S = typename Arithmetic<T>::Scalar>
-OnlineSoftmax<S> scan_row(const F& f, const Rows<const void*>& input, int64_t row, int64_t first, int64_t last,
+OnlineSoftmax<S> scan_row(const F f, const Rows<const void*>& input, int64_t row, int64_t first, int64_t last,
                           OnTile&& on_tile) {
   alignas(kLine) S buffer[kTile];
   OnlineSoftmax<S> state;
@@ -71,8 +74,8 @@ class OneColumn {
 // The backward pass of columns [first, last) of one row. gradient_of(i, n, p, t) is dL/dy in the n lanes at column i,
 // from probabilities p and the target's part t: see OneColumn.
 template <class T, class F, class Target, class Sums, class S, class GradientOf>
-void backward_row(const F& f, const Rows<const void*>& input, int64_t row, int64_t first, int64_t last, S largest,
-                  S sum, Target& target, const Rows<void*>& grad_input, Sums& sums, GradientOf&& gradient_of) {
+void backward_row(const F f, const Rows<const void*>& input, int64_t row, int64_t first, int64_t last, S largest, S sum,
+                  Target& target, const Rows<void*>& grad_input, Sums& sums, GradientOf&& gradient_of) {
   alignas(kLine) S buffer[kTile];
   // A row of -inf only has no p: its gradient is NaN, as its loss is.
   const T inverse_sum(sum == 0 ? std::numeric_limits<S>::quiet_NaN() : 1 / sum);
@@ -86,7 +89,7 @@ void backward_row(const F& f, const Rows<const void*>& input, int64_t row, int64
     for (int64_t strip = 0; strip < n; strip += kStrip) {
       const int64_t end = std::min(strip + kStrip, n);
       for (int64_t i = strip; i < end; i += T::size()) {
-        const T z = at::vec::maximum(load<T>(logits + i, n - i), lowest);
+        const T z = at::vec::clamp_min(load<T>(logits + i, n - i), lowest);
         const typename F::Point point = f.at(z);
         const T p = Arithmetic<T>::exp(point.value - shift) * inverse_sum;
         T of_target;
@@ -95,10 +98,10 @@ void backward_row(const F& f, const Rows<const void*>& input, int64_t row, int64
         if (n - i < T::size()) gradient = T::set(T(0), gradient, n - i);
         if (out != nullptr) store(gradient * point.derivative, out + i, n - i);
         if (alone) {
-          sums.add_alone(point, z, gradient);
+          sums.add_alone(f, point, z, gradient);
           gradient = T(0);
         }
-        sums.add(point, z, gradient, i - strip);
+        sums.add(f, point, z, gradient, i - strip);
       }
       sums.end_strip(end - strip);
     }

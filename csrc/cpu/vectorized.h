@@ -27,6 +27,13 @@ struct VectorArithmetic : PieceIsNumber<at::vec::Vectorized<S>> {
 
 }  // namespace CPU_CAPABILITY
 
+// Two instructions: torch's clamp_min gives its first argument where the other is NaN.
+template <class S>
+struct ClampIndex<at::vec::Vectorized<S>> {
+  using T = at::vec::Vectorized<S>;
+  static MONOSOFTMAX_HD T of(T x, T hi) { return at::vec::clamp_max(at::vec::clamp_min(T(0), x), hi); }
+};
+
 template <>
 struct Arithmetic<at::vec::Vectorized<double>> : VectorArithmetic<double> {
   using Mask = T;

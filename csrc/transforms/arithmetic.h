@@ -116,11 +116,13 @@ MONOSOFTMAX_HD T clamp(T x, T lo, T hi) {
 
 // x clamped to [0, hi]. NaN becomes 0, so that the result is always a valid index.
 template <class T>
-MONOSOFTMAX_HD T clamp_index(T x, T hi) {
-  using A = Arithmetic<T>;
-  const T from_zero = A::select(A::less(T(0), x), x, T(0));
-  return A::select(A::less(hi, from_zero), hi, from_zero);
-}
+struct ClampIndex {
+  static MONOSOFTMAX_HD T of(T x, T hi) {
+    using A = Arithmetic<T>;
+    const T from_zero = A::select(A::less(T(0), x), x, T(0));
+    return A::select(A::less(hi, from_zero), hi, from_zero);
+  }
+};
 
 // The entries of a table if look-ups are clamped to a power of two. Entries beyond `count` repeat the last one.
 constexpr int64_t padded_entries(int64_t count) {
@@ -140,7 +142,7 @@ class UniformPieces {
   MONOSOFTMAX_HD UniformPieces(S inverse_width, int64_t count)
       : inverse_width_(inverse_width), last_(static_cast<S>(count - 1)) {}
   MONOSOFTMAX_HD typename A::Piece operator()(T offset) const {
-    return A::piece(clamp_index(A::floor(offset * inverse_width_), last_));
+    return A::piece(ClampIndex<T>::of(A::floor(offset * inverse_width_), last_));
   }
   // The entries of a table of `count` pieces.
   static constexpr int64_t entries(int64_t count) { return count; }

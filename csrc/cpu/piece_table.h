@@ -4,8 +4,6 @@
 
 #include <ATen/cpu/vec/vec.h>
 
-#include <utility>
-
 #include "../transforms/arithmetic.h"
 
 namespace monosoftmax::cpu {
@@ -102,16 +100,16 @@ class PieceTable<float, kRows, true> {
     }
   }
   T at(int row, T piece) const { return get(row, _mm512_cvttps_epi32(piece)); }
-  Row row(T piece) const { return rows(_mm512_cvttps_epi32(piece), std::make_integer_sequence<int, kRows>()); }
+  Row row(T piece) const {
+    const __m512i index = _mm512_cvttps_epi32(piece);
+    Row result;
+    for (int r = 0; r < kRows; ++r) result.of[r] = get(r, index);
+    return result;
+  }
 
  private:
   static constexpr int kVectors = static_cast<int>(small_table<float>(kRows)) / 16;
 
-  // Not a loop over an array, which the compiler would keep in memory.
-  template <int... row>
-  Row rows(__m512i index, std::integer_sequence<int, row...>) const {
-    return {{get(row, index)...}};
-  }
   T get(int row, __m512i index) const {
     const __m512(&v)[kVectors] = rows_[row];
     if constexpr (kVectors == 1) {
@@ -144,14 +142,14 @@ class PieceTable<float, kRows, true> {
     }
   }
   T at(int row, T piece) const { return get(row, _mm256_cvttps_epi32(piece)); }
-  Row row(T piece) const { return rows(_mm256_cvttps_epi32(piece), std::make_integer_sequence<int, kRows>()); }
+  Row row(T piece) const {
+    const __m256i index = _mm256_cvttps_epi32(piece);
+    Row result;
+    for (int r = 0; r < kRows; ++r) result.of[r] = get(r, index);
+    return result;
+  }
 
  private:
-  // Not a loop over an array, which the compiler would keep in memory.
-  template <int... row>
-  Row rows(__m256i index, std::integer_sequence<int, row...>) const {
-    return {{get(row, index)...}};
-  }
   T get(int row, __m256i index) const {
     const __m256 low = _mm256_permutevar8x32_ps(rows_[row][0], index);
     const __m256 high = _mm256_permutevar8x32_ps(rows_[row][1], index);

@@ -38,8 +38,8 @@ class Plif {
   MONOSOFTMAX_HD T value(T z) const { return at(z).value; }
   MONOSOFTMAX_HD Point at(T z) const {
     const auto piece = pieces_(z - lo_);
-    const auto line = table_.row(piece);
-    return {A::fma(line.of[0], z, line.of[1]), line.of[0], piece, z - A::fma(A::number(piece), width_, lo_)};
+    const auto [slope, intercept] = table_.row(piece).of;
+    return {A::fma(slope, z, intercept), slope, piece, z - A::fma(A::number(piece), width_, lo_)};
   }
   // df/d(slope, value) of the piece.
   MONOSOFTMAX_HD void differentiate(const Point& at, T, T (&out)[kTableRows]) const {

@@ -98,7 +98,7 @@ class Strip {
       for (int r = 0; r < kStride; ++r) streams[r].store(contribution_ + kStride * at + r * T::size());
     }
   }
-  // The place of the entry of logit i.
+  // The place of the entry of logit i in a table.
   Index entry(int64_t i) const { return entry_[i]; }
   // Adds the contribution of logit i to an entry, as one vector. In a loop over numbers, the compiler would have to
   // assume that the contribution and the entry overlap.
@@ -158,7 +158,7 @@ class SmallHistogram {
   static constexpr bool kRescales = true;
 
   SmallHistogram(double* total, int64_t pieces) : total_(total), size_(pieces * kStride) {
-    for (int c = 0; c < kCopies; ++c) std::fill_n(copies_ + c * kCopy, size_, S(0));
+    for (int c = 0; c < kCopies; ++c) std::fill_n(copies_ + c * kCopyStride, size_, S(0));
     std::fill_n(sums_, size_, 0.0);
   }
   void add(const F& f, const typename F::Point& point, T z, T weight, int64_t at) {
@@ -171,7 +171,7 @@ class SmallHistogram {
     int64_t i = 0;
     for (; i + kCopies <= n; i += kCopies) {
 #pragma GCC unroll 4
-      for (int c = 0; c < kCopies; ++c) strip_.add_to(copies_ + c * kCopy + strip_.entry(i + c), i + c);
+      for (int c = 0; c < kCopies; ++c) strip_.add_to(copies_ + c * kCopyStride + strip_.entry(i + c), i + c);
     }
     for (; i < n; ++i) strip_.add_to(copies_ + strip_.entry(i), i);
   }
@@ -196,12 +196,12 @@ class SmallHistogram {
   static constexpr int kStride = table_stride(F::kTableRows);
   // Numbers from one copy to the next: known when this is compiled, and a cache line more than the largest table takes,
   // so that the copies of an entry do not compete for the same place in the cache.
-  static constexpr int kCopy = kSmallHistogram * kStride + kLine / sizeof(S);
+  static constexpr int kCopyStride = kSmallHistogram * kStride + kLine / sizeof(S);
 
   void flush() {
     tiles_ = 0;
     for (int c = 0; c < kCopies; ++c) {
-      S* copy = copies_ + c * kCopy;
+      S* copy = copies_ + c * kCopyStride;
       for (int64_t i = 0; i < size_; ++i) sums_[i] += copy[i];
       std::fill_n(copy, size_, S(0));
     }
@@ -211,7 +211,7 @@ class SmallHistogram {
   int64_t size_;
   int tiles_ = 0;
   Strip<T, F> strip_;
-  alignas(kLine) S copies_[kCopies * kCopy];
+  alignas(kLine) S copies_[kCopies * kCopyStride];
   double sums_[kSmallHistogram * kStride];
 };
 

@@ -27,12 +27,14 @@ struct VectorArithmetic : PieceIsNumber<at::vec::Vectorized<S>> {
 
 }  // namespace CPU_CAPABILITY
 
-// Two instructions: torch's clamp_min gives its first argument where the other is NaN.
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+// Two instructions. On x86, clamp_min gives its first argument where the second is NaN; on other processors, NaN.
 template <class S>
 struct ClampIndex<at::vec::Vectorized<S>> {
   using T = at::vec::Vectorized<S>;
   static MONOSOFTMAX_HD T of(T x, T hi) { return at::vec::clamp_max(at::vec::clamp_min(T(0), x), hi); }
 };
+#endif
 
 template <>
 struct Arithmetic<at::vec::Vectorized<double>> : VectorArithmetic<double> {

@@ -1,0 +1,150 @@
+"""The command line: ``list``, ``run``, ``report`` and ``verify`` are the same for every experiment."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from . import runner
+from .experiment import Experiment
+from .store import RESULTS, Store, StoreError
+
+Names = tyro.conf.Positional[tuple[str, ...]]
+
+
+class CommandError(Exception):
+    """The user can do something about it."""
+
+
+@dataclass(frozen=True)
+class Commands:
+    """What the command line is about.
+
+    Attributes:
+        experiments: how to make each, by name.
+        document: the whole report, from the folder of the results and that of the pictures.
+        others: further subcommands, by name: functions whose signatures are their options.
+    """
+
+    experiments: Mapping[str, Callable[[], Experiment]]
+    document: Callable[[Path, Path], str]
+    others: Mapping[str, Callable[..., int | None]] = field(default_factory=dict)
+
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        """Run a command; returns the exit code: 0, 1 for an error or a difference, 130 after Ctrl-C."""
+        table = {"list": self.list, "run": self.run, "report": self.report, "verify": self.verify, **self.others}
+        try:
+            found: Any = tyro.extras.subcommand_cli_from_dict(
+                table, prog="python -m benchmarks", args=arguments, sort_subcommands=False
+            )
+        except (CommandError, StoreError, LookupError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("Interrupted. What is done is kept: the same command goes on from there.", file=sys.stderr)
+            return 130
+        return int(found or 0)
+
+    def list(self, experiments: Names = (), /, only: str = "", results: Path = RESULTS) -> None:
+        """Show the units of experiments (all, if none is named), and which of them are done.
+
+        Args:
+            experiments: their names.
+            only: a pattern of names of units, like 'main/*'.
+            results: the folder of the results.
+        """
+        for experiment in self._named(experiments):
+            found = Store(experiment.name, results).results()
+            units = runner.Selection(only).of(experiment, found)
+            done = [unit for unit in units if unit.name in found]
+            print(f"{experiment.name}: {experiment.title}. {len(done)} of {len(units)} units are done.")
+            for unit in units if experiments else ():
+                seconds = f"{found[unit.name].seconds:.1f} s" if unit.name in found else "missing"
+                print(f"  {seconds:>10}  {unit.name}")
+
+    def run(
+        self,
+        experiment: tyro.conf.Positional[str],
+        /,
+        only: str = "",
+        shard: str = "1/1",
+        limit_minutes: float = math.inf,
+        results: Path = RESULTS,
+    ) -> int:
+        """Do the units of an experiment that are missing. Any number of processes may do so together.
+
+        Args:
+            experiment: its name; `list` shows them.
+            only: a pattern of names of units, like 'main/*'.
+            shard: K/N does the K-th of N equal shares of the units, for machines that share no file system.
+            limit_minutes: start no unit after so many minutes.
+            results: the folder of the results.
+        """
+        (chosen,) = self._named((experiment,))
+        place, _, number = shard.partition("/")
+        if not (place.isdigit() and number.isdigit() and 1 <= int(place) <= int(number)):
+            raise CommandError(f"shard must be K/N with 1 <= K <= N, got {shard!r}")
+        selection = runner.Selection(only, int(place) - 1, int(number), limit_minutes)
+        left = runner.run(chosen, Store(chosen.name, results), selection)
+        if left:
+            print(f"{len(left)} units are missing still. The same command goes on.")
+        return 0
+
+    def report(self, experiment: tyro.conf.Positional[str] = "", /, check: bool = False, results: Path = RESULTS) -> int:
+        """Write REPORT.md and its pictures from the results, or print the section of one experiment.
+
+        Args:
+            experiment: print its section, and write only its pictures.
+            check: write nothing, and exit with 1 where REPORT.md is not what the results give.
+            results: the folder of the results.
+        """
+        pictures, path = results / "pictures", results / "REPORT.md"
+        if experiment:
+            (chosen,) = self._named((experiment,))
+            print(chosen.section(Store(chosen.name, results).results(), pictures))
+            return 0
+        if check:
+            with tempfile.TemporaryDirectory() as folder:
+                text = self.document(results, Path(folder))
+            if path.is_file() and path.read_text(encoding="utf-8") == text:
+                return 0
+            raise CommandError(f"{path} is not what the results give: python -m benchmarks report writes it")
+        text = self.document(results, pictures)
+        path.write_text(text, encoding="utf-8")
+        print(os.path.relpath(path))
+        return 0
+
+    def verify(self, experiments: Names = (), /, only: str = "", results: Path = RESULTS) -> int:
+        """Repeat a few quick units and compare their figures with those that are stored.
+
+        Args:
+            experiments: their names; all, if none is named.
+            only: a pattern of names of units: repeat all of these, quick or not.
+            results: the folder of the results.
+        """
+        agree = True
+        for experiment in self._named(experiments):
+            store = Store(experiment.name, results)
+            found = store.results()
+            names = [name for name in found if fnmatchcase(name, only)] if only else experiment.to_verify(found)
+            for name, differences in runner.verify(experiment, store, names):
+                print(f"{experiment.name} {name}: {f'DIFFERS: {differences[:400]}' if differences else 'the same'}")
+                agree = agree and not differences
+        return 0 if agree else 1
+
+    def _named(self, names: Sequence[str]) -> Sequence[Experiment]:
+        unknown = [name for name in names if name not in self.experiments]
+        if unknown:
+            raise CommandError(f"there is no experiment {unknown[0]!r}; there are {', '.join(self.experiments)}")
+        return [self.experiments[name]() for name in names or self.experiments]
+
+

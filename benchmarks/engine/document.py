@@ -1,0 +1,55 @@
+"""Markdown from results: templates for prose, tables, and the way in which figures are written."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+
+
+def render(template: Path, **values: Any) -> str:
+    """The text of a Jinja template with ``values``. A name that is not among them is an error.
+
+    Templates have the filters ``table`` (:func:`table`) and ``count`` (``{{ 3 | count('seed') }}`` is "3 seeds").
+    """
+    jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False)
+    jinja.filters |= {"table": table, "count": count}
+    return jinja.from_string(template.read_text(encoding="utf-8")).render(**values).strip()
+
+
+def table(rows: Sequence[Mapping[str, Any]] | pd.DataFrame, style: str = "github") -> str:
+    """Rows as a Markdown table: their keys are the headers, the first column is aligned left, all others right.
+
+    Args:
+        rows: of strings and numbers, which are written as they are.
+        style: a table format of ``tabulate``; ``simple`` for a terminal.
+    """
+    frame = pd.DataFrame(rows)
+    if frame.empty:
+        return "Nothing has been run yet."
+    align = ["left", *["right"] * (len(frame.columns) - 1)]
+    return frame.astype(str).to_markdown(index=False, tablefmt=style, colalign=align, disable_numparse=True)
+
+
+def count(number: int, noun: str) -> str:
+    """``1 seed``, ``2 seeds``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
+    """``1.234 ± 0.012``: mean and standard deviation; the value alone where there is only one."""
+    mean = statistics.fmean(values)
+    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def environments(records: Sequence[Any]) -> str:
+    """A line for each environment: how many results are from it, its versions and its machine."""
+    seen: dict[str, int] = {}
+    for record in records:
+        text = ", ".join(f"{name} {value}" for name, value in record.environment.items() if value is not None)
+        seen[text] = seen.get(text, 0) + 1
+    return "\n".join(f"- {count(number, 'result')}: {text}" for text, number in seen.items())

@@ -1,0 +1,152 @@
+"""An experiment: which units of work it has, what a unit computes, and what the report says about the results."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+
+from .checkpoint import Checkpoint
+from .json_lines import plain
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work, which one process does at a time, and whose result is one line of a file.
+
+    Attributes:
+        name: of the line. Slashes make groups that ``--only 'group/*'`` selects.
+        settings: a dataclass of everything that the figures depend on, except for versions and the machine. It is
+            stored with them, and a result with other settings is an error.
+    """
+
+    name: str
+    settings: Any
+
+    def stored_settings(self) -> dict[str, Any]:
+        """The settings as JSON has them."""
+        found: dict[str, Any] = plain(asdict(self.settings))
+        return found
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a unit found.
+
+    Attributes:
+        figures: the same each time on the same machine, so that ``verify`` can compare them bit for bit. JSON values.
+        times: seconds, bytes and whatever else differs each time. JSON values.
+    """
+
+    figures: Mapping[str, Any]
+    times: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A stored result.
+
+    Attributes:
+        unit: name of the unit.
+        settings, figures, times: as in :class:`Unit` and :class:`Measured`.
+        seconds: how long the unit took.
+        environment: versions and machine.
+    """
+
+    unit: str
+    settings: dict[str, Any]
+    figures: dict[str, Any]
+    times: dict[str, Any]
+    seconds: float
+    environment: dict[str, Any]
+
+
+class Results(Mapping[str, Record]):
+    """The results of an experiment that are there, by the names of their units, in the order in which they came."""
+
+    def __init__(self, records: Iterable[Record] = ()) -> None:
+        self._records: dict[str, Record] = {}
+        for record in records:
+            # Files of several machines may be put together. The first result of a unit counts.
+            self._records.setdefault(record.unit, record)
+
+    def __getitem__(self, name: str) -> Record:
+        return self._records[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def matching(self, pattern: str) -> list[Record]:
+        """The records of the units whose names match a pattern like ``main/*/search-*``."""
+        return [record for name, record in self.items() if fnmatchcase(name, pattern)]
+
+    def frame(self, pattern: str = "*") -> pd.DataFrame:
+        """The matching records as a table: ``unit``, ``seconds``, ``settings.NAME``, ``figures.NAME``, ``times.NAME``.
+
+        Nested names are joined by points; lists stay as they are.
+        """
+        rows = [
+            {"unit": r.unit, "seconds": r.seconds, "settings": r.settings, "figures": r.figures, "times": r.times}
+            for r in self.matching(pattern)
+        ]
+        return pd.json_normalize(rows)
+
+
+class Experiment(ABC):
+    """What an experiment is. Everything else (files, processes, the command line) is the engine's.
+
+    Attributes:
+        name: of the experiment, and of its file ``benchmarks/results/NAME.jsonl``.
+        title: what ``list`` says about it.
+        default: the units that ``run`` does and ``list`` shows without ``--only``.
+        threads: of torch, on which the figures may depend.
+        devices: the units need one of these kinds of devices. Where there is none, ``run`` says so.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    default: ClassVar[str] = "*"
+    threads: ClassVar[int] = 1
+
+    @abstractmethod
+    def units(self, results: Results) -> Iterable[Unit]:
+        """The units that are known by now, the most wanted first.
+
+        It is asked again after the last of them is done. So units may depend on the results of others: a training on
+        the learning rate that a search found.
+        """
+
+    @abstractmethod
+    def run(self, unit: Unit, checkpoint: Checkpoint) -> Measured:
+        """Do a unit. Called with ``threads`` threads and deterministic algorithms.
+
+        Args:
+            unit: one of :meth:`units`.
+            checkpoint: keeps the state of a long unit, so that a process that is ended goes on from there.
+        """
+
+    def to_verify(self, results: Results) -> list[str]:
+        """Names of units that ``verify`` repeats: quick ones, of every kind. Empty if none can be the same again."""
+        return []
+
+    @abstractmethod
+    def section(self, results: Results, pictures: Path) -> str:
+        """The section of the report, as Markdown with a heading of level 2.
+
+        Args:
+            results: all that there are; what is missing is named together with the command that runs it.
+            pictures: the folder for pictures, which links in the section call ``pictures``.
+        """
+
+    def command(self, pattern: str = "") -> str:
+        """The command that runs what is missing, for the report."""
+        only = f" --only '{pattern}'" if pattern else ""
+        return f"python -m benchmarks run {self.name}{only}"

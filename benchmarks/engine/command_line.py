@@ -99,7 +99,9 @@ class Commands:
             print(f"{len(left)} units are missing still. The same command goes on.")
         return 0
 
-    def report(self, experiment: tyro.conf.Positional[str] = "", /, check: bool = False, results: Path = RESULTS) -> int:
+    def report(
+        self, experiment: tyro.conf.Positional[str] = "", /, check: bool = False, results: Path = RESULTS
+    ) -> int:
         """Write REPORT.md and its pictures from the results, or print the section of one experiment.
 
         Args:
@@ -146,5 +148,3 @@ class Commands:
         if unknown:
             raise CommandError(f"there is no experiment {unknown[0]!r}; there are {', '.join(self.experiments)}")
         return [self.experiments[name]() for name in names or self.experiments]
-
-

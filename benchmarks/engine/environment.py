@@ -12,6 +12,7 @@ import torch
 
 import monosoftmax as ms
 
+
 def processor() -> str:
     """The model of the processor."""
     try:

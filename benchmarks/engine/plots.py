@@ -32,7 +32,9 @@ _DPI, _COLOURS = 90, 64
 
 
 @contextmanager
-def picture(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (3.4, 2.6)) -> Iterator[np.ndarray]:
+def picture(
+    path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (3.4, 2.6)
+) -> Iterator[np.ndarray]:
     """The axes of a new figure, (rows, columns), of which the block ends as the file ``path``.
 
     Args:

@@ -1,7 +1,7 @@
 """The results of an experiment on the disk, and the claims of the processes that work on them.
 
-A file has two kinds of lines: ``{"environment": ID, ...}`` with versions and machine, and ``{"unit": NAME, ...}`` with a
-result, which names its environment by the ID. Lines are only ever appended. So files of several machines can be put
+A file has two kinds of lines: ``{"environment": ID, ...}`` has versions and machine, ``{"unit": NAME, ...}`` has a
+result and names its environment by the ID. Lines are only ever appended. So files of several machines can be put
 together by ``cat``.
 """
 

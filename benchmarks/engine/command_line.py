@@ -15,14 +15,10 @@ from typing import Any
 import tyro
 
 from . import runner
-from .experiment import Experiment
-from .store import RESULTS, Store, StoreError
+from .experiment import Experiment, ExperimentError
+from .store import RESULTS, Store
 
 Names = tyro.conf.Positional[tuple[str, ...]]
-
-
-class CommandError(Exception):
-    """The user can do something about it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class Commands:
             found: Any = tyro.extras.subcommand_cli_from_dict(
                 table, prog="python -m benchmarks", args=arguments, sort_subcommands=False
             )
-        except (CommandError, StoreError, LookupError, OSError) as error:
+        except ExperimentError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
@@ -92,7 +88,7 @@ class Commands:
         (chosen,) = self._named((experiment,))
         place, _, number = shard.partition("/")
         if not (place.isdigit() and number.isdigit() and 1 <= int(place) <= int(number)):
-            raise CommandError(f"shard must be K/N with 1 <= K <= N, got {shard!r}")
+            raise ExperimentError(f"shard must be K/N with 1 <= K <= N, got {shard!r}")
         selection = runner.Selection(only, int(place) - 1, int(number), limit_minutes)
         left = runner.run(chosen, Store(chosen.name, results), selection)
         if left:
@@ -119,7 +115,7 @@ class Commands:
                 text = self.document(results, Path(folder))
             if path.is_file() and path.read_text(encoding="utf-8") == text:
                 return 0
-            raise CommandError(f"{path} is not what the results give: python -m benchmarks report writes it")
+            raise ExperimentError(f"{path} is not what the results give: python -m benchmarks report writes it")
         text = self.document(results, pictures)
         path.write_text(text, encoding="utf-8")
         print(os.path.relpath(path))
@@ -146,5 +142,5 @@ class Commands:
     def _named(self, names: Sequence[str]) -> Sequence[Experiment]:
         unknown = [name for name in names if name not in self.experiments]
         if unknown:
-            raise CommandError(f"there is no experiment {unknown[0]!r}; there are {', '.join(self.experiments)}")
+            raise ExperimentError(f"there is no experiment {unknown[0]!r}; there are {', '.join(self.experiments)}")
         return [self.experiments[name]() for name in names or self.experiments]

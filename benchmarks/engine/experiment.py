@@ -15,6 +15,10 @@ from .checkpoint import Checkpoint
 from .json_lines import plain
 
 
+class ExperimentError(Exception):
+    """What stops an experiment, and the user can do something about; the command line shows it in one line."""
+
+
 @dataclass(frozen=True)
 class Unit:
     """One piece of work, which one process does at a time, and whose result is one line of a file.
@@ -108,7 +112,6 @@ class Experiment(ABC):
         title: what ``list`` says about it.
         default: the units that ``run`` does and ``list`` shows without ``--only``.
         threads: of torch, on which the figures may depend.
-        devices: the units need one of these kinds of devices. Where there is none, ``run`` says so.
     """
 
     name: ClassVar[str]

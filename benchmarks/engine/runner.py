@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from .environment import environment, machine_changes
-from .experiment import Experiment, Record, Results, Unit
+from .experiment import Experiment, ExperimentError, Record, Results, Unit
 from .store import Store
 
 #: Relative difference from stored figures that another machine may have.
@@ -50,11 +50,11 @@ def run(experiment: Experiment, store: Store, selection: Selection) -> list[Unit
 
     Raises:
         StoreError: a stored result was made with other settings.
-        LookupError: no unit is selected.
+        ExperimentError: no unit is selected.
     """
     started = time.monotonic()
     if not selection.of(experiment, store.results()):
-        raise LookupError(f"no unit of {experiment.name} matches {selection.only or experiment.default!r}")
+        raise ExperimentError(f"no unit of {experiment.name} matches {selection.only or experiment.default!r}")
     with deterministic(experiment.threads), tqdm(unit="unit") as bar:
         while True:
             done_before = len(store.results())

@@ -19,12 +19,12 @@ from filelock import FileLock, Timeout
 from . import json_lines
 from .checkpoint import Checkpoint
 from .environment import environment
-from .experiment import Measured, Record, Results, Unit
+from .experiment import ExperimentError, Measured, Record, Results, Unit
 
 RESULTS = Path(__file__).parents[1] / "results"
 
 
-class StoreError(Exception):
+class StoreError(ExperimentError):
     """Stored results do not go with the experiment as it is now."""
 
 

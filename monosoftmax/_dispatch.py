@@ -1,6 +1,6 @@
 """Every name of torch's that is private: who stands in for a tensor's values, and derivatives at the dispatcher.
 
-``tests/test_private_names.py`` fails where another file uses one. All of them exist in every supported version of
+``tests/build/test_private_names.py`` fails where another file uses one. All of them exist in every supported version of
 torch; ``scripts/check_versions.py`` runs the tests in each.
 """
 

@@ -37,15 +37,17 @@ TOOLS = ("setuptools", "ninja", "hypothesis", "pytest", "matplotlib", "tabulate"
 #: The test files, and an expression that selects from each.
 TESTS = (
     (
-        "tests/test_operators.py tests/test_triton_operators.py tests/test_triton_interpreter.py",
+        "tests/unit/test_operators.py",
         "not slow",
     ),
-    ("tests/test_linear_cross_entropy.py tests/test_soft_targets.py", "compile or func or triton"),
-    ("tests/test_gradients_ahead.py tests/test_edges.py tests/test_training.py", ""),
-    ("tests/test_transform_modules.py tests/test_transform_state.py", ""),
-    ("tests/test_hands_traced.py tests/test_hands_operands.py tests/test_nested_transforms.py", ""),
-    ("tests/test_hands_sharded.py tests/test_hands_parameters.py tests/test_hands_training.py", ""),
-    ("tests/test_cross_entropy.py", "triton or cuda"),
+    ("tests/emulated/test_triton_operators.py tests/emulated/test_triton_interpreter.py", "not slow"),
+    ("tests/unit/test_linear_cross_entropy.py tests/unit/test_soft_targets.py", "compile or func or triton"),
+    ("tests/unit/test_gradients_ahead.py tests/unit/test_edges.py tests/unit/test_training.py", ""),
+    ("tests/unit/test_transform_modules.py tests/unit/test_transform_state.py", ""),
+    ("tests/emulated/test_hands_traced.py tests/emulated/test_hands_operands.py", ""),
+    ("tests/unit/test_nested_transforms.py", ""),
+    ("tests/unit/test_hands_sharded.py tests/emulated/test_hands_parameters.py tests/unit/test_hands_training.py", ""),
+    ("tests/unit/test_cross_entropy.py", "triton or cuda"),
     ("tests/test_overhead_benchmark.py", "agree or older_torch"),
 )
 

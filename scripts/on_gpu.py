@@ -292,9 +292,10 @@ def more_tests(run: Run) -> Stage:
     """The tests of the kernels' own dimensions, which use a device if there is one."""
     workers = min(16, os.cpu_count() or 1)
     words = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--numprocesses={workers}", "-m", "not slow"]
-    words += [f"--record={run.folder / 'tests.jsonl'}", "--timeout=60"] if not run.dry_run else []
-    files = ["tests/test_cross_entropy.py", "tests/test_triton_operators.py", "tests/test_triton_cross_entropy.py"]
-    chosen = ["tests/test_triton_operators.py"] if run.dry_run else files
+    words += ["--exhaustive", f"--record={run.folder / 'tests.jsonl'}", "--timeout=60"] if not run.dry_run else []
+    files = ["unit/test_cross_entropy.py", "emulated/test_triton_operators.py", "emulated/test_triton_cross_entropy.py"]
+    files = [f"tests/{each}" for each in files]
+    chosen = ["tests/emulated/test_triton_operators.py"] if run.dry_run else files
     return Stage(
         "more tests", max(5.0, run.left() - 8), [Command("more tests", [*words, "-k", "cuda or triton", *chosen])]
     )

@@ -1,14 +1,16 @@
-"""What every test shares: the device of a backend, GPU tests that skip with a reason, threads, hypothesis' deadline."""
+"""What every test shares: tiers, the device of a backend, the skips of GPU tests, threads, hypothesis' deadline."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiers
 import torch
 from hands import on
 from hypothesis import settings
@@ -23,10 +25,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--emulate", action="store_true", help="run the tests of tests/gpu on the CPU: small shapes, under emulators"
     )
+    parser.addoption(
+        "--exhaustive", action="store_true", help="run whole grids, and the tests marked slow (tests/tiers.py)"
+    )
     parser.addoption("--record", metavar="FILE", help="add a line of JSON for each test, as soon as it ends")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(tiers)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # the workers are as many as there are cores
     path = config.getoption("--record")
     if path and not hasattr(config, "workerinput"):  # of several processes, the one that the others report to
         config.pluginmanager.register(_Record(Path(path)))
@@ -50,6 +58,9 @@ class _Record:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if tiers.is_emulated(item):
+            item.add_marker(pytest.mark.emulated)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -1,4 +1,4 @@
-"""The script of tests/test_hands_sharded.py: one of two processes that share heads, in each of the ways that torch has.
+"""The script of tests/unit/test_hands_sharded.py: one of two processes that share heads, in each of torch's ways.
 
 It returns a table: what each way comes to with each transform, or the error that was no refusal.
 """

@@ -1,7 +1,7 @@
 """What the tests of the losses share: transforms away from their starting point, and a loss with all its gradients.
 
 :class:`LossCase` is one call of ``ms.cross_entropy``, which :func:`check_case` holds against the reference in float64:
-the same code proves every backend on every device (``tests/test_cross_entropy.py``, ``tests/gpu``).
+the same code proves every backend on every device (``tests/unit/test_cross_entropy.py``, ``tests/gpu``).
 """
 
 from __future__ import annotations

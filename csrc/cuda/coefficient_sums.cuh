@@ -13,7 +13,7 @@
 //                float64. Atomics add to it, in an order that changes from run to run.
 //
 // Lanes do meet: 2 to 4 of them in a piece, with 64 pieces and normally distributed logits
-// (tests/test_cuda_coefficient_sums.py).
+// (tests/emulated/test_cuda_coefficient_sums.py).
 #pragma once
 
 #include "arguments.h"

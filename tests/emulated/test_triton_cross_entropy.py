@@ -1,7 +1,8 @@
 """The Triton kernels over rows of logits against the reference in float64, interpreted, or on a GPU where one is.
 
-The tests of ``ms.cross_entropy`` run on the triton backend, too (tests/test_cross_entropy.py); here are the dimensions
-that are these kernels' own: tiles, alignments, how sums are kept, programs, and what a launch is compiled for.
+The tests of ``ms.cross_entropy`` run on the triton backend, too (tests/unit/test_cross_entropy.py); here are the
+dimensions that are these kernels' own: tiles, alignments, how sums are kept, programs, and what a launch is compiled
+for.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -343,7 +344,7 @@ def _run_with_capability(capability: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", _EVERY_TRANSFORM],
         env=environment,
-        cwd=os.path.dirname(__file__),
+        cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
     )

@@ -1,7 +1,7 @@
 """The triton backend's table of row kernels, called as the operators call it; interpreted, or on a GPU where one is.
 
-Against the reference they are tested through the public functions (tests/test_triton_cross_entropy.py); here is what
-:class:`monosoftmax.row_kernels.RowKernels` promises beyond that, and PLIF's coefficients.
+Against the reference they are tested through the public functions (tests/emulated/test_triton_cross_entropy.py); here
+is what :class:`monosoftmax.row_kernels.RowKernels` promises beyond that, and PLIF's coefficients.
 """
 
 from __future__ import annotations

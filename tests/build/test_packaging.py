@@ -33,7 +33,7 @@ import monosoftmax.info
 import monosoftmax.triton_kernels
 from monosoftmax import _installation, row_kernels
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LOSS = "import torch, monosoftmax as ms; print(ms.cross_entropy(torch.zeros(1, 2), torch.tensor([0])).item())"
 
 

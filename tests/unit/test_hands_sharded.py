@@ -12,7 +12,7 @@ from hands_in_processes import run
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 def test_table(tmp_path: Path) -> None:
-    first, second = run(Path(__file__).with_name("hands_sharded.py"), tmp_path)
+    first, second = run(Path(__file__).parents[1] / "hands_sharded.py", tmp_path)
     for row, cells in first.items():
         for transform, cell in cells.items():
             for rank, found in enumerate((cell, second[row][transform])):

@@ -156,7 +156,7 @@ def test_twenty_steps_on_the_reference(name):
 def of_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if not torch.distributed.is_available():
         pytest.skip("torch is built without torch.distributed")
-    first, second = run(Path(__file__).with_name("hands_training.py"), tmp_path_factory.mktemp("training"))
+    first, second = run(Path(__file__).parents[1] / "hands_training.py", tmp_path_factory.mktemp("training"))
     assert first == second
     return first
 

@@ -17,7 +17,7 @@ import on_gpu
 import pytest
 from on_gpu import Command, Stage
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WELL = Command("well", [sys.executable, "-c", "print('done')"])
 BADLY = Command("badly", [sys.executable, "-c", "raise SystemExit(1)"])
 

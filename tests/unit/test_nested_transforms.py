@@ -1,8 +1,8 @@
 """Derivatives inside derivatives: torch.func in torch.func, in autograd, and in torch.compile.
 
-``tests/test_hands_traced.py`` has one level of each. Here an outer level differentiates what an inner level has made of
-a loss. An operator that hides its graph from the outer level gives zeros there, and no error. Each case is either what
-the reference backend gives in float64, or an error that says what to do.
+``tests/emulated/test_hands_traced.py`` has one level of each. Here an outer level differentiates what an inner level
+has made of a loss. An operator that hides its graph from the outer level gives zeros there, and no error. Each case is
+either what the reference backend gives in float64, or an error that says what to do.
 """
 
 from __future__ import annotations

@@ -1,0 +1,73 @@
+"""The units of the studies, and how each is done."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ...engine.checkpoint import Checkpoint
+from ...engine.experiment import Experiment, Measured, Results, Unit
+from . import corpora, measures, search
+from .search import Preparation
+from .studies import DEMO, GPU, MAIN
+from .training import Diverged, Trainer, document_tokens, prepared
+
+STUDIES = (MAIN, GPU, DEMO)
+#: Units whose singular values a picture shows.
+_PLOTTED = f"{MAIN.name}/{MAIN.cells[0].name}/"
+
+
+class LanguageModels(Experiment):
+    """Language models that differ in nothing but their output layer.
+
+    Units are called ``STUDY/CELL/ROW/search-RATES-seed100`` (the searches), ``STUDY/CELL/ROW/seedN`` (what the tables
+    consist of), ``STUDY/corpus/...`` and ``main/verify/...``.
+    """
+
+    name = "language_model"
+    title = "language models on two corpora, at learning rates that were searched for each output layer"
+    default = "main/*"
+
+    def units(self, results: Results) -> Iterator[Unit]:
+        for study in STUDIES:
+            yield from search.units(study, results)
+
+    def run(self, unit: Unit, checkpoint: Checkpoint) -> Measured:
+        if isinstance(unit.settings, Preparation):
+            return Measured(_corpus_figures(unit.settings))
+        if unit.settings.device.startswith("cuda"):
+            # cuBLAS is deterministic only with a workspace of its own; it reads this when CUDA starts.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        trainer = Trainer(prepared(unit.settings), unit.settings)
+        try:
+            trainer.train(checkpoint=checkpoint)
+        except Diverged as error:
+            return Measured({"diverged": str(error)})
+        times = {"median_step_seconds": statistics.median(trainer.step_seconds)}
+        if "/search-" in unit.name:
+            return Measured({"perplexity": {"valid": trainer.perplexity("valid")}}, times)
+        return Measured(measures.table_figures(trainer, unit.name.startswith(_PLOTTED)), times)
+
+    def to_verify(self, results: Results) -> list[str]:
+        quick = (f"{MAIN.name}/verify/", f"{MAIN.name}/corpus/")
+        return [name for name in results if name.startswith(quick)]
+
+    def section(self, results: Results, pictures: Path) -> str:
+        # matplotlib takes seconds to load, and the processes that train do not need it.
+        from .report import section
+
+        return section(results, pictures)
+
+
+def _corpus_figures(preparation: Preparation) -> dict[str, Any]:
+    corpus = corpora.load(
+        preparation.corpus,
+        style=preparation.text_style,
+        vocabulary_size=preparation.vocabulary_size,
+        min_count=preparation.min_count,
+    )
+    counts = document_tokens(corpus, "test", preparation.batch_size, preparation.evaluation_tokens)
+    return {**corpus.facts(), "document_tokens": counts}

@@ -1,0 +1,183 @@
+"""The methods: output layers over free context vectors, each with what of it is trained and how."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+import monosoftmax as ms
+from monosoftmax.transforms import MonotonicTransform
+
+#: The learning rate that the published code gives the slopes, whatever that of the rest.
+PUBLISHED_SLOPE_RATE = 0.02
+#: Rate of f's parameters as a share of that of the rest, for every other method: no search of its own.
+TRANSFORM_RATE_RATIO = 0.1
+
+
+@dataclass(frozen=True)
+class Method:
+    """An output layer and how it is trained.
+
+    Attributes:
+        description: for the report.
+        transform: f, made from a source of random numbers for its initial values; None for mixtures.
+        frozen: f keeps its initial values.
+        published_rate: f's parameters have ``PUBLISHED_SLOPE_RATE`` instead of a share of the searched rate.
+        optimizer: of f's parameters; everything else is trained by Adam.
+        mixture, experts: a mixture instead of f.
+        as_many_as: a Linear-Softmax whose dimension gives it about as many parameters as this method has.
+    """
+
+    description: str
+    transform: Callable[[torch.Generator], MonotonicTransform] | None = None
+    frozen: bool = False
+    published_rate: bool = False
+    optimizer: Literal["adam", "sgd"] = "adam"
+    mixture: Literal["mos", "moc"] | None = None
+    experts: int = 0
+    as_many_as: str | None = None
+
+    def transform_rate(self, lr: float) -> float:
+        """The peak learning rate of f's parameters where that of the rest is ``lr``."""
+        return PUBLISHED_SLOPE_RATE if self.published_rate else TRANSFORM_RATE_RATIO * lr
+
+
+def _published(generator: torch.Generator) -> MonotonicTransform:
+    return ms.transforms.PLIF(100_000, 20, min_slope=1e-6, init="random", generator=generator)
+
+
+_T = ms.transforms
+
+METHODS: dict[str, Method] = {
+    "linear": Method("Linear-Softmax", lambda _: _T.Identity()),
+    "temperature": Method("learned temperature: the control, it cannot raise the rank", lambda _: _T.Temperature()),
+    "plif": Method("PLIF, 50 pieces on [-20, 20], starts as the identity", lambda _: _T.PLIF()),
+    "sigmoidcap-learned": Method(
+        "SigmoidCap, a, b, c learned from 23, 5, 7.5", lambda _: _T.SigmoidCap(learnable=True)
+    ),
+    "mlp": Method("MonotonicMLP, 8 units, starts as the identity", lambda _: _T.MonotonicMLP()),
+    "spline": Method(
+        "RationalQuadraticSpline, 16 bins, starts as the identity", lambda _: _T.RationalQuadraticSpline()
+    ),
+    "gss": Method("GSS, k and c learned, starts as the identity", lambda _: _T.GSS()),
+    "sigsoftmax": Method("SigSoftmax, nothing learned", lambda _: _T.SigSoftmax()),
+    "softcap-learned": Method("SoftCap, c learned from 30", lambda _: _T.SoftCap(learnable=True)),
+    "softcap": Method("SoftCap, c = 30 fixed", lambda _: _T.SoftCap()),
+    "sigmoidcap": Method("SigmoidCap, a, b, c = 23, 5, 7.5 fixed", lambda _: _T.SigmoidCap()),
+    "gss-published": Method("GSS, k = 2.5, c = -1.5 fixed, as published", lambda _: _T.GSS(2.5, -1.5, learnable=False)),
+    "plif-20-10": Method("PLIF, 20 pieces on [-10, 10], starts as the identity", lambda _: _T.PLIF(20, 10)),
+    "plif-200": Method("PLIF, 200 pieces on [-20, 20], starts as the identity", lambda _: _T.PLIF(200)),
+    "plif-frozen": Method(
+        "PLIF, 50 pieces on [-20, 20], random slopes, never trained",
+        lambda generator: _T.PLIF(init="random", generator=generator),
+        frozen=True,
+    ),
+    "mlp-1": Method("MonotonicMLP, 1 unit, starts as the identity", lambda _: _T.MonotonicMLP(1)),
+    "published-sgd": Method(
+        "PLIF as published: 100,000 pieces on [-20, 20], random slopes, SGD at 0.02",
+        _published,
+        published_rate=True,
+        optimizer="sgd",
+    ),
+    "published-adam": Method("PLIF as published, but Adam at 0.02 for the slopes", _published, published_rate=True),
+    "published-frozen": Method("PLIF as published, slopes never trained", _published, frozen=True),
+    "mos4": Method("Mixture of Softmaxes, 4 components", mixture="mos", experts=4),
+    "mos15": Method("Mixture of Softmaxes, 15 components", mixture="mos", experts=15),
+    "moc4": Method("Mixture of Contexts, 4 components", mixture="moc", experts=4),
+    "linear-eq-mos4": Method(
+        "Linear-Softmax with as many parameters as mos4", lambda _: _T.Identity(), as_many_as="mos4"
+    ),
+    "linear-eq-mos15": Method(
+        "Linear-Softmax with as many parameters as mos15", lambda _: _T.Identity(), as_many_as="mos15"
+    ),
+}
+
+
+class FreeContexts(nn.Module):
+    """N free context vectors under an output layer: all that there is to train.
+
+    Context vectors are standard normal, word vectors normal with standard deviation 1 / sqrt(d), biases 0; the matrices
+    of a mixture are those of :class:`torch.nn.Linear`. For one seed and dimension all methods start with the same
+    vectors.
+    """
+
+    def __init__(self, method: Method, contexts: int, words: int, dim: int, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.context = nn.Parameter(torch.randn(contexts, dim, generator=generator))
+        decoder_weight = torch.randn(words, dim, generator=generator) / math.sqrt(dim)
+        self.output: ms.MonotonicSoftmax | ms.MixtureOfSoftmaxes | ms.MixtureOfContexts
+        if method.mixture is None:
+            assert method.transform is not None  # every method is one or the other
+            self.output = decoder = ms.MonotonicSoftmax(dim, words, method.transform(generator))
+            decoder.transform.requires_grad_(not method.frozen)
+        else:
+            kind = ms.MixtureOfSoftmaxes if method.mixture == "mos" else ms.MixtureOfContexts
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                self.output = kind(dim, words, method.experts)
+            decoder = self.output.decoder
+        with torch.no_grad():
+            decoder.weight.copy_(decoder_weight)
+            assert decoder.bias is not None  # bias=True
+            decoder.bias.zero_()
+
+    @property
+    def transform(self) -> MonotonicTransform | None:
+        """f; None for a mixture."""
+        return self.output.transform if isinstance(self.output, ms.MonotonicSoftmax) else None
+
+    def logits(self) -> Tensor:
+        """The logits, (N, M).
+
+        Raises:
+            TypeError: the output layer is a mixture of softmaxes, which has K of them.
+        """
+        if isinstance(self.output, ms.MixtureOfSoftmaxes):
+            raise TypeError("a mixture of softmaxes has no logits")
+        return self.output.logits(self.context)
+
+    def loss(self, probabilities: Tensor) -> Tensor:
+        """Mean cross entropy with the target distributions (N, M)."""
+        if isinstance(self.output, ms.MixtureOfSoftmaxes):
+            return -(probabilities * self.output.log_prob(self.context)).sum(1).mean()
+        return ms.cross_entropy(self.logits(), probabilities, self.transform)
+
+    def log_prob(self) -> Tensor:
+        """log Q, (N, M)."""
+        return self.output.log_prob(self.context)
+
+    def backend(self, probabilities: Tensor) -> str:
+        """The backend that takes the loss."""
+        with torch.no_grad():
+            if isinstance(self.output, ms.MixtureOfSoftmaxes):
+                return ms.backends.explain("log_softmax", self.output.decoder.logits(self.context)).backend
+            call = ms.backends.explain("cross_entropy", self.logits(), self.transform, target=probabilities)
+            return call.backend
+
+    def trained_parameters(self) -> int:
+        """How many numbers are trained, context vectors included."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+
+def build(name: str, contexts: int, words: int, dim: int, seed: int) -> FreeContexts:
+    """The method ``name`` with its initial values, for contexts of ``dim`` features.
+
+    Raises:
+        KeyError: no method has that name.
+    """
+    method = METHODS[name]
+    if method.as_many_as is not None:
+        dim = equal_dim(method.as_many_as, contexts, words, dim)
+    return FreeContexts(method, contexts, words, dim, seed)
+
+
+def equal_dim(name: str, contexts: int, words: int, dim: int) -> int:
+    """The dimension of the Linear-Softmax whose number of parameters is closest to that of ``name`` at ``dim``."""
+    wanted = build(name, contexts, words, dim, 0).trained_parameters()
+    return max(1, round((wanted - words) / (contexts + words)))

@@ -1,0 +1,138 @@
+"""The training of one method on one problem, and what came out of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import monosoftmax as ms
+
+from ...engine.experiment import Measured
+from .methods import METHODS, FreeContexts, build
+from .problem import dirichlet, figures, training_targets
+from .settings import Training
+
+#: Raw parameters of f up to this number are kept themselves, beyond it points of f.
+_MOST_PARAMETERS = 1000
+_POINTS = 201
+_QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
+
+
+class Trainer:
+    """A model, its optimisers, and single steps. Nothing in it is random once it is there."""
+
+    def __init__(self, settings: Training, targets: Tensor) -> None:
+        self.settings, self.targets = settings, targets
+        cell, how = settings.cell, METHODS[settings.method]
+        self.model = build(settings.method, cell.contexts, cell.words, cell.dim, settings.seed)
+        groups = ms.parameter_groups(self.model, lr=settings.lr, transform_lr=how.transform_rate(settings.lr))
+        by_sgd = [group for group in groups if group["name"] == "transform" and how.optimizer == "sgd"]
+        by_adam = [group for group in groups if not any(group is other for other in by_sgd)]
+        self.optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(by_adam, betas=settings.betas, fused=True)]
+        if by_sgd:
+            self.optimizers.append(torch.optim.SGD(by_sgd))
+        self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.step = 0
+
+    def rate(self, step: int) -> float:
+        """The share of the peak learning rate: a linear rise, then a cosine to 0."""
+        rise, steps = self.settings.warm_up_steps, self.settings.cell.steps
+        if step < rise:
+            return (step + 1) / rise
+        return (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))) / 2
+
+    def train_step(self) -> float:
+        """One step over all contexts; returns the loss before it."""
+        share = self.rate(self.step)
+        for optimizer, peaks in zip(self.optimizers, self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * share
+            optimizer.zero_grad()
+        loss = self.model.loss(self.targets)
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        return loss.item()
+
+    def trained_model(self) -> FreeContexts:
+        """The model in float64 after all steps.
+
+        Raises:
+            Diverged: the loss became infinite or NaN.
+        """
+        while self.step < self.settings.cell.steps:
+            if not math.isfinite(self.train_step()):
+                raise Diverged(self.step - 1)
+        return copy.deepcopy(self.model).double()
+
+
+class Diverged(ArithmeticError):
+    """The loss became infinite or NaN."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the loss of step {step} is no number")
+        self.step = step
+
+
+class _TimedTrainer(Trainer):
+    """Keeps the processor seconds of each step."""
+
+    def __init__(self, settings: Training, targets: Tensor) -> None:
+        super().__init__(settings, targets)
+        self.seconds: list[float] = []
+
+    def train_step(self) -> float:
+        started = time.process_time()
+        loss = super().train_step()
+        self.seconds.append(time.process_time() - started)
+        return loss
+
+
+def train(settings: Training, keep_shape: bool = False) -> Measured:
+    """Train and measure; with the learned f, if asked for."""
+    cell = settings.cell
+    probabilities = dirichlet(cell.contexts, cell.words, cell.alpha, settings.seed)
+    trainer = _TimedTrainer(settings, training_targets(probabilities))
+    backend = trainer.model.backend(trainer.targets)
+    try:
+        model = trainer.trained_model()
+    except Diverged as error:
+        found: dict[str, Any] = {"diverged_at": error.step}
+    else:
+        with torch.no_grad():
+            found = figures(probabilities, model.log_prob())
+        kept = shape(trainer.model) if keep_shape else None
+        if kept is not None:
+            found["shape"] = kept
+    return Measured(found, {"step_seconds": statistics.median(trainer.seconds), "backend": backend})
+
+
+@torch.no_grad()
+def shape(model: FreeContexts) -> dict[str, Any] | None:
+    """f and the quantiles of its logits, for pictures; None for a mixture."""
+    function = model.transform
+    if function is None:
+        return None
+    logits = model.logits().double().flatten()
+    quantiles = np.quantile(logits.numpy(), _QUANTILES).tolist()
+    kept: dict[str, Any] = {"quantiles": [[q, round(z, 4)] for q, z in zip(_QUANTILES, quantiles, strict=True)]}
+    state = function.state_dict()
+    if sum(value.numel() for value in state.values()) <= _MOST_PARAMETERS:
+        kept["state"] = {name: _rounded(value) for name, value in state.items()}
+    else:
+        z = torch.linspace(quantiles[0], quantiles[-1], _POINTS, dtype=torch.float64)
+        kept["curve"] = {"z": _rounded(z), "f": _rounded(function(z) - function(z.new_zeros(1)))}
+    return kept
+
+
+def _rounded(values: Tensor) -> Any:
+    """As nested lists, to as many digits as a picture shows."""
+    return torch.round(values.double(), decimals=6).tolist()

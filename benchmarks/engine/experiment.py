@@ -112,12 +112,14 @@ class Experiment(ABC):
         title: what ``list`` says about it.
         default: the units that ``run`` does and ``list`` shows without ``--only``.
         threads: of torch, on which the figures may depend.
+        deterministic: whether torch is told to compute the same each time; other algorithms may be faster.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     default: ClassVar[str] = "*"
     threads: ClassVar[int] = 1
+    deterministic: ClassVar[bool] = True
 
     @abstractmethod
     def units(self, results: Results) -> Iterable[Unit]:
@@ -129,7 +131,7 @@ class Experiment(ABC):
 
     @abstractmethod
     def run(self, unit: Unit, checkpoint: Checkpoint) -> Measured:
-        """Do a unit. Called with ``threads`` threads and deterministic algorithms.
+        """Do a unit. Called with ``threads`` threads and, where ``deterministic``, deterministic algorithms.
 
         Args:
             unit: one of :meth:`units`.

@@ -55,7 +55,7 @@ def run(experiment: Experiment, store: Store, selection: Selection) -> list[Unit
     started = time.monotonic()
     if not selection.of(experiment, store.results()):
         raise ExperimentError(f"no unit of {experiment.name} matches {selection.only or experiment.default!r}")
-    with deterministic(experiment.threads), tqdm(unit="unit") as bar:
+    with deterministic(experiment.threads, experiment.deterministic), tqdm(unit="unit") as bar:
         while True:
             done_before = len(store.results())
             for unit in _missing(experiment, store, selection, bar):
@@ -105,7 +105,7 @@ def verify(experiment: Experiment, store: Store, names: Sequence[str]) -> Iterat
     for name in names:
         store.require_settings(units[name], results)
         scratch = store.checkpoint(Unit(f"verify-{name}", units[name].settings))
-        with deterministic(experiment.threads):
+        with deterministic(experiment.threads, experiment.deterministic):
             found = experiment.run(units[name], scratch)
             same_machine = not machine_changes(results[name].environment, environment())
         scratch.remove()
@@ -134,12 +134,12 @@ def compare(stored: Any, found: Any, tolerance: float, where: str = "figures") -
 
 
 @contextmanager
-def deterministic(threads: int) -> Iterator[None]:
-    """Within the block torch has so many threads, and computes the same each time."""
+def deterministic(threads: int, algorithms: bool = True) -> Iterator[None]:
+    """Within the block torch has so many threads, and computes the same each time if ``algorithms`` are to."""
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(algorithms)
     # Nothing here reads memory that nothing has written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]
     try:

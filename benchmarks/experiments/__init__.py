@@ -7,19 +7,21 @@ from collections.abc import Callable
 
 from ..engine.experiment import Experiment
 
-#: By name: the package, and its class.
+#: By name: the module, from here, and its class.
 _CLASSES = {
-    "synthetic": "Synthetic",
-    "rank": "Rank",
-    "language_model": "LanguageModels",
-    "posthoc": "Posthoc",
+    "synthetic": (".synthetic", "Synthetic"),
+    "rank": (".rank", "Rank"),
+    "language_model": (".language_model", "LanguageModels"),
+    "posthoc": (".posthoc", "Posthoc"),
+    "overhead": ("..overhead.experiment", "Overhead"),
 }
 
 
 def _maker(name: str) -> Callable[[], Experiment]:
     def make() -> Experiment:
         # Imported only when it is needed: an experiment imports scipy, transformers or a corpus.
-        made: Experiment = getattr(importlib.import_module(f"{__name__}.{name}"), _CLASSES[name])()
+        module, class_name = _CLASSES[name]
+        made: Experiment = getattr(importlib.import_module(module, __name__), class_name)()
         return made
 
     return make

@@ -183,7 +183,7 @@ DEMO = Study(
             "wiki-lstm-96",
             replace(_SMALL, vocabulary_size=6000, batch_size=20, epochs=1, validations=4, rank_contexts=500),
             0,
-            Search((0.006, 0.012, 0.024), (0.01, 0.003), 3, 0.5),
+            Search((0.008, 0.016, 0.032), (0.01, 0.003), 3, 0.35),
             (*_FIRST, "sigsoftmax", "softcap", "mos"),
         ),
     ),

@@ -34,7 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(tiers)
     if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)  # the workers are as many as there are cores
+        # There are as many workers as cores.
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
     path = config.getoption("--record")
     if path and not hasattr(config, "workerinput"):  # of several processes, the one that the others report to
         config.pluginmanager.register(_Record(Path(path)))

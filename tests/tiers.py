@@ -16,7 +16,7 @@ command line names (``tests/unit/test_edges.py::test_no_classes[cpu]``) always r
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 
 import pytest
@@ -25,9 +25,9 @@ import pytest
 EMULATED = ("triton", "cuda")
 
 
-def covering(cases: Sequence[Mapping[str, Hashable]], strength: int) -> list[int]:
+def covering(cases: Sequence[Sequence[str]], strength: int) -> list[int]:
     """Selects ``cases``, by number, that contain each combination of ``strength`` values that ``cases`` contain."""
-    open_ = [set(combinations(sorted(case.items()), min(strength, len(case)))) for case in cases]
+    open_ = [set(combinations(enumerate(case), min(strength, len(case)))) for case in cases]
     taken = []
     while any(open_):
         best = max(range(len(open_)), key=lambda number: len(open_[number]))
@@ -65,7 +65,8 @@ def left_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:
     thinned = []
     for of_a_test in grids.values():
         strength = (*of_a_test[0].get_closest_marker("grid").args, 1 if is_emulated(of_a_test[0]) else 2)[0]
-        taken = set(covering([item.callspec.indices for item in of_a_test], strength))
+        # The values of an item: one id for each parametrize, also of one with several arguments.
+        taken = set(covering([item.callspec._idlist for item in of_a_test], strength))
         thinned += [item for number, item in enumerate(of_a_test) if number not in taken]
     return slow + thinned
 

@@ -71,6 +71,7 @@ def assert_close_to_the_truth(name: str, classes: int, seeds: int, rows: int = 6
     errors.check()
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("classes", SIZES)
 def test_is_as_close_to_the_truth_as_pytorch(host: Any, name: str, classes: int) -> None:
@@ -83,6 +84,7 @@ def test_long_rows_are_as_close_to_the_truth_as_pytorch(host: Any, name: str) ->
     assert_close_to_the_truth(name, 50257, 12, rows=3)
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("classes", [33, 1023, 4097])
@@ -105,6 +107,7 @@ def test_half_precision_is_rounded_once(host: Any, name: str, dtype: torch.dtype
         )
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("case", range(len(OPTIONS)))
 def test_gradients_of_losses_and_lse(host: Any, name: str, case: int) -> None:
@@ -259,6 +262,7 @@ def test_upstream_gradient_of_the_total(host: Any, dtype: torch.dtype, factor: f
     assert distance(result["raw_slope"], truth["raw_slope"]) <= 1e-5 * truth["raw_slope"].norm()
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("case", range(len(OPTIONS)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_head_in_chunks(host: Any, dtype: torch.dtype, case: int) -> None:

@@ -63,6 +63,7 @@ def _outputs(input: Tensor, transform: Any, upstream: Tensor, backend: Any) -> l
     return [output.detach(), *gradients]
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("out", [torch.float32, *HALF])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("begin", [0, 1, 4])
@@ -115,6 +116,7 @@ def _statistics(input: Tensor, target: Tensor, transform: Any, backend: str = "c
     return row_kernels(backend).token_statistics(input, target, kernel_transform(transform), -100)
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("classes", [1, 33, 3001])

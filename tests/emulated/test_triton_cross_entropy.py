@@ -73,18 +73,21 @@ def _assert_close(input: Tensor, target: Tensor, transform: Any, backend: str = 
         assert distance(result[key], wanted) <= 3 * distance(plain[key], wanted) + slack, key
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("classes", [1, 7, 31, 127, 128, 129, 256, 520])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_loss_and_gradients(name: str, classes: int) -> None:
     _assert_close(_rows(classes, torch.float32), _target(classes), disturbed(name))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
     _assert_close(_rows(1033, dtype), _target(1033), disturbed(name), reduction="sum")
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", [9, 512, 1031])
 @pytest.mark.parametrize(("begin", "padding"), [(0, 0), (0, 3), (5, 0), (1, 8)])
@@ -111,6 +114,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("reduction", ["none", "sum"])
@@ -372,6 +376,7 @@ def test_rows_further_apart_than_an_int32_counts() -> None:
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("out", DTYPES)
 @pytest.mark.parametrize("begin", [0, 1])
@@ -395,6 +400,7 @@ def test_log_softmax(dtype: torch.dtype, out: torch.dtype, begin: int) -> None:
             )
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_token_statistics(name: str, dtype: torch.dtype) -> None:
@@ -428,6 +434,7 @@ def test_no_rows() -> None:
     assert ms.log_softmax(empty, transform, backend="triton").shape == (0, 7)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["identity", "plif", "soft_cap"])
 @pytest.mark.parametrize("cuts", [(), (128,), (100, 101, 290)])
 @pytest.mark.parametrize(

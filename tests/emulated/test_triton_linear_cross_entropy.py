@@ -151,6 +151,7 @@ def _assert_close(head: Head, results: dict[str, Tensor], of_dz: float = 0.0) ->
         assert distance(results[key], wanted) <= 3 * distance(plain[key], wanted) + slack, key
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("rows", "classes", "features", "bias"),
     [(20, 150, 37, False), (16, 128, 48, True), (1, 1, 1, True), (5, 65, 17, False)],
@@ -161,6 +162,7 @@ def test_loss_and_gradients(name: str, rows: int, classes: int, features: int, b
     _assert_close(head, head.results())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
@@ -171,6 +173,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
     _assert_close(head, results, of_dz=torch.finfo(dtype).eps)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", ["identity", "plif", "soft_cap", "monotonic_mlp"])
 def test_options(name: str, options: dict[str, Any]) -> None:
@@ -316,6 +319,7 @@ def test_rows_further_apart_than_an_int32_counts() -> None:
         torch.testing.assert_close(each, wanted[key])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("cuts", [(64,), (33, 100)])
 @pytest.mark.parametrize("name", ["identity", "plif", "soft_cap"])
 def test_shards_of_the_vocabulary(name: str, cuts: tuple[int, ...]) -> None:

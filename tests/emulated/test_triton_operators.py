@@ -119,6 +119,7 @@ def test_refused_options_of_the_head(options: dict[str, Any], message: str) -> N
         ms.linear_cross_entropy(torch.randn(4, 5), torch.randn(9, 5), torch.tensor([0, 8, 1, 3]), **options)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("all_options", [False, True])
 @pytest.mark.parametrize("name", ["identity", "plif", "gss"])
 def test_opcheck(name: str, all_options: bool) -> None:
@@ -219,6 +220,7 @@ def test_double_backward_is_refused() -> None:
             gradient.sum().backward()
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("name", ["identity", "plif", "monotonic_mlp"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -183,6 +183,7 @@ def test_the_head(dtype: torch.dtype) -> None:
         call(None, row_stats, mask, 0.0)
 
 
+@pytest.mark.grid
 # 128 and 2048 pieces fill a block.
 @pytest.mark.parametrize("pieces", [1, 2, 7, 64, 128, 129, 1000, 4096, 13001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -93,6 +93,7 @@ def _logits(std: float) -> tuple[Tensor, Tensor]:
     return z, torch.randn(300, generator=generator)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("std", [0.1, 1.0, 20.0])
 def test_value_derivative_and_gradient(name: str, std: float) -> None:

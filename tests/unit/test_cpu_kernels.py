@@ -22,6 +22,7 @@ def _log_softmax_and_gradients(
     return {"output": output.detach()} | dict(zip(names, gradients, strict=True))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize(
     "options",
@@ -64,6 +65,7 @@ def test_log_softmax_of_another_dtype(dtype: torch.dtype, of_output: torch.dtype
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["plif", "spline"])
 @pytest.mark.parametrize("pieces", [1, 2, 15, 16, 17, 63, 64, 65, 255, 256, 257, 3000])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])

@@ -26,6 +26,7 @@ WITH_GPU = [*BACKENDS, "triton", "cuda"]
 FUSED = ["cpu", "triton", "cuda"]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("backend", WITH_GPU)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -82,6 +83,7 @@ def test_cpu_is_as_close_to_the_truth_as_pytorch(name: str, classes: int) -> Non
     errors.check()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize(
@@ -275,6 +277,7 @@ def test_loss_is_shift_invariant(name: str) -> None:
         )
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("needs_input", [False, True])
 @pytest.mark.parametrize("needs_transform", [False, True])
@@ -352,6 +355,7 @@ def test_log_softmax(name: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance * scale)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("backend", WITH_GPU)
 @pytest.mark.parametrize("out", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -89,6 +89,7 @@ def test_no_classes(backend: Any) -> None:
             call()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_target_mass_on_a_logit_of_minus_infinity(backend: Any, name: str, smoothing: float) -> None:
@@ -114,6 +115,7 @@ def test_target_mass_on_a_logit_of_minus_infinity(backend: Any, name: str, smoot
         torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize(
     ("bad", "options", "return_lse"),

@@ -59,6 +59,7 @@ def assert_same(results: dict[str, Tensor], wanted: dict[str, Tensor], tolerance
 # --- values and gradients ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("thin_chunks")
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -84,6 +85,7 @@ def test_every_option_in_float64(
     assert_same(got, wanted)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("rows", [1, 2, 6, 7, 8])
 @pytest.mark.parametrize("chunk", [1, 2, 3, 6, 7, 8, 1000])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -96,6 +98,7 @@ def test_every_chunk_size_gives_the_same(
     assert_same(head_loss_and_gradients(head, target, transform, "cpu", reduction=reduction), wanted)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["identity", "plif", "spline"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -462,6 +465,7 @@ def test_func_transforms() -> None:
     assert_same({"input": each[1]}, {"input": -2 * wanted["input"]})
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("compiler", "exact"), [("aot_eager", True), ("inductor", False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -122,6 +122,7 @@ def test_repr():
 # --- MonotonicSoftmax -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("options", ALL_OPTIONS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("transform", [None, bent_plif, SigmoidCap])
@@ -168,6 +169,7 @@ AUTOCAST = [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
 DTYPES = [(dtype, None) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize(("dtype", "autocast"), DTYPES + AUTOCAST)
 @pytest.mark.parametrize("options", ALL_OPTIONS)
@@ -196,6 +198,7 @@ def test_no_probability_of_a_confident_model_exceeds_one(transform, options, dty
         assert output.max() > -1e-3  # it is a confident model
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("differentiated", ["output", "loss", "both"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -132,12 +132,14 @@ def assert_right(nested: Nested, loss: Loss, compiled: bool = False) -> None:
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.grid
 @every_backend
 @pytest.mark.parametrize("case", RIGHT)
 def test_right(case: str, operation: str, reduction: Reduction, backend: ms.backends.BackendName) -> None:
     assert_right(RIGHT[case], Loss(operation, reduction, backend))
 
 
+@pytest.mark.grid
 @every_backend
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case: str, operation: str, reduction: Reduction, backend: ms.backends.BackendName) -> None:

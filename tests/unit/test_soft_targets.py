@@ -43,6 +43,7 @@ def plain_loss(
     return ((q * (lse[:, None] - y)).sum(1) + z_loss * lse**2).mean()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -76,6 +77,7 @@ def test_lse_has_the_shape_of_the_rows(backend: Any) -> None:
     torch.testing.assert_close(lse, input[0, :, 0].logsumexp(0))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("options", [(False, 0.0, 0.0), (True, 0.1, 0.02)])
@@ -101,6 +103,7 @@ def test_gradients_of_the_plain_formula(backend: Any, name: str, options: tuple[
         torch.testing.assert_close(got[key], value, rtol=1e-11, atol=1e-13, msg=key)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("classes", [1, 7, 31, 1023, 2049])
@@ -165,6 +168,7 @@ def test_half_precision_is_rounded_once(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(half[key], single[key]), key
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("of_input", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("of_target", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -198,6 +202,7 @@ def test_rows_of_any_stride() -> None:
             assert torch.equal(strided[key], dense[key]), (name, key)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])

@@ -8,17 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 
-def render(template: Path, **values: Any) -> str:
-    """The text of a Jinja template with ``values``. A name that is not among them is an error.
+def template(path: Path, filters: Mapping[str, Any] | None = None, tests: Mapping[str, Any] | None = None) -> Template:
+    """A Jinja template, in which a name that has no value is an error.
 
-    Templates have the filters ``table`` (:func:`table`) and ``count`` (``{{ 3 | count('seed') }}`` is "3 seeds").
+    Args:
+        path: of the template.
+        filters, tests: what it may use beside ``table`` (:func:`table`), ``count`` (``{{ 3 | count('seed') }}`` is
+            "3 seeds") and Jinja's own.
     """
-    jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False)
-    jinja.filters |= {"table": table, "count": count}
-    return jinja.from_string(template.read_text(encoding="utf-8")).render(**values).strip()
+    jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    jinja.filters.update({"table": table, "count": count, **(filters or {})})
+    jinja.tests.update(tests or {})
+    return jinja.from_string(path.read_text(encoding="utf-8"))
+
+
+def render(path: Path, **values: Any) -> str:
+    """The text of the template ``path`` with ``values``."""
+    return template(path).render(**values).strip()
 
 
 def table(rows: Sequence[Mapping[str, Any]] | pd.DataFrame, style: str = "github") -> str:

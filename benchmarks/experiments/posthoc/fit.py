@@ -15,7 +15,7 @@ from monosoftmax.transforms import MonotonicTransform
 
 from ...engine.checkpoint import Checkpoint
 from .measure import evaluate, spectrum
-from .settings import TRANSFORMS, AloneUnit, TogetherUnit
+from .settings import TRANSFORMS, Alone, Together
 from .states import HiddenStates, Split
 
 #: Share of the steps over which the rates of stage 2 rise; they fall along a line to 0 after that.
@@ -23,105 +23,86 @@ _WARM_UP = 0.1
 _BETAS = (0.9, 0.99)
 
 
-def alone(states: HiddenStates, unit: AloneUnit, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Fit f with each rate, side by side on the same logits; test the one with the lowest validation loss.
-
-    Returns:
-        ``search``: rates and validation losses; ``rate``, 0 where nothing is learned; ``valid_nll``; ``parameters`` of
-        f as it learns them, raw; and what :func:`_tested` returns.
-    """
-    contestant, head = TRANSFORMS[unit.transform], states.head
-    rates = unit.alone.rates if contestant.learned() else (0.0,)
+def alone(states: HiddenStates, settings: Alone, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Fit f with each rate, side by side on the same logits; test the one with the lowest validation loss."""
+    contestant = TRANSFORMS[settings.transform]
+    rates = settings.rates if contestant.learned() else (0.0,)
     transforms = [contestant.make() for _ in rates]
     if contestant.learned():
-        _fit_alone(states, transforms, unit, checkpoint)
-    losses = [figures["nll"] for figures in evaluate(states.splits["valid"], head, transforms, unit.evaluation)]
+        _fit_alone(states, transforms, settings, checkpoint)
+    valid = evaluate(states.splits["valid"], states.head, transforms, settings.evaluation)
+    losses = [figures["nll"] for figures in valid]
     best = losses.index(min(losses))
     return {
         "search": [{"rate": rate, "valid_nll": loss} for rate, loss in zip(rates, losses, strict=True)],
         "rate": rates[best],
         "valid_nll": losses[best],
         "parameters": parameters_of(transforms[best]),
-        **_tested(states.splits["test"], head, transforms[best], unit, with_spectrum=True),
+        **_tested(states.splits["test"], states.head, transforms[best], settings),
     }
 
 
 def _fit_alone(
-    states: HiddenStates, transforms: list[MonotonicTransform], unit: AloneUnit, checkpoint: Checkpoint
+    states: HiddenStates, transforms: list[MonotonicTransform], settings: Alone, checkpoint: Checkpoint
 ) -> None:
-    split, settings = states.splits["fit"], unit.alone
-    optimizers = [
-        torch.optim.Adam(transform.parameters(), lr=rate, betas=_BETAS)
-        for transform, rate in zip(transforms, settings.rates, strict=True)
-    ]
+    split, rates = states.splits["fit"], settings.rates
+    pairs = zip(transforms, rates, strict=True)
+    optimizers = [torch.optim.Adam(transform.parameters(), lr=rate, betas=_BETAS) for transform, rate in pairs]
     # Only whole batches: those that are left of an epoch are in other places of the next one.
     per_epoch = len(split.target) // settings.batch_tokens
-    steps, first = settings.epochs * per_epoch, 0
-    state = checkpoint.load()
-    if state is not None:
-        first = state["step"]
-        for part, value in zip([*transforms, *optimizers], state["states"], strict=True):
-            part.load_state_dict(value)
-    for step in range(first, steps):
+    steps = settings.epochs * per_epoch
+    state = checkpoint.load() or {"step": 0, "parts": []}
+    for part, value in zip((*transforms, *optimizers), state["parts"], strict=False):
+        part.load_state_dict(value)
+    for step in range(state["step"], steps):
         if checkpoint.due():
-            checkpoint.save({"step": step, "states": [part.state_dict() for part in (*transforms, *optimizers)]})
+            checkpoint.save({"step": step, "parts": [part.state_dict() for part in (*transforms, *optimizers)]})
         epoch, place = divmod(step, per_epoch)
         order = _order(len(split.target), settings.seed * 1_000_003 + epoch)
         rows = order[place * settings.batch_tokens :][: settings.batch_tokens]
         with torch.no_grad():
             logits, target = split.hidden[rows] @ states.head.T, split.target[rows]
         share = 0.5 * (1 + math.cos(math.pi * step / steps))
-        for transform, optimizer, rate in zip(transforms, optimizers, settings.rates, strict=True):
+        for transform, optimizer, rate in zip(transforms, optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * share
             optimizer.zero_grad()
             ms.cross_entropy(logits, target, transform).backward()
             optimizer.step()
 
 
-def together(states: HiddenStates, unit: TogetherUnit) -> dict[str, Any]:
+def together(states: HiddenStates, settings: Together) -> dict[str, Any]:
     """Fit a copy of the head, and f from what stage 1 found; test the best point by validation, which may be the start.
-
-    Returns:
-        ``step`` of the best point, its ``valid_nll``, and what :func:`_tested` returns.
 
     Raises:
         ValueError: there are fewer tokens than the settings ask for.
     """
-    transform = with_parameters(TRANSFORMS[unit.transform].make(), unit.start)
-    step, valid_nll, weight, best = fit_together(states, transform, unit)
-    tested = _tested(states.splits["test"], weight, best, unit, with_spectrum=unit.spectrum)
-    return {"step": step, "valid_nll": valid_nll, **tested}
-
-
-def fit_together(
-    states: HiddenStates, transform: MonotonicTransform, unit: TogetherUnit
-) -> tuple[int, float, Tensor, MonotonicTransform]:
-    """Adam's steps from ``transform`` on; returns the best point: step, validation loss, weight of the head, and f."""
-    settings, split = unit.together, states.splits["fit"]
+    split, batch = states.splits["fit"], settings.batch_tokens
     if settings.fit_tokens > len(split.target):
         raise ValueError(f"fit_tokens must be at most the {len(split.target)} there are, got {settings.fit_tokens}")
     valid = states.splits["valid"].subset(settings.valid_tokens)
+    transform = with_parameters(TRANSFORMS[settings.transform].make(), settings.start)
     weight = states.head.clone().requires_grad_()
     # fused: one pass over the 28 million weights and their two averages.
-    optimizer = torch.optim.Adam([{"params": [weight], "lr": unit.rate}], betas=_BETAS, fused=True)
+    optimizer = torch.optim.Adam([{"params": [weight], "lr": settings.rate}], betas=_BETAS, fused=True)
     if list(transform.parameters()):
         optimizer.add_param_group({"params": list(transform.parameters()), "lr": settings.transform_rate})
     peaks = [group["lr"] for group in optimizer.param_groups]
-    order = _order(len(split.target), unit.seed)[: settings.fit_tokens]
-    steps = settings.fit_tokens // settings.batch_tokens
+    order = _order(len(split.target), settings.seed)
+    steps = settings.fit_tokens // batch
     points = {round(steps * (point + 1) / settings.validations) for point in range(settings.validations)}
-    best = 0, _loss(valid, weight, transform), weight.detach().clone(), copy.deepcopy(transform)
+    best = 0, _loss(valid, weight, transform), states.head, copy.deepcopy(transform)
     for step in range(steps):
         share = min((step + 1) / (_WARM_UP * steps), (steps - step) / ((1 - _WARM_UP) * steps), 1.0)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * share
-        rows = order[step * settings.batch_tokens :][: settings.batch_tokens]
+        rows = order[step * batch : (step + 1) * batch]
         optimizer.zero_grad()
         ms.linear_cross_entropy(split.hidden[rows], weight, split.target[rows], transform).backward()
         optimizer.step()
         if step + 1 in points and (loss := _loss(valid, weight, transform)) < best[1]:
             best = step + 1, loss, weight.detach().clone(), copy.deepcopy(transform)
-    return best
+    step, loss, head, transform = best
+    return {"step": step, "valid_nll": loss, **_tested(states.splits["test"], head, transform, settings)}
 
 
 @torch.no_grad()
@@ -130,13 +111,12 @@ def _loss(split: Split, weight: Tensor, transform: MonotonicTransform) -> float:
     return losses.double().mean().item()
 
 
-def _tested(
-    test: Split, head: Tensor, transform: MonotonicTransform, unit: AloneUnit | TogetherUnit, with_spectrum: bool
-) -> dict[str, Any]:
-    """``test_nll``, ``document_nll`` and ``bins`` of :func:`evaluate`; what :func:`spectrum` returns, if asked for."""
-    (figures,) = evaluate(test, head, [transform], unit.evaluation)
+def _tested(test: Split, head: Tensor, transform: MonotonicTransform, settings: Alone | Together) -> dict[str, Any]:
+    (figures,) = evaluate(test, head, [transform], settings.evaluation)
     found = {"test_nll": figures["nll"], "document_nll": figures["document_nll"], "bins": figures["bins"]}
-    return found | (spectrum(test, head, transform, unit.evaluation.rank_contexts) if with_spectrum else {})
+    if isinstance(settings, Together) and not settings.search:
+        return found
+    return found | spectrum(test, head, transform, settings.evaluation.rank_contexts)
 
 
 def _order(count: int, seed: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,11 @@ from torch import Tensor
 import monosoftmax as ms
 from monosoftmax.transforms import MonotonicTransform
 
-from .settings import TOLERANCES, Evaluation
-from .states import Split, evenly
+from .settings import Evaluation
+from .states import Split
+
+#: Shares of the squared spectrum that an effective rank leaves out.
+TOLERANCES = (1e-3, 1e-4, 1e-5)
 
 
 @torch.no_grad()
@@ -32,7 +35,7 @@ def evaluate(
         For each transform: ``nll``, the mean loss of a token; ``document_nll``, the sum of -log p(target) of each
         document; ``bins`` of calibration, as :func:`calibration_bins` makes them.
     """
-    sums = torch.zeros(len(transforms), len(split.documents), dtype=torch.float64)
+    sums = [torch.zeros(len(split.documents), dtype=torch.float64) for _ in transforms]
     confidences: list[list[Tensor]] = [[] for _ in transforms]
     hits: list[Tensor] = []
     for first in range(0, len(split.target), settings.chunk_tokens):
@@ -40,10 +43,10 @@ def evaluate(
         logits, target = split.hidden[part] @ head.T, split.target[part]
         largest, likeliest = logits.max(1)
         hits.append(likeliest == target)
-        for number, transform in enumerate(transforms):
+        for transform, losses, confidence in zip(transforms, sums, confidences, strict=True):
             loss, lse = ms.cross_entropy(logits, target, transform, reduction="none", return_lse=True)
-            sums[number].index_add_(0, split.document[part], loss.double())
-            confidences[number].append((transform(largest) - lse).exp().clamp(max=1))
+            losses.index_add_(0, split.document[part], loss.double())
+            confidence.append((transform(largest) - lse).exp().clamp(max=1))
     hit = torch.cat(hits)
     return [
         {
@@ -56,7 +59,7 @@ def evaluate(
 
 
 def calibration_bins(confidence: Tensor, hit: Tensor, bins: int) -> dict[str, list[float]]:
-    """Number of tokens, sum of confidences and number of hits in bins (0, 1/B], (1/B, 2/B], ... of the confidence.
+    """Sums over the tokens of bins (0, 1/B], (1/B, 2/B], ... of the confidence: their number, confidences and hits.
 
     Args:
         confidence: probability of the likeliest token, (N,), in [0, 1].
@@ -64,12 +67,9 @@ def calibration_bins(confidence: Tensor, hit: Tensor, bins: int) -> dict[str, li
         bins: B.
     """
     place = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
+    sums = {"tokens": torch.ones_like(confidence), "confidence": confidence, "hits": hit}
     zeros = torch.zeros(bins, dtype=torch.float64)
-    return {
-        "tokens": zeros.index_add(0, place, torch.ones_like(confidence, dtype=torch.float64)).tolist(),
-        "confidence": zeros.index_add(0, place, confidence.double()).tolist(),
-        "hits": zeros.index_add(0, place, hit.double()).tolist(),
-    }
+    return {name: zeros.index_add(0, place, values.double()).tolist() for name, values in sums.items()}
 
 
 @torch.no_grad()
@@ -93,20 +93,19 @@ def spectrum(split: Split, head: Tensor, transform: MonotonicTransform, contexts
 
 def kept(count: int) -> list[int]:
     """The places, from 1 to ``count``, of the singular values that are stored: dense enough for logarithmic axes."""
-    steps = range(400)
-    return sorted({round(count ** (step / steps[-1])) for step in steps})
+    return sorted({round(count ** (step / 400)) for step in range(401)})
 
 
 @torch.no_grad()
 def histogram(split: Split, head: Tensor, settings: Evaluation) -> dict[str, Any]:
     """How the logits of the trained model are distributed: all of them, the largest of each context, the targets'."""
-    rows = evenly(len(split.target), settings.histogram_contexts)
-    logits = split.hidden[rows] @ head.T
-    of_target = logits.gather(1, split.target[rows, None]).flatten()
+    split = split.subset(settings.histogram_contexts)
+    logits = split.hidden @ head.T
+    of_target = logits.gather(1, split.target[:, None]).flatten()
     low, high = settings.histogram_range
-    kinds: Mapping[str, Tensor] = {"all": logits.flatten(), "largest": logits.amax(1), "target": of_target}
+    kinds = {"all": logits.flatten(), "largest": logits.amax(1), "target": of_target}
     return {
-        "contexts": len(rows),
+        "contexts": len(logits),
         "range": [low, high],
         "counts": {name: torch.histc(z, settings.histogram_bins, low, high).tolist() for name, z in kinds.items()},
         "extremes": {name: [z.min().item(), z.max().item()] for name, z in kinds.items()},

@@ -8,11 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from ...engine.experiment import Record, Results
 from ...engine.statistics import Difference, over_documents
-from .settings import BASELINE, CONTROL, PLIFS, TRANSFORMS, Study
-
-#: Runs of stage 2 with a transform, by the rate of the head and the seed.
-Runs = dict[tuple[float, int], Record]
-_RATES, _SEED = Study.head_rates, Study.seeds[0]
+from .settings import BASELINE, CONTROL, PLIFS, TRANSFORMS
 
 
 def fitted_alone(results: Results) -> dict[str, Record]:
@@ -20,22 +16,15 @@ def fitted_alone(results: Results) -> dict[str, Record]:
     return {name: results[f"transforms/{name}"] for name in TRANSFORMS if f"transforms/{name}" in results}
 
 
-def best(results: Results, names: Sequence[str]) -> str:
-    """The one of ``names`` with the lowest validation loss, fitted alone.
+def best_alone(results: Results, names: Sequence[str] = ()) -> str:
+    """The one of ``names`` with the lowest validation loss in stage 1; of all but identity and Temperature by default.
 
     Raises:
-        KeyError: one of them is not there.
+        LookupError: one of them is not there.
     """
-    return min(names, key=lambda name: results[f"transforms/{name}"].figures["valid_nll"])
-
-
-def best_alone(results: Results) -> str:
-    """The best of all transforms that are there, beside the identity and Temperature.
-
-    Raises:
-        ValueError: there is none.
-    """
-    return best(results, [name for name in fitted_alone(results) if name not in (BASELINE, CONTROL)])
+    alone = fitted_alone(results)
+    names = names or [name for name in TRANSFORMS if name not in (BASELINE, CONTROL)]
+    return min(names, key=lambda name: alone[name].figures["valid_nll"])
 
 
 def head_roles(results: Results) -> dict[str, str]:
@@ -46,28 +35,23 @@ def head_roles(results: Results) -> dict[str, str]:
     if len(fitted_alone(results)) < len(TRANSFORMS):
         return {}
     others = [name for name in TRANSFORMS if name not in (BASELINE, CONTROL, *PLIFS)]
-    chosen = {"best PLIF": best(results, PLIFS), "best other": best(results, others)}
-    return {"linear": BASELINE, "temperature": CONTROL, **chosen}
+    best = {"best PLIF": best_alone(results, PLIFS), "best other": best_alone(results, others)}
+    return {"linear": BASELINE, "temperature": CONTROL, **best}
 
 
-def head_runs(results: Results, name: str) -> Runs:
-    """Stage 2 with a transform."""
+def head_search(results: Results, name: str) -> dict[float, Record]:
+    """The runs of stage 2 with a transform that choose the rate of the head, by that rate."""
     found = results.matching(f"head/{name}-lr*/seed*")
-    return {(record.settings["rate"], record.settings["seed"]): record for record in found}
+    return {record.settings["rate"]: record for record in found if record.settings["search"]}
 
 
-def chosen_rate(runs: Runs, rates: Sequence[float] = _RATES, seed: int = _SEED) -> float | None:
-    """The rate with the lowest validation loss under ``seed``; None until each of ``rates`` has been tried."""
-    if any((rate, seed) not in runs for rate in rates):
-        return None
-    return min(rates, key=lambda rate: runs[rate, seed].figures["valid_nll"])
-
-
-def chosen_runs(results: Results, name: str, rates: Sequence[float] = _RATES) -> dict[int, Record]:
-    """The runs of stage 2 with the chosen rate, by seed."""
-    runs = head_runs(results, name)
-    rate = chosen_rate(runs, rates)
-    return {seed: record for (one, seed), record in runs.items() if one == rate}
+def head_runs(results: Results, name: str) -> dict[int, Record]:
+    """The runs of stage 2 with a transform and the rate of the lowest validation loss, by seed."""
+    search = head_search(results, name)
+    if not search:
+        return {}
+    rate = min(search, key=lambda rate: search[rate].figures["valid_nll"])
+    return {record.settings["seed"]: record for record in results.matching(f"head/{name}-lr{rate:g}/seed*")}
 
 
 def test_tokens(results: Results) -> list[int]:
@@ -76,36 +60,39 @@ def test_tokens(results: Results) -> list[int]:
     return found
 
 
-def difference_alone(results: Results, one: str, other: str) -> Difference:
+def alone_difference(results: Results, one: str, other: str) -> Difference:
     """Test loss of a token of the transform ``one`` minus that of ``other``, fitted alone, over documents.
 
     Raises:
-        KeyError: one of them, or ``states``, is not there.
+        LookupError: one of them, or ``states``, is not there.
     """
     first, second = (results[f"transforms/{name}"].figures["document_nll"] for name in (one, other))
     return over_documents(first, second, test_tokens(results))
 
 
-def difference_together(
-    results: Results, one: str, other: str, rates: Sequence[float] = _RATES
-) -> tuple[Difference, list[int]]:
-    """As :func:`difference_alone`, with the head fitted too: losses of a document are means over common seeds.
+def common_seeds(results: Results, one: str, other: str) -> list[int]:
+    """The seeds that two transforms have in stage 2, with their chosen rates."""
+    return sorted(head_runs(results, one).keys() & head_runs(results, other).keys())
+
+
+def head_difference(results: Results, one: str, other: str) -> tuple[Difference, int]:
+    """As :func:`alone_difference`, with the head fitted too; the losses of a document are means over common seeds.
 
     Returns:
-        The difference, and the seeds that both have with their chosen rates.
+        The difference, and the number of these seeds.
 
     Raises:
-        LookupError: there is no such seed.
+        LookupError: there is none.
     """
-    runs = [chosen_runs(results, name, rates) for name in (one, other)]
-    seeds = sorted(runs[0].keys() & runs[1].keys())
+    seeds = common_seeds(results, one, other)
     if not seeds:
         raise LookupError(f"{one} and {other} have no seed in common")
-    first, second = (
-        [statistics.fmean(losses) for losses in zip(*(of[seed].figures["document_nll"] for seed in seeds), strict=True)]
-        for of in runs
-    )
-    return over_documents(first, second, test_tokens(results)), seeds
+    means = []
+    for name in (one, other):
+        runs = head_runs(results, name)
+        losses = zip(*(runs[seed].figures["document_nll"] for seed in seeds), strict=True)
+        means.append([statistics.fmean(values) for values in losses])
+    return over_documents(*means, test_tokens(results)), len(seeds)
 
 
 def calibration_error(bins: Mapping[str, Sequence[float]]) -> float:
@@ -118,7 +105,7 @@ def calibration_error(bins: Mapping[str, Sequence[float]]) -> float:
     Source: Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, equation 5.
 
     Args:
-        bins: ``tokens``, ``confidence`` and ``hits``: sums over the tokens of each bin.
+        bins: sums ``tokens``, ``confidence`` and ``hits`` over the tokens of each bin.
     """
     gaps = (abs(hits - confidence) for hits, confidence in zip(bins["hits"], bins["confidence"], strict=True))
     return math.fsum(gaps) / math.fsum(bins["tokens"])

@@ -52,7 +52,7 @@ class Posthoc(Experiment):
     def run(self, unit: Unit, checkpoint: Checkpoint) -> Measured:
         settings, states = unit.settings, self.load(unit.settings.states)
         if isinstance(settings, Alone):
-            figures = fit.alone(states, settings, checkpoint)
+            figures = fit.alone(states, settings)
         elif isinstance(settings, Together):
             figures = fit.together(states, settings)
         else:
@@ -65,4 +65,4 @@ class Posthoc(Experiment):
         return [name for name in ("states", f"transforms/{CONTROL}", *(run.unit for run in last)) if name in results]
 
     def section(self, results: Results, pictures: Path) -> str:
-        return section(self, results, pictures)
+        return section(self, self.study, results, pictures)

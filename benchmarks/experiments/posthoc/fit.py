@@ -13,7 +13,6 @@ from torch import Tensor
 import monosoftmax as ms
 from monosoftmax.transforms import MonotonicTransform
 
-from ...engine.checkpoint import Checkpoint
 from .measure import evaluate, spectrum
 from .settings import TRANSFORMS, Alone, Together
 from .states import HiddenStates, Split
@@ -23,13 +22,13 @@ _WARM_UP = 0.1
 _BETAS = (0.9, 0.99)
 
 
-def alone(states: HiddenStates, settings: Alone, checkpoint: Checkpoint) -> dict[str, Any]:
+def alone(states: HiddenStates, settings: Alone) -> dict[str, Any]:
     """Fit f with each rate, side by side on the same logits; test the one with the lowest validation loss."""
     contestant = TRANSFORMS[settings.transform]
     rates = settings.rates if contestant.learned() else (0.0,)
     transforms = [contestant.make() for _ in rates]
     if contestant.learned():
-        _fit_alone(states, transforms, settings, checkpoint)
+        _fit_alone(states, transforms, settings)
     valid = evaluate(states.splits["valid"], states.head, transforms, settings.evaluation)
     losses = [figures["nll"] for figures in valid]
     best = losses.index(min(losses))
@@ -42,21 +41,14 @@ def alone(states: HiddenStates, settings: Alone, checkpoint: Checkpoint) -> dict
     }
 
 
-def _fit_alone(
-    states: HiddenStates, transforms: list[MonotonicTransform], settings: Alone, checkpoint: Checkpoint
-) -> None:
+def _fit_alone(states: HiddenStates, transforms: list[MonotonicTransform], settings: Alone) -> None:
     split, rates = states.splits["fit"], settings.rates
     pairs = zip(transforms, rates, strict=True)
     optimizers = [torch.optim.Adam(transform.parameters(), lr=rate, betas=_BETAS) for transform, rate in pairs]
     # Only whole batches: those that are left of an epoch are in other places of the next one.
     per_epoch = len(split.target) // settings.batch_tokens
     steps = settings.epochs * per_epoch
-    state = checkpoint.load() or {"step": 0, "parts": []}
-    for part, value in zip((*transforms, *optimizers), state["parts"], strict=False):
-        part.load_state_dict(value)
-    for step in range(state["step"], steps):
-        if checkpoint.due():
-            checkpoint.save({"step": step, "parts": [part.state_dict() for part in (*transforms, *optimizers)]})
+    for step in range(steps):
         epoch, place = divmod(step, per_epoch)
         order = _order(len(split.target), settings.seed * 1_000_003 + epoch)
         rows = order[place * settings.batch_tokens :][: settings.batch_tokens]
@@ -71,14 +63,8 @@ def _fit_alone(
 
 
 def together(states: HiddenStates, settings: Together) -> dict[str, Any]:
-    """Fit a copy of the head, and f from what stage 1 found; test the best point by validation, which may be the start.
-
-    Raises:
-        ValueError: there are fewer tokens than the settings ask for.
-    """
+    """Fit a copy of the head, and f from what stage 1 found; test the best point by validation, the start included."""
     split, batch = states.splits["fit"], settings.batch_tokens
-    if settings.fit_tokens > len(split.target):
-        raise ValueError(f"fit_tokens must be at most the {len(split.target)} there are, got {settings.fit_tokens}")
     valid = states.splits["valid"].subset(settings.valid_tokens)
     transform = with_parameters(TRANSFORMS[settings.transform].make(), settings.start)
     weight = states.head.clone().requires_grad_()

@@ -23,17 +23,16 @@ TOLERANCES = (1e-3, 1e-4, 1e-5)
 def evaluate(
     split: Split, head: Tensor, transforms: Sequence[MonotonicTransform], settings: Evaluation
 ) -> list[dict[str, Any]]:
-    """The losses and the calibration of p = softmax(f(head h)) for several f, with one product for all of them.
+    """The losses and the calibration of p = softmax(f(head h)) for several increasing f, with one product for all.
 
     Args:
-        split: hidden states (N, d), targets and documents.
-        head: (V, d).
-        transforms: all are increasing, so that the likeliest token is the same for all of them.
+        split, head: hidden states (N, d), targets and documents; (V, d).
+        transforms: the likeliest token is the same for all of them, as they are increasing.
         settings: number of bins, and of tokens whose logits there are at a time.
 
     Returns:
-        For each transform: ``nll``, the mean loss of a token; ``document_nll``, the sum of -log p(target) of each
-        document; ``bins`` of calibration, as :func:`calibration_bins` makes them.
+        For each f: ``nll``, the mean loss of a token; ``document_nll``, the sum of -log p(target) of each document;
+        ``bins``, as :func:`calibration_bins` makes them.
     """
     sums = [torch.zeros(len(split.documents), dtype=torch.float64) for _ in transforms]
     confidences: list[list[Tensor]] = [[] for _ in transforms]
@@ -61,10 +60,7 @@ def evaluate(
 def calibration_bins(confidence: Tensor, hit: Tensor, bins: int) -> dict[str, list[float]]:
     """Sums over the tokens of bins (0, 1/B], (1/B, 2/B], ... of the confidence: their number, confidences and hits.
 
-    Args:
-        confidence: probability of the likeliest token, (N,), in [0, 1].
-        hit: whether that token was the target, (N,).
-        bins: B.
+    The confidence (N,) is the probability of the likeliest token; ``hit`` (N,) says whether that was the target.
     """
     place = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
     sums = {"tokens": torch.ones_like(confidence), "confidence": confidence, "hits": hit}
@@ -76,11 +72,9 @@ def calibration_bins(confidence: Tensor, hit: Tensor, bins: int) -> dict[str, li
 def spectrum(split: Split, head: Tensor, transform: MonotonicTransform, contexts: int) -> dict[str, Any]:
     """Singular values and effective ranks of the log-probabilities (contexts, V), in float64.
 
-    The singular values are the roots of the eigenvalues of log P log P^T, which float64 gives to about 1e-8 of the
-    largest: far below what the smallest tolerance asks for, and less work than a singular value decomposition.
-
-    Returns:
-        ``singular_values``, those at the places :func:`kept`, of 5 digits; ``effective_ranks`` by tolerance, of all.
+    They are the roots of the eigenvalues of log P log P^T, which float64 gives to about 1e-8 of the largest: far below
+    what the smallest tolerance asks for, and less work than a singular value decomposition. Only those at the places
+    :func:`kept` are returned, with 5 digits.
     """
     hidden = split.subset(contexts).hidden
     log_p = ms.log_softmax(hidden.double() @ head.double().T, transform)

@@ -56,8 +56,7 @@ def head_runs(results: Results, name: str) -> dict[int, Record]:
 
 def test_tokens(results: Results) -> list[int]:
     """Tokens of each document of the test split."""
-    found: list[int] = results["states"].figures["test_tokens"]
-    return found
+    return results["states"].figures["test_tokens"]
 
 
 def alone_difference(results: Results, one: str, other: str) -> Difference:
@@ -70,42 +69,31 @@ def alone_difference(results: Results, one: str, other: str) -> Difference:
     return over_documents(first, second, test_tokens(results))
 
 
-def common_seeds(results: Results, one: str, other: str) -> list[int]:
-    """The seeds that two transforms have in stage 2, with their chosen rates."""
-    return sorted(head_runs(results, one).keys() & head_runs(results, other).keys())
-
-
-def head_difference(results: Results, one: str, other: str) -> tuple[Difference, int]:
+def head_difference(results: Results, one: str, other: str) -> tuple[Difference, list[int]]:
     """As :func:`alone_difference`, with the head fitted too; the losses of a document are means over common seeds.
 
     Returns:
-        The difference, and the number of these seeds.
+        The difference, and these seeds.
 
     Raises:
         LookupError: there is none.
     """
-    seeds = common_seeds(results, one, other)
+    runs = [head_runs(results, name) for name in (one, other)]
+    seeds = sorted(runs[0].keys() & runs[1].keys())
     if not seeds:
         raise LookupError(f"{one} and {other} have no seed in common")
-    means = []
-    for name in (one, other):
-        runs = head_runs(results, name)
-        losses = zip(*(runs[seed].figures["document_nll"] for seed in seeds), strict=True)
-        means.append([statistics.fmean(values) for values in losses])
-    return over_documents(*means, test_tokens(results)), len(seeds)
+    losses = [zip(*(of[seed].figures["document_nll"] for seed in seeds), strict=True) for of in runs]
+    means = [[statistics.fmean(values) for values in each] for each in losses]
+    return over_documents(*means, test_tokens(results)), seeds
 
 
 def calibration_error(bins: Mapping[str, Sequence[float]]) -> float:
-    r"""Expected calibration error of the likeliest token.
-
-    .. math:: \mathrm{ECE} = \sum_b \frac{n_b}{N} \left| \mathrm{accuracy}_b - \mathrm{confidence}_b \right|
-
-    with the shares of hits and the mean confidences of the n_b tokens in each bin.
+    """Expected calibration error of the likeliest token: the sum of n_b / N |hits_b - confidence_b| over the bins b.
 
     Source: Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, equation 5.
 
     Args:
-        bins: sums ``tokens``, ``confidence`` and ``hits`` over the tokens of each bin.
+        bins: sums ``tokens``, ``confidence`` and ``hits`` over the n_b tokens of each bin.
     """
     gaps = (abs(hits - confidence) for hits, confidence in zip(bins["hits"], bins["confidence"], strict=True))
     return math.fsum(gaps) / math.fsum(bins["tokens"])

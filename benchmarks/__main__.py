@@ -1,0 +1,23 @@
+"""``python -m benchmarks``: the experiments, their report, and a demonstration."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from .demo import demo
+from .engine.command_line import Commands
+from .experiments import EXPERIMENTS
+from .train import train
+
+
+def _document(results: Path, pictures: Path) -> str:
+    # matplotlib and scipy take seconds to load, and the other commands need neither.
+    from .report.document import document
+
+    text: str = document(results, pictures)
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(Commands(EXPERIMENTS, _document, {"demo": demo, "train": train}).main())

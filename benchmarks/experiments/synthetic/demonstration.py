@@ -11,36 +11,26 @@ from .experiment import Synthetic, best_rate
 from .settings import MAIN, SEEDS, Training
 from .training import train
 
-_METHODS = ("linear", "temperature", "plif", "gss", "mos4")
-_STEPS = 300
+METHODS = ("linear", "temperature", "plif", "gss", "mos4")
 
 
-def demonstration(steps: int = _STEPS) -> list[dict[str, str]]:
-    """Train methods on the first problem of the main cell; the same figures each time.
-
-    Args:
-        steps: of each training.
+def demonstration(steps: int = 300) -> list[dict[str, str]]:
+    """Train ``METHODS`` on the first problem of the main cell; the same figures each time.
 
     Returns:
-        Rows of a table: ``method``, ``KL`` in nats, ``modes %`` and the ``seconds`` that the training took.
+        Rows of a table: ``method``, ``KL`` in nats, ``modes %``, and ``seconds`` of the training.
 
     Raises:
         LookupError: the results have no search.
     """
     results, rows = Store(Synthetic.name).results(), []
-    for method in _METHODS:
+    for method in METHODS:
         lr = best_rate(results, MAIN, method)
         if lr is None:
             raise LookupError(f"the search of {method} is missing: {Synthetic().command(f'{MAIN.name}/*')}")
         started = time.monotonic()
         with deterministic(Synthetic.threads):
-            figures = train(Training(replace(MAIN, steps=steps), method, SEEDS[0], lr)).figures
-        rows.append(
-            {
-                "method": method,
-                "KL": f"{figures['kl']:.3f}",
-                "modes %": f"{100 * figures['modes']:.1f}",
-                "seconds": f"{time.monotonic() - started:.1f}",
-            }
-        )
+            found = train(Training(replace(MAIN, steps=steps), method, SEEDS[0], lr)).figures
+        row = {"method": method, "KL": f"{found['kl']:.3f}", "modes %": f"{100 * found['modes']:.1f}"}
+        rows.append({**row, "seconds": f"{time.monotonic() - started:.1f}"})
     return rows

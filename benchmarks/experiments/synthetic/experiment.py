@@ -8,7 +8,7 @@ from pathlib import Path
 from ...engine.checkpoint import Checkpoint
 from ...engine.experiment import Experiment, Measured, Results, Unit
 from . import timing
-from .settings import GRID, LEARNING_RATES, MAIN, SEARCH_SEED, SEEDS, TIMINGS, Cell, Timing, Training, study
+from .settings import GRID, LEARNING_RATES, MAIN, SEARCH_SEED, SEEDS, TIMINGS, Cell, Timing, Training, seeds_of, study
 from .training import train
 
 
@@ -19,12 +19,12 @@ class Synthetic(Experiment):
     title = "random distributions, matched by output layers of small dimension"
 
     def units(self, results: Results) -> Iterator[Unit]:
-        for cell, method, seeds in study():
+        for cell, method in study():
             for lr in LEARNING_RATES:
                 yield Unit(search_name(cell, method, lr), Training(cell, method, SEARCH_SEED, lr))
             best = best_rate(results, cell, method)
             if best is not None:
-                for seed in seeds:
+                for seed in seeds_of(cell):
                     yield Unit(f"{cell.name}/{method}/seed{seed}", Training(cell, method, seed, best))
         for each in TIMINGS:
             yield Unit(f"timing/{each.cell.name}", each)

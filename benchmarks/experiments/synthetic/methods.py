@@ -18,6 +18,8 @@ PUBLISHED_SLOPE_RATE = 0.02
 #: Rate of f's parameters as a share of that of the rest, for every other method: no search of its own.
 TRANSFORM_RATE_RATIO = 0.1
 
+_T = ms.transforms
+
 
 @dataclass(frozen=True)
 class Method:
@@ -38,7 +40,7 @@ class Method:
     frozen: bool = False
     published_rate: bool = False
     optimizer: Literal["adam", "sgd"] = "adam"
-    mixture: Literal["mos", "moc"] | None = None
+    mixture: Callable[..., ms.MixtureOfSoftmaxes | ms.MixtureOfContexts] | None = None
     experts: int = 0
     as_many_as: str | None = None
 
@@ -47,23 +49,32 @@ class Method:
         return PUBLISHED_SLOPE_RATE if self.published_rate else TRANSFORM_RATE_RATIO * lr
 
 
+def _linear(_: torch.Generator) -> MonotonicTransform:
+    return _T.Identity()
+
+
 def _published(generator: torch.Generator) -> MonotonicTransform:
-    return ms.transforms.PLIF(100_000, 20, min_slope=1e-6, init="random", generator=generator)
+    return _T.PLIF(100_000, 20, min_slope=1e-6, init="random", generator=generator)
 
 
-_T = ms.transforms
+def _random(generator: torch.Generator) -> MonotonicTransform:
+    return _T.PLIF(init="random", generator=generator)
+
+
+_PUBLISHED = "PLIF as published: 100,000 pieces on [-20, 20], random slopes, SGD at 0.02"
+_RANDOM = "PLIF, 50 pieces on [-20, 20], random slopes, never trained"
+_SPLINE = "RationalQuadraticSpline, 16 bins, starts as the identity"
+_MOS, _MOC = ms.MixtureOfSoftmaxes, ms.MixtureOfContexts
 
 METHODS: dict[str, Method] = {
-    "linear": Method("Linear-Softmax", lambda _: _T.Identity()),
+    "linear": Method("Linear-Softmax", _linear),
     "temperature": Method("learned temperature: the control, it cannot raise the rank", lambda _: _T.Temperature()),
     "plif": Method("PLIF, 50 pieces on [-20, 20], starts as the identity", lambda _: _T.PLIF()),
     "sigmoidcap-learned": Method(
         "SigmoidCap, a, b, c learned from 23, 5, 7.5", lambda _: _T.SigmoidCap(learnable=True)
     ),
     "mlp": Method("MonotonicMLP, 8 units, starts as the identity", lambda _: _T.MonotonicMLP()),
-    "spline": Method(
-        "RationalQuadraticSpline, 16 bins, starts as the identity", lambda _: _T.RationalQuadraticSpline()
-    ),
+    "spline": Method(_SPLINE, lambda _: _T.RationalQuadraticSpline()),
     "gss": Method("GSS, k and c learned, starts as the identity", lambda _: _T.GSS()),
     "sigsoftmax": Method("SigSoftmax, nothing learned", lambda _: _T.SigSoftmax()),
     "softcap-learned": Method("SoftCap, c learned from 30", lambda _: _T.SoftCap(learnable=True)),
@@ -72,29 +83,16 @@ METHODS: dict[str, Method] = {
     "gss-published": Method("GSS, k = 2.5, c = -1.5 fixed, as published", lambda _: _T.GSS(2.5, -1.5, learnable=False)),
     "plif-20-10": Method("PLIF, 20 pieces on [-10, 10], starts as the identity", lambda _: _T.PLIF(20, 10)),
     "plif-200": Method("PLIF, 200 pieces on [-20, 20], starts as the identity", lambda _: _T.PLIF(200)),
-    "plif-frozen": Method(
-        "PLIF, 50 pieces on [-20, 20], random slopes, never trained",
-        lambda generator: _T.PLIF(init="random", generator=generator),
-        frozen=True,
-    ),
+    "plif-frozen": Method(_RANDOM, _random, frozen=True),
     "mlp-1": Method("MonotonicMLP, 1 unit, starts as the identity", lambda _: _T.MonotonicMLP(1)),
-    "published-sgd": Method(
-        "PLIF as published: 100,000 pieces on [-20, 20], random slopes, SGD at 0.02",
-        _published,
-        published_rate=True,
-        optimizer="sgd",
-    ),
+    "published-sgd": Method(_PUBLISHED, _published, published_rate=True, optimizer="sgd"),
     "published-adam": Method("PLIF as published, but Adam at 0.02 for the slopes", _published, published_rate=True),
     "published-frozen": Method("PLIF as published, slopes never trained", _published, frozen=True),
-    "mos4": Method("Mixture of Softmaxes, 4 components", mixture="mos", experts=4),
-    "mos15": Method("Mixture of Softmaxes, 15 components", mixture="mos", experts=15),
-    "moc4": Method("Mixture of Contexts, 4 components", mixture="moc", experts=4),
-    "linear-eq-mos4": Method(
-        "Linear-Softmax with as many parameters as mos4", lambda _: _T.Identity(), as_many_as="mos4"
-    ),
-    "linear-eq-mos15": Method(
-        "Linear-Softmax with as many parameters as mos15", lambda _: _T.Identity(), as_many_as="mos15"
-    ),
+    "mos4": Method("Mixture of Softmaxes, 4 components", mixture=_MOS, experts=4),
+    "mos15": Method("Mixture of Softmaxes, 15 components", mixture=_MOS, experts=15),
+    "moc4": Method("Mixture of Contexts, 4 components", mixture=_MOC, experts=4),
+    "linear-eq-mos4": Method("Linear-Softmax with as many parameters as mos4", _linear, as_many_as="mos4"),
+    "linear-eq-mos15": Method("Linear-Softmax with as many parameters as mos15", _linear, as_many_as="mos15"),
 }
 
 
@@ -112,15 +110,14 @@ class FreeContexts(nn.Module):
         self.context = nn.Parameter(torch.randn(contexts, dim, generator=generator))
         decoder_weight = torch.randn(words, dim, generator=generator) / math.sqrt(dim)
         self.output: ms.MonotonicSoftmax | ms.MixtureOfSoftmaxes | ms.MixtureOfContexts
-        if method.mixture is None:
-            assert method.transform is not None  # every method is one or the other
+        if method.transform is not None:
             self.output = decoder = ms.MonotonicSoftmax(dim, words, method.transform(generator))
             decoder.transform.requires_grad_(not method.frozen)
         else:
-            kind = ms.MixtureOfSoftmaxes if method.mixture == "mos" else ms.MixtureOfContexts
+            assert method.mixture is not None  # every method is one or the other
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                self.output = kind(dim, words, method.experts)
+                self.output = method.mixture(dim, words, method.experts)
             decoder = self.output.decoder
         with torch.no_grad():
             decoder.weight.copy_(decoder_weight)
@@ -133,51 +130,40 @@ class FreeContexts(nn.Module):
         return self.output.transform if isinstance(self.output, ms.MonotonicSoftmax) else None
 
     def logits(self) -> Tensor:
-        """The logits, (N, M).
-
-        Raises:
-            TypeError: the output layer is a mixture of softmaxes, which has K of them.
-        """
-        if isinstance(self.output, ms.MixtureOfSoftmaxes):
-            raise TypeError("a mixture of softmaxes has no logits")
+        """The logits, (N, M); those of the components for a mixture of softmaxes are not meant."""
+        assert not isinstance(self.output, ms.MixtureOfSoftmaxes)
         return self.output.logits(self.context)
 
     def loss(self, probabilities: Tensor) -> Tensor:
         """Mean cross entropy with the target distributions (N, M)."""
         if isinstance(self.output, ms.MixtureOfSoftmaxes):
-            return -(probabilities * self.output.log_prob(self.context)).sum(1).mean()
+            return -(probabilities * self.log_prob()).sum(1).mean()
         return ms.cross_entropy(self.logits(), probabilities, self.transform)
 
     def log_prob(self) -> Tensor:
         """log Q, (N, M)."""
         return self.output.log_prob(self.context)
 
+    @torch.no_grad()
     def backend(self, probabilities: Tensor) -> str:
         """The backend that takes the loss."""
-        with torch.no_grad():
-            if isinstance(self.output, ms.MixtureOfSoftmaxes):
-                return ms.backends.explain("log_softmax", self.output.decoder.logits(self.context)).backend
-            call = ms.backends.explain("cross_entropy", self.logits(), self.transform, target=probabilities)
-            return call.backend
-
-    def trained_parameters(self) -> int:
-        """How many numbers are trained, context vectors included."""
-        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        if isinstance(self.output, ms.MixtureOfSoftmaxes):
+            return ms.backends.explain("log_softmax", self.output.decoder.logits(self.context)).backend
+        return ms.backends.explain("cross_entropy", self.logits(), self.transform, target=probabilities).backend
 
 
 def build(name: str, contexts: int, words: int, dim: int, seed: int) -> FreeContexts:
-    """The method ``name`` with its initial values, for contexts of ``dim`` features.
-
-    Raises:
-        KeyError: no method has that name.
-    """
+    """The method ``name`` with its initial values, for contexts of ``dim`` features (or as many as it has itself)."""
     method = METHODS[name]
     if method.as_many_as is not None:
-        dim = equal_dim(method.as_many_as, contexts, words, dim)
+        # N d + M d + M numbers are closest to those of the other method.
+        _, wanted = size(method.as_many_as, contexts, words, dim)
+        dim = max(1, round((wanted - words) / (contexts + words)))
     return FreeContexts(method, contexts, words, dim, seed)
 
 
-def equal_dim(name: str, contexts: int, words: int, dim: int) -> int:
-    """The dimension of the Linear-Softmax whose number of parameters is closest to that of ``name`` at ``dim``."""
-    wanted = build(name, contexts, words, dim, 0).trained_parameters()
-    return max(1, round((wanted - words) / (contexts + words)))
+def size(name: str, contexts: int, words: int, dim: int) -> tuple[int, int]:
+    """The dimension of the method's contexts, and how many numbers are trained, context vectors included."""
+    model = build(name, contexts, words, dim, 0)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return model.context.shape[1], trained

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .methods import METHODS
@@ -49,51 +48,33 @@ class Timing:
     rounds: int
 
 
-@dataclass(frozen=True)
-class Group:
-    """Methods of a cell, and the seeds that they are trained on."""
-
-    cell: Cell
-    methods: Sequence[str]
-    seeds: Sequence[int] = SEEDS
-
-    def pairs(self) -> Iterator[tuple[Cell, str, Sequence[int]]]:
-        return ((self.cell, method, self.seeds) for method in self.methods)
-
-
 MAIN = Cell(400, 300, 10, 0.1, 1000)
 DIMS, ALPHAS = (5, 10, 20, 50, 100), (0.01, 0.1, 1.0)
-GRID = tuple(
-    Cell(MAIN.contexts, MAIN.words, dim, alpha, 500)
-    for alpha in (0.1, 0.01, 1.0)
-    for dim in DIMS
-    if (dim, alpha) != (MAIN.dim, MAIN.alpha)
-)
+_GRID = [(dim, alpha) for alpha in (0.1, 0.01, 1.0) for dim in DIMS if (dim, alpha) != (MAIN.dim, MAIN.alpha)]
+GRID = tuple(Cell(MAIN.contexts, MAIN.words, dim, alpha, 500) for dim, alpha in _GRID)
+#: More words, and as many seeds and steps as there was time for.
+LARGER = {Cell(1000, 1000, 20, 0.1, 500): (0, 1, 2), Cell(1000, 10_000, 50, 0.1, 200): (0,)}
+
 _CORE = ("linear", "temperature", "plif", "sigmoidcap-learned", "mlp", "mlp-1")
 _SECOND = ("mos4", "linear-eq-mos4", "sigsoftmax", "softcap-learned", "gss", "plif-frozen", "spline")
 _THIRD = ("softcap", "sigmoidcap", "gss-published")
 GRID_METHODS = (*_CORE, *_SECOND, *_THIRD)
-#: More words, and as many seeds and steps as there was time for.
-LARGER = tuple(
-    Group(cell, (*_CORE, "mos4"), seeds)
-    for cell, seeds in ((Cell(1000, 1000, 20, 0.1, 500), (0, 1, 2)), (Cell(1000, 10_000, 50, 0.1, 200), (0,)))
-)
+LARGER_METHODS = (*_CORE, "mos4")
 
 #: Linear-Softmax with PyTorch's own loss, for times.
 EAGER = "eager"
 #: In the first cell logits fit in the cache, in the second they do not.
-TIMINGS = (
-    Timing(MAIN, (EAGER, *METHODS), rounds=201),
-    Timing(LARGER[-1].cell, (EAGER, *_CORE), rounds=9),
-)
+TIMINGS = (Timing(MAIN, (EAGER, *METHODS), rounds=201), Timing([*LARGER][-1], (EAGER, *_CORE), rounds=9))
 
 
-def study() -> list[tuple[Cell, str, Sequence[int]]]:
-    """Cells, methods and seeds, the most wanted first."""
-    small, large = (Group(each.cell, _CORE, each.seeds) for each in LARGER)
-    first, second, third = (
-        [Group(cell, (method,)) for method in methods for cell in GRID] for methods in (_CORE, _SECOND, _THIRD)
-    )
-    slow = [Group(each.cell, ("mos4",), each.seeds) for each in LARGER]
-    groups = [Group(MAIN, tuple(METHODS)), *first, small, *second, large, *third, *slow]
-    return [pair for group in groups for pair in group.pairs()]
+def study() -> list[tuple[Cell, str]]:
+    """Cells and methods, the most wanted first."""
+    first, second, third = ([(cell, m) for m in methods for cell in GRID] for methods in (_CORE, _SECOND, _THIRD))
+    small, large = ([(cell, method) for method in _CORE] for cell in LARGER)
+    slow = [(cell, "mos4") for cell in LARGER]
+    return [*((MAIN, method) for method in METHODS), *first, *small, *second, *large, *third, *slow]
+
+
+def seeds_of(cell: Cell) -> tuple[int, ...]:
+    """The seeds of the trainings at the rate that the search found."""
+    return LARGER.get(cell, SEEDS)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.benchmark import Measurement, Timer
 
 import monosoftmax as ms
 
 from ...engine.experiment import Measured
-from .methods import FreeContexts
 from .problem import dirichlet, training_targets
 from .settings import EAGER, LEARNING_RATES, Timing, Training
 from .training import Trainer
@@ -29,37 +26,27 @@ def measure(settings: Timing) -> Measured:
         Times: ``seconds``, by method and ``loss`` or ``step``, quartiles over the rounds, and ``backends`` by method.
         Mixtures have no ``loss``: theirs is not one function of logits.
     """
-    cell = settings.cell
+    # A timer warms up with two steps for each that it times.
+    cell = replace(settings.cell, steps=3 * settings.rounds)
     targets = training_targets(dirichlet(cell.contexts, cell.words, cell.alpha, 0))
-    timers, backends = {}, {}
+    actions: dict[tuple[str, str], Callable[[], Any]] = {}
+    backends = {}
     for method in settings.methods:
         eager = method == EAGER
-        # A timer warms up with two steps for each that it times.
-        cell = replace(cell, steps=3 * settings.rounds)
         trainer = Trainer(Training(cell, "linear" if eager else method, 0, LEARNING_RATES[0]), targets)
-        backends[method] = "torch" if eager else trainer.model.backend(targets)
+        model, backends[method] = trainer.model, "torch" if eager else trainer.model.backend(targets)
         if eager:
-            trainer.model.loss = partial(_eager, trainer.model)  # type: ignore[method-assign]
-        if trainer.model.transform is not None:
-            timers[method, "loss"] = _timer(_loss(trainer, eager))
-        timers[method, "step"] = _timer(trainer.train_step)
-    taken: dict[tuple[str, str], list[Measurement]] = {key: [] for key in timers}
-    for _ in range(settings.rounds):
-        for key, timer in timers.items():
-            taken[key].append(timer.timeit(1))
+            model.loss = lambda targets, model=model: F.cross_entropy(model.logits(), targets)  # type: ignore
+        if model.transform is not None:
+            actions[method, "loss"] = _loss(trainer, eager)
+        actions[method, "step"] = trainer.train_step
+    timers = {key: Timer("act()", globals={"act": act}, timer=time.process_time) for key, act in actions.items()}
+    rounds = [{key: timer.timeit(1) for key, timer in timers.items()} for _ in range(settings.rounds)]
     seconds: dict[str, dict[str, list[float]]] = {method: {} for method in settings.methods}
-    for (method, what), each in taken.items():
-        (merged,) = Measurement.merge(each)
+    for method, what in timers:
+        (merged,) = Measurement.merge(each[method, what] for each in rounds)
         seconds[method][what] = np.quantile(merged.times, (0.25, 0.5, 0.75)).round(9).tolist()
     return Measured({}, {"seconds": seconds, "backends": backends})
-
-
-def _timer(action: Callable[[], Any]) -> Timer:
-    return Timer("action()", globals={"action": action}, timer=time.process_time)
-
-
-def _eager(model: FreeContexts, targets: Tensor) -> Tensor:
-    return F.cross_entropy(model.logits(), targets)
 
 
 def _loss(trainer: Trainer, eager: bool) -> Callable[[], None]:

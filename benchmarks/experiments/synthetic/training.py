@@ -25,6 +25,14 @@ _POINTS = 201
 _QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
 
 
+class Diverged(ArithmeticError):
+    """The loss became infinite or NaN."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the loss of step {step} is no number")
+        self.step = step
+
+
 class Trainer:
     """A model, its optimisers, and single steps. Nothing in it is random once it is there."""
 
@@ -40,6 +48,8 @@ class Trainer:
             self.optimizers.append(torch.optim.SGD(by_sgd))
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.step = 0
+        #: Processor time of each step of :meth:`trained_model`.
+        self.seconds: list[float] = []
 
     def rate(self, step: int) -> float:
         """The share of the peak learning rate: a linear rise, then a cosine to 0."""
@@ -69,38 +79,19 @@ class Trainer:
             Diverged: the loss became infinite or NaN.
         """
         while self.step < self.settings.cell.steps:
-            if not math.isfinite(self.train_step()):
+            started = time.process_time()
+            loss = self.train_step()
+            self.seconds.append(time.process_time() - started)
+            if not math.isfinite(loss):
                 raise Diverged(self.step - 1)
         return copy.deepcopy(self.model).double()
-
-
-class Diverged(ArithmeticError):
-    """The loss became infinite or NaN."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"the loss of step {step} is no number")
-        self.step = step
-
-
-class _TimedTrainer(Trainer):
-    """Keeps the processor seconds of each step."""
-
-    def __init__(self, settings: Training, targets: Tensor) -> None:
-        super().__init__(settings, targets)
-        self.seconds: list[float] = []
-
-    def train_step(self) -> float:
-        started = time.process_time()
-        loss = super().train_step()
-        self.seconds.append(time.process_time() - started)
-        return loss
 
 
 def train(settings: Training, keep_shape: bool = False) -> Measured:
     """Train and measure; with the learned f, if asked for."""
     cell = settings.cell
     probabilities = dirichlet(cell.contexts, cell.words, cell.alpha, settings.seed)
-    trainer = _TimedTrainer(settings, training_targets(probabilities))
+    trainer = Trainer(settings, training_targets(probabilities))
     backend = trainer.model.backend(trainer.targets)
     try:
         model = trainer.trained_model()

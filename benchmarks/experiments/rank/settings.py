@@ -1,0 +1,148 @@
+"""What is measured: random factors, noise, larger matrices and trained heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+import monosoftmax as ms
+from monosoftmax.transforms import MonotonicTransform
+
+from ..language_model.settings import Settings
+from ..synthetic.settings import MAIN, Training
+
+#: Shares of the squared spectrum that an effective rank leaves out; as Parthiban et al., AAAI 2021.
+TOLERANCES = (1e-3, 1e-4, 1e-5)
+SEEDS, HEAD_SEEDS = (0, 1, 2, 3, 4), (0, 1)
+
+
+@dataclass(frozen=True)
+class Random:
+    """log softmax f(H W^T) with standard normal H (contexts, dim) and W (words, dim)."""
+
+    transform: str
+    contexts: int
+    words: int
+    dim: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Large(Random):
+    """The same, by its ``leading`` singular values, and by all of them, too, if ``exact``."""
+
+    leading: int
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Noise:
+    """diag(1, 1/2, ..., 1/rank, 0, ...) with normal noise of variance c / published_rows^2."""
+
+    c: float
+    rows: int = 1000
+    rank: int = 10
+    published_rows: int = 10_000
+
+
+@dataclass(frozen=True)
+class LanguageModelHead:
+    """The output layer of a language model after so many steps."""
+
+    training: Settings
+    steps: int
+
+
+_T = ms.transforms
+
+
+def _random_plif(pieces: int) -> Callable[[torch.Generator], MonotonicTransform]:
+    """With the random slopes of the published initialisation."""
+    kind = {"min_slope": 1e-6, "init": "random", "dtype": torch.float64}
+    return lambda generator: _T.PLIF(pieces, 20.0, generator=generator, **kind)  # type: ignore[arg-type]
+
+
+def _perturbed(kind: Callable[[], MonotonicTransform]) -> Callable[[torch.Generator], MonotonicTransform]:
+    """Standard normal noise on every raw parameter of what would start as the identity."""
+
+    def make(generator: torch.Generator) -> MonotonicTransform:
+        transform = kind()
+        with torch.no_grad():
+            for parameter in transform.parameters():
+                parameter += torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        return transform
+
+    return make
+
+
+#: Pieces of the random PLIFs, in the picture of ranks by pieces.
+PLIF_PIECES = (10, 20, 50, 200, 1000, 10_000, 100_000)
+#: f of the random factors, made from a source of random numbers; everything not called random is at its defaults.
+TRANSFORMS: dict[str, Callable[[torch.Generator], MonotonicTransform]] = {
+    "linear": lambda _: _T.Identity(),
+    "temperature": lambda _: _T.Temperature(),
+    "plif": lambda _: _T.PLIF(),
+    "sigsoftmax": lambda _: _T.SigSoftmax(),
+    "gss": lambda _: _T.GSS(),
+    "gss-published": lambda _: _T.GSS(2.5, -1.5, learnable=False),
+    "softcap": lambda _: _T.SoftCap(),
+    "sigmoidcap": lambda _: _T.SigmoidCap(),
+    "mlp": lambda _: _T.MonotonicMLP(),
+    "spline": lambda _: _T.RationalQuadraticSpline(),
+    "mlp-random": _perturbed(_T.MonotonicMLP),
+    "spline-random": _perturbed(_T.RationalQuadraticSpline),
+    **{f"plif-{pieces}": _random_plif(pieces) for pieces in PLIF_PIECES},
+}
+DIMS = (16, 64)
+RANDOM = {
+    f"random-d{dim}/{name}/seed{seed}": Random(name, 600, 600, dim, seed)
+    for dim in DIMS
+    for name in TRANSFORMS
+    for seed in SEEDS
+}
+#: f whose spectra are shown.
+SHOWN = ("linear", "plif-20", "plif-1000", "plif-100000", "sigsoftmax", "softcap", "sigmoidcap")
+
+NOISE_C = (1e-16, 1e-20, 1e-21, 1e-22, 1e-23, 1e-24, 1e-25, 1e-26, 1e-28, 1e-32)
+NOISE = {f"noise/c{c:g}": Noise(c) for c in NOISE_C}
+
+LARGE = {
+    f"large/{name}": Large(name, 3000, 10_000, 64, 0, leading=400, exact=name == "plif-20")
+    for name in ("linear", "softcap", "sigmoidcap", "sigsoftmax", "plif-20")
+}
+
+#: The main cell of the synthetic experiment with fewer steps, at one learning rate for all.
+METHODS = (
+    *("linear", "temperature", "plif", "plif-frozen", "published-sgd", "published-adam", "sigsoftmax", "gss"),
+    *("softcap-learned", "sigmoidcap-learned", "mlp", "spline", "mos4"),
+)
+SYNTHETIC = {
+    f"synthetic/{method}/seed{seed}": Training(replace(MAIN, steps=600), method, seed, 0.1)
+    for method in METHODS
+    for seed in HEAD_SEEDS
+}
+
+#: An LSTM, too small and trained too shortly to rank output layers by their perplexity.
+_LANGUAGE_MODEL = Settings(
+    corpus="wiki",
+    text_style="ptb",
+    vocabulary_size=4000,
+    dim=32,
+    hidden=64,
+    layers=1,
+    experts=3,
+    dropout=0.1,
+    lr=0.003,
+    validations=1,
+    evaluation_tokens=10_000,
+    rank_contexts=800,
+)
+OUTPUTS = (
+    *("linear", "temperature", "plif", "sigsoftmax", "gss", "softcap-learned", "sigmoidcap-learned", "mlp", "spline"),
+    "mos",
+)
+LANGUAGE_MODEL = {
+    f"language_model/{output}": LanguageModelHead(replace(_LANGUAGE_MODEL, output=output), 400) for output in OUTPUTS
+}

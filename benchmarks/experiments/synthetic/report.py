@@ -1,0 +1,205 @@
+"""The section of the report, from the stored results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from ...engine import document
+from ...engine.experiment import Experiment, Record, Results
+from ...engine.statistics import SIGNIFICANCE, Difference, holm, mean_and_spread, over_seeds, p_value
+from . import pictures
+from .experiment import best_rate, search_name
+from .methods import METHODS, size
+from .problem import TOLERANCES
+from .settings import (
+    ALPHAS,
+    DIMS,
+    EAGER,
+    GRID,
+    GRID_METHODS,
+    LARGER,
+    LARGER_METHODS,
+    LEARNING_RATES,
+    MAIN,
+    SEEDS,
+    TIMINGS,
+    Cell,
+    seeds_of,
+)  # fmt: skip
+
+BASELINE, CONTROL = "linear", "temperature"
+#: What a transform must reach in the main cell: KL in nats, share of modes.
+_WANTED_KL, _WANTED_MODES = 1.05, 0.9
+_PUBLISHED = (
+    ("published-sgd", "published-frozen"),
+    ("published-adam", "published-sgd"),
+    ("published-frozen", BASELINE),
+    ("plif", "plif-frozen"),
+)
+
+Row = dict[str, Any]
+
+
+def section(experiment: Experiment, results: Results, folder: Path) -> str:
+    """The section, with its pictures in ``folder``."""
+    main = Found(results, MAIN, METHODS)
+    grid = {(cell.dim, cell.alpha): Found(results, cell, GRID_METHODS) for cell in GRID}
+    grid[MAIN.dim, MAIN.alpha] = main
+    gains = {
+        m: {key: -gain for key, of in grid.items() if (gain := of.gap(m)) is not None}
+        for m in GRID_METHODS
+        if m != BASELINE
+    }
+    if gains := {method: by_cell for method, by_cell in gains.items() if by_cell}:
+        pictures.heat_maps(folder / "synthetic_gains.png", gains, DIMS, ALPHAS)
+    firsts = {m: main.trainings(m).get(SEEDS[0]) for m in METHODS if not m.startswith(BASELINE)}
+    if shapes := {m: first.figures["shape"] for m, first in firsts.items() if first and "shape" in first.figures}:
+        pictures.shapes(folder / "synthetic_shapes.png", shapes)
+    trainings = [record for record in results.values() if "backend" in record.times]
+    backends = [record.times["backend"] for record in trainings]
+    transforms = [m for m, how in METHODS.items() if how.transform and not m.startswith(BASELINE) and main.values(m)]
+    marks = main.marks()
+    return document.render(
+        Path(__file__).with_name("report.md.jinja"),
+        cell=MAIN,
+        rows=[_quality(main, method) for method in METHODS],
+        methods=METHODS,
+        wanted=(_WANTED_KL, _WANTED_MODES),
+        found={m: (mean(main.values(m)), mean(main.values(m, "modes")), len(main.values(m))) for m in transforms},
+        linear=[row for row in [_quality(main, BASELINE)] if main.values(BASELINE)],
+        sizes={name: size(name, *_sizes(MAIN)) for name in METHODS},
+        differences=_differences(main),
+        marked={mark: [m for m in marks if marks[m] == mark] for mark in (" *", "", " †")},
+        published=[(one, other, main.difference(one, other)) for one, other in _PUBLISHED],
+        grid_steps=GRID[0].steps,
+        grid={alpha: _grid_rows({dim: grid[dim, alpha] for dim in DIMS}) for alpha in ALPHAS},
+        gains=gains,
+        shapes=shapes,
+        larger={cell: [_quality(Found(results, cell, LARGER_METHODS), m) for m in LARGER_METHODS] for cell in LARGER},
+        timings=[results[name] for each in TIMINGS if (name := f"timing/{each.cell.name}") in results],
+        timing_rows=_timing_rows,
+        missing=[unit.name for unit in experiment.units(results) if unit.name not in results],
+        command=experiment.command(),
+        backends={name: backends.count(name) for name in dict.fromkeys(backends)},
+        environments=document.environments(trainings),
+    )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is of ``methods`` in a cell."""
+
+    results: Results
+    cell: Cell
+    methods: Iterable[str]
+
+    def trainings(self, method: str) -> dict[int, Record]:
+        """By seed, diverged or not."""
+        names = {seed: f"{self.cell.name}/{method}/seed{seed}" for seed in seeds_of(self.cell)}
+        return {seed: self.results[name] for seed, name in names.items() if name in self.results}
+
+    def by_seed(self, method: str, figure: str = "kl") -> dict[int, Any]:
+        """A figure of the trainings that did not diverge."""
+        return {seed: t.figures[figure] for seed, t in self.trainings(method).items() if figure in t.figures}
+
+    def values(self, method: str, figure: str = "kl") -> list[Any]:
+        return [*self.by_seed(method, figure).values()]
+
+    def difference(self, one: str, other: str) -> Difference | None:
+        """KL minus KL over the seeds that both have; None where there are fewer than two."""
+        mine, theirs = self.by_seed(one), self.by_seed(other)
+        common = sorted(mine.keys() & theirs.keys())
+        return over_seeds([mine[s] for s in common], [theirs[s] for s in common]) if len(common) > 1 else None
+
+    def gap(self, method: str) -> float | None:
+        """Mean difference of KL from Linear-Softmax."""
+        difference = self.difference(method, BASELINE)
+        return difference and difference.mean
+
+    def against(self, other: str = BASELINE) -> dict[str, tuple[Difference, float]]:
+        """The difference of every method from ``other``, and its p, adjusted by Holm for all of them."""
+        found = {method: self.difference(method, other) for method in self.methods if method not in (BASELINE, other)}
+        there = {method: difference for method, difference in found.items() if difference is not None}
+        adjusted = holm([difference.p for difference in there.values()])
+        return {method: (there[method], p) for method, p in zip(there, adjusted, strict=True)}
+
+    def marks(self) -> dict[str, str]:
+        """A star for a KL that is significantly below that of Linear-Softmax, a cross for one that is above."""
+        return {m: "" if p >= SIGNIFICANCE else " *" if d.mean < 0 else " †" for m, (d, p) in self.against().items()}
+
+    def step_seconds(self, method: str) -> float:
+        """Median over the seeds."""
+        good = (training for training in self.trainings(method).values() if "kl" in training.figures)
+        return median(training.times["step_seconds"] for training in good)
+
+
+def _sizes(cell: Cell) -> tuple[int, int, int]:
+    return cell.contexts, cell.words, cell.dim
+
+
+def _quality(found: Found, method: str) -> Row:
+    """The row of a method in the table of a cell. It says so where nothing was run."""
+    cell, kl = found.cell, found.values(method)
+    lr, diverged = best_rate(found.results, cell, method), len(found.trainings(method)) - len(kl)
+    searched = all(search_name(cell, method, each) in found.results for each in LEARNING_RATES)
+    nothing = "not run" if lr or not searched else "diverged at all rates"
+    dim, parameters = size(method, *_sizes(cell))
+    percent = {name: f"{100 * mean(found.values(method, name)):.1f}" if kl else "" for name in ("modes", "top5")}
+    ranks = [[each[f"{tolerance:g}"] for each in found.values(method, "ranks")] for tolerance in TOLERANCES]
+    ratio = f"{found.step_seconds(method) / found.step_seconds(BASELINE):.2f}" if kl and found.values(BASELINE) else "-"
+    return {
+        "method": method,
+        "lr": f"{lr:g}{'*' if lr in (min(LEARNING_RATES), max(LEARNING_RATES)) else ''}" if kl else nothing,
+        "seeds": f"{len(kl)} ({diverged} diverged)" if diverged else len(kl),
+        "KL": mean_and_spread(kl) if kl else "",
+        "modes %": percent["modes"],
+        "top-5 %": percent["top5"],
+        f"rank {' / '.join(f'{t:g}' for t in TOLERANCES)}": " / ".join(f"{mean(of):.0f}" for of in ranks if of),
+        "d": dim,
+        "parameters": f"{parameters:,}",
+        "step / linear": ratio,
+    }
+
+
+def _differences(main: Found) -> list[Row]:
+    """Differences from the baseline and from the control."""
+    rows: dict[str, Row] = {method: {"method": method} for method in METHODS if method != BASELINE}
+    for other in (BASELINE, CONTROL):
+        against = main.against(other)
+        for method, row in rows.items():
+            texts = ["-" if method == other else "not run", "", ""]
+            if method in against:
+                d, p = against[method]
+                verdict = "significant" if p < SIGNIFICANCE else "not significant"
+                texts = [f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]", p_value(p), verdict]
+            row |= zip((f"KL - {other}", f"Holm p, {other}", f"verdict, {other}"), texts, strict=True)
+    return [*rows.values()]
+
+
+def _grid_rows(by_dim: Mapping[int, Found]) -> list[Row]:
+    """KL, modes and marks of each method by dimension."""
+    rows: dict[str, Row] = {method: {"method": method} for method in GRID_METHODS}
+    for dim, found in by_dim.items():
+        marks = found.marks()
+        for method, row in rows.items():
+            kl, modes = found.values(method), found.values(method, "modes")
+            text = f"{mean(kl):.3f} / {100 * mean(modes):.0f}{marks.get(method, '')}" if kl else "not run"
+            row[f"d = {dim}"] = text
+    return [*rows.values()]
+
+
+def _timing_rows(record: Record) -> list[Row]:
+    """Medians and quartiles, and medians relative to Linear-Softmax."""
+    seconds, rows = record.times["seconds"], []
+    for method, of in seconds.items():
+        row = {"method": "PyTorch's eager F.cross_entropy, Linear-Softmax" if method == EAGER else method}
+        for what in ("loss", "step"):
+            low, middle, high = (1e3 * value for value in of.get(what, (0, 0, 0)))
+            row[f"{what} ms"] = f"{middle:.3f} [{low:.3f}, {high:.3f}]" if what in of else "-"
+            row[f"{what} / linear"] = f"{of[what][1] / seconds[BASELINE][what][1]:.2f}" if what in of else "-"
+        rows.append(row)
+    return rows

@@ -34,10 +34,10 @@ def table(rows: Sequence[Mapping[str, Any]] | pd.DataFrame, style: str = "github
     """Rows as a Markdown table: their keys are the headers, the first column is aligned left, all others right.
 
     Args:
-        rows: of strings and numbers, which are written as they are.
+        rows: of strings and numbers, which are written as they are; a cell that a row has not is empty.
         style: a table format of ``tabulate``; ``simple`` for a terminal.
     """
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows, dtype=object).fillna("")
     if frame.empty:
         return "Nothing has been run yet."
     align = ["left", *["right"] * (len(frame.columns) - 1)]

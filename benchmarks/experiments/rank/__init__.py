@@ -9,7 +9,7 @@ A unit is one matrix, or one head with its matrices before and after f:
 - ``language_model/OUTPUT``: a head of a small language model, with ``valid_perplexity`` and ``tokens`` of training.
 
 Figures of a matrix: ``ranks``, the effective ranks by tolerance; ``press``, the numerical ranks by dtype; and, where
-the report shows them, ``centred``, the ranks without the means of rows and columns, and the largest ``singular_values``.
+the report shows them, ``centred``, the ranks without means of rows and columns, and the largest ``singular_values``.
 Heads have them as ``before`` (None for mixtures) and ``after`` f. Units that were done before the engine have no
 ``seconds``.
 """

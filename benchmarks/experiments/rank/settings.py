@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -60,21 +61,16 @@ _T = ms.transforms
 
 def _random_plif(pieces: int) -> Callable[[torch.Generator], MonotonicTransform]:
     """With the random slopes of the published initialisation."""
-    kind = {"min_slope": 1e-6, "init": "random", "dtype": torch.float64}
-    return lambda generator: _T.PLIF(pieces, 20.0, generator=generator, **kind)  # type: ignore[arg-type]
+    kind: dict[str, Any] = {"min_slope": 1e-6, "init": "random", "dtype": torch.float64}
+    return lambda generator: _T.PLIF(pieces, 20.0, generator=generator, **kind)
 
 
-def _perturbed(kind: Callable[[], MonotonicTransform]) -> Callable[[torch.Generator], MonotonicTransform]:
+def _perturbed(transform: MonotonicTransform, generator: torch.Generator) -> MonotonicTransform:
     """Standard normal noise on every raw parameter of what would start as the identity."""
-
-    def make(generator: torch.Generator) -> MonotonicTransform:
-        transform = kind()
-        with torch.no_grad():
-            for parameter in transform.parameters():
-                parameter += torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-        return transform
-
-    return make
+    with torch.no_grad():
+        for parameter in transform.parameters():
+            parameter += torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return transform
 
 
 #: Pieces of the random PLIFs, in the picture of ranks by pieces.
@@ -91,41 +87,32 @@ TRANSFORMS: dict[str, Callable[[torch.Generator], MonotonicTransform]] = {
     "sigmoidcap": lambda _: _T.SigmoidCap(),
     "mlp": lambda _: _T.MonotonicMLP(),
     "spline": lambda _: _T.RationalQuadraticSpline(),
-    "mlp-random": _perturbed(_T.MonotonicMLP),
-    "spline-random": _perturbed(_T.RationalQuadraticSpline),
+    "mlp-random": lambda generator: _perturbed(_T.MonotonicMLP(), generator),
+    "spline-random": lambda generator: _perturbed(_T.RationalQuadraticSpline(), generator),
     **{f"plif-{pieces}": _random_plif(pieces) for pieces in PLIF_PIECES},
-}
-DIMS = (16, 64)
-RANDOM = {
-    f"random-d{dim}/{name}/seed{seed}": Random(name, 600, 600, dim, seed)
-    for dim in DIMS
-    for name in TRANSFORMS
-    for seed in SEEDS
 }
 #: f whose spectra are shown.
 SHOWN = ("linear", "plif-20", "plif-1000", "plif-100000", "sigsoftmax", "softcap", "sigmoidcap")
+DIMS, ROWS = (16, 64), 600
+_RANDOM = [Random(name, ROWS, ROWS, dim, seed) for dim in DIMS for name in TRANSFORMS for seed in SEEDS]
+RANDOM = {f"random-d{each.dim}/{each.transform}/seed{each.seed}": each for each in _RANDOM}
 
 NOISE_C = (1e-16, 1e-20, 1e-21, 1e-22, 1e-23, 1e-24, 1e-25, 1e-26, 1e-28, 1e-32)
 NOISE = {f"noise/c{c:g}": Noise(c) for c in NOISE_C}
 
-LARGE = {
-    f"large/{name}": Large(name, 3000, 10_000, 64, 0, leading=400, exact=name == "plif-20")
-    for name in ("linear", "softcap", "sigmoidcap", "sigsoftmax", "plif-20")
-}
+_LARGE = ("linear", "softcap", "sigmoidcap", "sigsoftmax", "plif-20")
+LARGE = {f"large/{f}": Large(f, 3000, 10_000, 64, 0, leading=400, exact=f == "plif-20") for f in _LARGE}
 
 #: The main cell of the synthetic experiment with fewer steps, at one learning rate for all.
+CELL, LR = replace(MAIN, steps=600), 0.1
 METHODS = (
     *("linear", "temperature", "plif", "plif-frozen", "published-sgd", "published-adam", "sigsoftmax", "gss"),
     *("softcap-learned", "sigmoidcap-learned", "mlp", "spline", "mos4"),
 )
-SYNTHETIC = {
-    f"synthetic/{method}/seed{seed}": Training(replace(MAIN, steps=600), method, seed, 0.1)
-    for method in METHODS
-    for seed in HEAD_SEEDS
-}
+SYNTHETIC = {f"synthetic/{m}/seed{seed}": Training(CELL, m, seed, LR) for m in METHODS for seed in HEAD_SEEDS}
 
 #: An LSTM, too small and trained too shortly to rank output layers by their perplexity.
-_LANGUAGE_MODEL = Settings(
+SMALL_MODEL = Settings(
     corpus="wiki",
     text_style="ptb",
     vocabulary_size=4000,
@@ -143,6 +130,4 @@ OUTPUTS = (
     *("linear", "temperature", "plif", "sigsoftmax", "gss", "softcap-learned", "sigmoidcap-learned", "mlp", "spline"),
     "mos",
 )
-LANGUAGE_MODEL = {
-    f"language_model/{output}": LanguageModelHead(replace(_LANGUAGE_MODEL, output=output), 400) for output in OUTPUTS
-}
+LANGUAGE_MODEL = {f"language_model/{f}": LanguageModelHead(replace(SMALL_MODEL, output=f), 400) for f in OUTPUTS}

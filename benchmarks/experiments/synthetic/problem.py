@@ -20,14 +20,8 @@ def dirichlet(contexts: int, words: int, alpha: float, seed: int) -> Tensor:
 
     Gamma variables of a small shape underflow, so their logarithms are drawn: log G(a) = log G(a + 1) + log(U) / a.
 
-    Args:
-        contexts: N.
-        words: M.
-        alpha: a, of every word.
-        seed: of the draws.
-
     Returns:
-        (N, M), float64, rows that sum to 1. Values below the smallest double are 0.
+        (contexts, words), float64, rows that sum to 1. Values below the smallest double are 0.
 
     Source: Marsaglia and Tsang, "A Simple Method for Generating Gamma Variables", 2000, section 6.
     """
@@ -53,8 +47,7 @@ def figures(probabilities: Tensor, log_q: Tensor) -> dict[str, Any]:
     """How closely Q matches P.
 
     Args:
-        probabilities: P, (N, M), float64.
-        log_q: log Q, (N, M), float64.
+        probabilities, log_q: P and log Q, (N, M), float64.
 
     Returns:
         ``kl``, the mean KL(P || Q) in nats; ``modes``, the share of contexts whose most probable word is that of P;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,25 +12,11 @@ from typing import Any
 from ...engine import document
 from ...engine.experiment import Experiment, Record, Results
 from ...engine.statistics import SIGNIFICANCE, Difference, holm, mean_and_spread, over_seeds, p_value
-from . import pictures
+from . import pictures, settings
 from .experiment import best_rate, search_name
 from .methods import METHODS, size
 from .problem import TOLERANCES
-from .settings import (
-    ALPHAS,
-    DIMS,
-    EAGER,
-    GRID,
-    GRID_METHODS,
-    LARGER,
-    LARGER_METHODS,
-    LEARNING_RATES,
-    MAIN,
-    SEEDS,
-    TIMINGS,
-    Cell,
-    seeds_of,
-)  # fmt: skip
+from .settings import DIMS, GRID, GRID_METHODS, LARGER, LARGER_METHODS, LEARNING_RATES, MAIN, SEEDS, Cell, seeds_of
 
 BASELINE, CONTROL = "linear", "temperature"
 #: What a transform must reach in the main cell: KL in nats, share of modes.
@@ -49,15 +36,12 @@ def section(experiment: Experiment, results: Results, folder: Path) -> str:
     main = Found(results, MAIN, METHODS)
     grid = {(cell.dim, cell.alpha): Found(results, cell, GRID_METHODS) for cell in GRID}
     grid[MAIN.dim, MAIN.alpha] = main
-    gains = {
-        m: {key: -gain for key, of in grid.items() if (gain := of.gap(m)) is not None}
-        for m in GRID_METHODS
-        if m != BASELINE
-    }
-    if gains := {method: by_cell for method, by_cell in gains.items() if by_cell}:
-        pictures.heat_maps(folder / "synthetic_gains.png", gains, DIMS, ALPHAS)
-    firsts = {m: main.trainings(m).get(SEEDS[0]) for m in METHODS if not m.startswith(BASELINE)}
-    if shapes := {m: first.figures["shape"] for m, first in firsts.items() if first and "shape" in first.figures}:
+    gains = _gains(grid)
+    if gains:
+        pictures.heat_maps(folder / "synthetic_gains.png", gains, DIMS, settings.ALPHAS)
+    shapes = {method: shape for method in METHODS if (shape := main.by_seed(method, "shape").get(SEEDS[0]))}
+    shapes = {method: shape for method, shape in shapes.items() if not method.startswith(BASELINE)}
+    if shapes:
         pictures.shapes(folder / "synthetic_shapes.png", shapes)
     trainings = [record for record in results.values() if "backend" in record.times]
     backends = [record.times["backend"] for record in trainings]
@@ -71,16 +55,16 @@ def section(experiment: Experiment, results: Results, folder: Path) -> str:
         wanted=(_WANTED_KL, _WANTED_MODES),
         found={m: (mean(main.values(m)), mean(main.values(m, "modes")), len(main.values(m))) for m in transforms},
         linear=[row for row in [_quality(main, BASELINE)] if main.values(BASELINE)],
-        sizes={name: size(name, *_sizes(MAIN)) for name in METHODS},
+        sizes={name: size(name, MAIN.contexts, MAIN.words, MAIN.dim) for name in METHODS},
         differences=_differences(main),
         marked={mark: [m for m in marks if marks[m] == mark] for mark in (" *", "", " †")},
         published=[(one, other, main.difference(one, other)) for one, other in _PUBLISHED],
         grid_steps=GRID[0].steps,
-        grid={alpha: _grid_rows({dim: grid[dim, alpha] for dim in DIMS}) for alpha in ALPHAS},
+        grid={alpha: _grid_rows({dim: grid[dim, alpha] for dim in DIMS}) for alpha in settings.ALPHAS},
         gains=gains,
         shapes=shapes,
         larger={cell: [_quality(Found(results, cell, LARGER_METHODS), m) for m in LARGER_METHODS] for cell in LARGER},
-        timings=[results[name] for each in TIMINGS if (name := f"timing/{each.cell.name}") in results],
+        timings=[results[name] for each in settings.TIMINGS if (name := f"timing/{each.cell.name}") in results],
         timing_rows=_timing_rows,
         missing=[unit.name for unit in experiment.units(results) if unit.name not in results],
         command=experiment.command(),
@@ -115,11 +99,6 @@ class Found:
         common = sorted(mine.keys() & theirs.keys())
         return over_seeds([mine[s] for s in common], [theirs[s] for s in common]) if len(common) > 1 else None
 
-    def gap(self, method: str) -> float | None:
-        """Mean difference of KL from Linear-Softmax."""
-        difference = self.difference(method, BASELINE)
-        return difference and difference.mean
-
     def against(self, other: str = BASELINE) -> dict[str, tuple[Difference, float]]:
         """The difference of every method from ``other``, and its p, adjusted by Holm for all of them."""
         found = {method: self.difference(method, other) for method in self.methods if method not in (BASELINE, other)}
@@ -133,35 +112,30 @@ class Found:
 
     def step_seconds(self, method: str) -> float:
         """Median over the seeds."""
-        good = (training for training in self.trainings(method).values() if "kl" in training.figures)
-        return median(training.times["step_seconds"] for training in good)
-
-
-def _sizes(cell: Cell) -> tuple[int, int, int]:
-    return cell.contexts, cell.words, cell.dim
+        return median(t.times["step_seconds"] for t in self.trainings(method).values() if "kl" in t.figures)
 
 
 def _quality(found: Found, method: str) -> Row:
     """The row of a method in the table of a cell. It says so where nothing was run."""
     cell, kl = found.cell, found.values(method)
     lr, diverged = best_rate(found.results, cell, method), len(found.trainings(method)) - len(kl)
-    searched = all(search_name(cell, method, each) in found.results for each in LEARNING_RATES)
-    nothing = "not run" if lr or not searched else "diverged at all rates"
-    dim, parameters = size(method, *_sizes(cell))
-    percent = {name: f"{100 * mean(found.values(method, name)):.1f}" if kl else "" for name in ("modes", "top5")}
-    ranks = [[each[f"{tolerance:g}"] for each in found.values(method, "ranks")] for tolerance in TOLERANCES]
-    ratio = f"{found.step_seconds(method) / found.step_seconds(BASELINE):.2f}" if kl and found.values(BASELINE) else "-"
+    if not kl:
+        searched = all(search_name(cell, method, each) in found.results for each in LEARNING_RATES)
+        return {"method": method, "lr": "diverged at all rates" if searched and lr is None else "not run"}
+    dim, parameters = size(method, cell.contexts, cell.words, cell.dim)
+    ranks = [mean(each[f"{tolerance:g}"] for each in found.values(method, "ranks")) for tolerance in TOLERANCES]
+    linear = found.step_seconds(BASELINE) if found.values(BASELINE) else math.nan
     return {
         "method": method,
-        "lr": f"{lr:g}{'*' if lr in (min(LEARNING_RATES), max(LEARNING_RATES)) else ''}" if kl else nothing,
+        "lr": f"{lr:g}{'*' if lr in (min(LEARNING_RATES), max(LEARNING_RATES)) else ''}",
         "seeds": f"{len(kl)} ({diverged} diverged)" if diverged else len(kl),
-        "KL": mean_and_spread(kl) if kl else "",
-        "modes %": percent["modes"],
-        "top-5 %": percent["top5"],
-        f"rank {' / '.join(f'{t:g}' for t in TOLERANCES)}": " / ".join(f"{mean(of):.0f}" for of in ranks if of),
+        "KL": mean_and_spread(kl),
+        "modes %": f"{100 * mean(found.values(method, 'modes')):.1f}",
+        "top-5 %": f"{100 * mean(found.values(method, 'top5')):.1f}",
+        f"rank {' / '.join(f'{t:g}' for t in TOLERANCES)}": " / ".join(f"{rank:.0f}" for rank in ranks),
         "d": dim,
         "parameters": f"{parameters:,}",
-        "step / linear": ratio,
+        "step / linear": f"{found.step_seconds(method) / linear:.2f}".replace("nan", "-"),
     }
 
 
@@ -171,13 +145,23 @@ def _differences(main: Found) -> list[Row]:
     for other in (BASELINE, CONTROL):
         against = main.against(other)
         for method, row in rows.items():
-            texts = ["-" if method == other else "not run", "", ""]
+            row[f"KL - {other}"] = "-" if method == other else "not run"
             if method in against:
                 d, p = against[method]
-                verdict = "significant" if p < SIGNIFICANCE else "not significant"
-                texts = [f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]", p_value(p), verdict]
-            row |= zip((f"KL - {other}", f"Holm p, {other}", f"verdict, {other}"), texts, strict=True)
+                row[f"KL - {other}"] = f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]"
+                row[f"Holm p, {other}"] = p_value(p)
+                row[f"verdict, {other}"] = "significant" if p < SIGNIFICANCE else "not significant"
     return [*rows.values()]
+
+
+def _gains(grid: Mapping[tuple[int, float], Found]) -> dict[str, dict[tuple[int, float], float]]:
+    """Nats of KL less than Linear-Softmax, by method, d and alpha; what was not run is left out."""
+    gains: dict[str, dict[tuple[int, float], float]] = {}
+    for key, found in grid.items():
+        for method, (difference, _) in found.against(BASELINE).items():
+            if method in GRID_METHODS:
+                gains.setdefault(method, {})[key] = -difference.mean
+    return {method: gains[method] for method in GRID_METHODS if method in gains}
 
 
 def _grid_rows(by_dim: Mapping[int, Found]) -> list[Row]:
@@ -196,7 +180,7 @@ def _timing_rows(record: Record) -> list[Row]:
     """Medians and quartiles, and medians relative to Linear-Softmax."""
     seconds, rows = record.times["seconds"], []
     for method, of in seconds.items():
-        row = {"method": "PyTorch's eager F.cross_entropy, Linear-Softmax" if method == EAGER else method}
+        row = {"method": "PyTorch's eager F.cross_entropy, Linear-Softmax" if method == settings.EAGER else method}
         for what in ("loss", "step"):
             low, middle, high = (1e3 * value for value in of.get(what, (0, 0, 0)))
             row[f"{what} ms"] = f"{middle:.3f} [{low:.3f}, {high:.3f}]" if what in of else "-"

@@ -1,1 +1,1 @@
-"""``benchmarks/results/REPORT.md``: what the stored results say, claim by claim, and what to do about it."""
+"""REPORT.md: which output layer to use, claim by claim, and the sections of the experiments."""

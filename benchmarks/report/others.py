@@ -1,0 +1,181 @@
+"""What ranks, the trained model and the measured costs say about the claims."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any, ClassVar
+
+from scipy import stats
+
+from ..engine.experiment import Results
+from ..engine.statistics import SIGNIFICANCE, Difference, p_value
+from ..experiments.posthoc import results as fitted
+from ..experiments.rank.settings import METHODS as TRAINED_METHODS
+from ..overhead import results as measured
+from .missing import NotRun
+
+_TOLERANCE = "0.0001"
+
+
+class RankEvidence:
+    """Effective ranks at 0.0001: see :mod:`benchmarks.experiments.rank`."""
+
+    DIMS = (16, 64)
+    RANDOM = ("linear", "sigsoftmax", "sigmoidcap", "plif-20", "plif-50", "plif-1000", "plif-100000")
+    TRAINED = TRAINED_METHODS
+
+    def __init__(self, results: Results) -> None:
+        self._results = results
+
+    def _runs(self, group: str, name: str) -> list[dict[str, Any]]:
+        found = [record.figures for record in self._results.matching(f"{group}/{name}/seed*")]
+        if not found:
+            raise NotRun(f"python -m benchmarks run rank --only '{group}/*'")
+        return found
+
+    def random(self, dim: int, name: str) -> list[int]:
+        """Of random factors of ``dim`` features, by seed."""
+        return [run["ranks"][_TOLERANCE] for run in self._runs(f"random-d{dim}", name)]
+
+    def mean_random(self, dim: int, name: str) -> float:
+        """The mean of :meth:`random`."""
+        return statistics.mean(self.random(dim, name))
+
+    def press(self, name: str) -> list[int]:
+        """The numerical rank that published tables have, of random factors of the first of ``DIMS``."""
+        return [run["press"]["float64"] for run in self._runs(f"random-d{self.DIMS[0]}", name)]
+
+    def trained(self) -> Iterator[tuple[str, list[int], list[int]]]:
+        """Trained heads of the synthetic experiment: the method, ranks before and after f by seed. Not of mixtures."""
+        for name in self.TRAINED:
+            runs = self._runs("synthetic", name)
+            if runs[0]["before"] is not None:
+                before, after = ([run[when]["ranks"][_TOLERANCE] for run in runs] for when in ("before", "after"))
+                yield name, before, after
+
+
+def rank_span(ranks: Sequence[int]) -> str:
+    """``17``, or ``mean (least-most)`` where ranks differ."""
+    if min(ranks) == max(ranks):
+        return str(ranks[0])
+    return f"{statistics.mean(ranks):.0f} ({min(ranks)}-{max(ranks)})"
+
+
+class PosthocEvidence:
+    """f put on a trained model: see :mod:`benchmarks.experiments.posthoc.results`."""
+
+    def __init__(self, results: Results) -> None:
+        self._results = results
+        self.difference = cache(self._difference)
+
+    def _figures(self, name: str) -> dict[str, Any]:
+        found = fitted.fitted_alone(self._results)
+        if name not in found:
+            raise NotRun("python -m benchmarks run posthoc")
+        return found[name].figures
+
+    def best(self) -> str:
+        """The transform with the lowest validation loss that is neither the identity nor a temperature."""
+        if not fitted.head_roles(self._results):
+            raise NotRun("python -m benchmarks run posthoc")
+        return fitted.best_alone(self._results)
+
+    def loss(self, name: str) -> float:
+        """Test loss in nats a token."""
+        return float(self._figures(name)["test_nll"])
+
+    def _difference(self, one: str, other: str) -> Difference:
+        """Test loss of a token of ``one`` minus that of ``other``, over documents."""
+        self._figures(one), self._figures(other)
+        return fitted.alone_difference(self._results, one, other)
+
+    def calibration(self, name: str) -> float:
+        """Expected calibration error on the test split."""
+        return fitted.calibration_error(self._figures(name)["bins"])
+
+    def rank(self, name: str) -> int:
+        """Effective rank of log P."""
+        return int(self._figures(name)["effective_ranks"][_TOLERANCE])
+
+    def heads(self) -> Iterator[tuple[str, Difference, int]]:
+        """Of f and head trained together: the transform, its loss minus that of the head alone, and how many seeds."""
+        roles = fitted.head_roles(self._results)
+        for role in ("temperature", "best PLIF", "best other"):
+            difference, seeds = fitted.head_difference(self._results, roles[role], roles["linear"])
+            yield roles[role], difference, len(seeds)
+
+
+def correlation(measured: dict[str, tuple[float, float]], what: str = "KL") -> str:
+    """How ranks go with losses, by layer: (rank, loss) of each."""
+    statistic, p = spearman(measured)
+    lowest_rank, best, largest_rank = (
+        min(measured, key=lambda name: measured[name][0]),
+        min(measured, key=lambda name: measured[name][1]),
+        max(measured, key=lambda name: measured[name][0]),
+    )
+    return (
+        f"Rank and {what} over these {len(measured)} layers: Spearman's correlation of the effective rank at "
+        f"{_TOLERANCE} with {what} is {statistic:+.2f} ({p_value(p)}, "
+        f"{'significant' if p < SIGNIFICANCE else 'not significant'}; negative: higher rank goes with lower {what}; p "
+        f"takes the layers for independent). Lowest {what}: {best} (rank {measured[best][0]:.0f}); highest rank: "
+        f"{largest_rank} ({measured[largest_rank][0]:.0f}); lowest rank: {lowest_rank} "
+        f"({measured[lowest_rank][0]:.0f})."
+    )
+
+
+def spearman(measured: dict[str, tuple[float, float]]) -> tuple[float, float]:
+    """Spearman's correlation of ranks with losses, and its p."""
+    ranks, losses = zip(*measured.values(), strict=True)
+    found = stats.spearmanr(ranks, losses)
+    return float(found.statistic), float(found.pvalue)
+
+
+class CostEvidence:
+    """Times of the fused loss and head on a CPU: see :mod:`benchmarks.overhead.results`."""
+
+    HEAD, LOSS, MIXTURE = (unit.partition("/")[2] for unit in (measured.HEAD, measured.LOGITS, measured.MIXTURES))
+    #: Contestants, and the names that the report has for them.
+    LOSSES: ClassVar = {
+        "temperature": "temperature",
+        "plif-64": "plif",
+        "gss": "gss",
+        "soft_cap": "softcap",
+        "sigmoid_cap": "sigmoidcap",
+        "monotonic_mlp": "mlp",
+        "spline": "spline",
+    }
+
+    def __init__(self, results: Results) -> None:
+        self._results = results
+
+    def head(self) -> float:
+        """Time of the head with PLIF over that of the head without f."""
+        return self._ratio(measured.HEAD, "plif-64 fused", "identity fused")
+
+    def head_to_products(self) -> float:
+        """Time of the head with PLIF over that of its bare matrix products."""
+        return self._ratio(measured.HEAD, "plif-64 fused", "products")
+
+    def loss(self, name: str) -> float:
+        """Time of the loss with f over that of the loss without."""
+        return self._ratio(measured.LOGITS, f"{name} fused", "identity fused")
+
+    def loss_to_compiled(self) -> float:
+        """Time of the loss with PLIF over that of plain cross entropy under torch.compile."""
+        return self._ratio(measured.LOGITS, "plif-64 fused", "plain compiled")
+
+    def pieces(self) -> float:
+        """Time of the loss with 100,000 pieces over that with 64."""
+        return self._ratio(measured.LOGITS, "plif-100000 fused", "plif-64 fused")
+
+    def mixture(self, form: str) -> float:
+        """Time of a head with 15 softmaxes, ``fair`` or ``published``, over that of one with PLIF."""
+        return self._ratio(measured.MIXTURES, f"mos-15 {form}", "plif-64 fused")
+
+    def _ratio(self, unit: str, name: str, other: str) -> float:
+        try:
+            return measured.ratio(self._results, unit, name, other)
+        except measured.NotMeasured as error:
+            raise NotRun(str(error)) from error

@@ -1,0 +1,136 @@
+"""What the synthetic experiment says about the claims."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+
+from ..engine.experiment import Record, Results
+from ..engine.statistics import SIGNIFICANCE, Difference, holm, over_seeds
+from ..experiments.synthetic import Synthetic
+from ..experiments.synthetic.methods import METHODS
+from ..experiments.synthetic.settings import GRID, MAIN, Cell
+from .missing import NotRun, better
+
+#: Methods that are no learned f: what gains are measured against, and published settings.
+_NOT_LEARNED = ("linear", "temperature", "published-sgd", "published-adam")
+
+
+class SyntheticEvidence:
+    """Figures of the synthetic experiment; those of a method without a cell are of the main one.
+
+    Every method raises :class:`NotRun` where its results are not there.
+    """
+
+    FIXED = ("sigsoftmax", "gss-published", "softcap", "sigmoidcap")
+    IN_GRID = ("plif", "sigmoidcap-learned", "mlp")
+    #: What the paper's experiment promises for f, and what is held against it.
+    WANTED_KL, WANTED_MODES = 1.05, 0.9
+
+    def __init__(self, results: Results) -> None:
+        self._results = results
+        self.runs = cache(self._runs)
+        self.difference = cache(self._difference)
+
+    def _runs(self, method: str, cell: Cell = MAIN) -> dict[int, Record]:
+        """The trainings that did not diverge, by seed."""
+        found = self._results.matching(f"{cell.name}/{method}/seed*")
+        there = {record.settings["seed"]: record for record in found if "kl" in record.figures}
+        if not there:
+            raise NotRun(Synthetic().command(f"{cell.name}/{method}/*"))
+        return there
+
+    def mean(self, method: str, figure: str, cell: Cell = MAIN) -> float:
+        """Mean over seeds of ``kl``, ``modes`` or ``top5``."""
+        return statistics.mean(record.figures[figure] for record in self.runs(method, cell).values())
+
+    def rank(self, method: str, tolerance: str = "0.0001") -> float:
+        """Mean over seeds of the effective rank of log Q."""
+        return statistics.mean(record.figures["ranks"][tolerance] for record in self.runs(method).values())
+
+    def _difference(self, one: str, other: str, cell: Cell = MAIN) -> Difference:
+        """KL of ``one`` minus that of ``other``, paired by seeds."""
+        first, second = (self.runs(method, cell) for method in (one, other))
+        seeds = sorted(first.keys() & second.keys())
+        if len(seeds) < 2:
+            raise NotRun(Synthetic().command(f"{cell.name}/*"))
+        return over_seeds(*([of[seed].figures["kl"] for seed in seeds] for of in (first, second)))
+
+    def learned(self) -> list[str]:
+        """The methods with a learned f."""
+        return [
+            name
+            for name, method in METHODS.items()
+            if name not in _NOT_LEARNED and method.transform is not None and not method.frozen
+            if any(True for _ in method.transform(torch.Generator().manual_seed(0)).parameters())
+        ]
+
+    def best_learned(self) -> str:
+        """The learned f with the lowest KL of its search, on a problem that no reported figure is from."""
+
+        def searched(method: str) -> float:
+            found = self._results.matching(f"{MAIN.name}/{method}/search-*")
+            if not found:
+                raise NotRun(Synthetic().command(f"{MAIN.name}/*"))
+            return min(record.figures["kl"] for record in found if "kl" in record.figures)
+
+        return min(self.learned(), key=searched)
+
+    def by_kl(self) -> list[str]:
+        """The learned functions, the lowest KL first."""
+        return sorted(self.learned(), key=lambda name: self.mean(name, "kl"))
+
+    def level_with_best(self) -> list[str]:
+        """Those of :meth:`by_kl` that do not differ significantly from the first."""
+        best, *others = self.by_kl()
+        return [name for name in others if not self.difference(best, name).significant]
+
+    def useful_fixed(self) -> list[str]:
+        """The functions without parameters that are significantly better than none."""
+        return [name for name in self.FIXED if better(self.difference(name, "linear"))]
+
+    def reached(self) -> list[str]:
+        """The learned functions with the wanted KL and share of modes."""
+        return [
+            name
+            for name in self.learned()
+            if self.mean(name, "kl") <= self.WANTED_KL and self.mean(name, "modes") >= self.WANTED_MODES
+        ]
+
+    def grid(self, method: str) -> list[tuple[Cell, Difference, float]]:
+        """Cells by d and alpha, KL minus that of Linear-Softmax there, and p adjusted by Holm over the cells."""
+        differences = [(cell, self.difference(method, "linear", cell)) for cell in (*GRID, MAIN)]
+        adjusted = holm([difference.p for _, difference in differences])
+        return [(cell, difference, p) for (cell, difference), p in zip(differences, adjusted, strict=True)]
+
+    def grid_counts(self, method: str) -> tuple[int, int, int]:
+        """In how many cells the KL is significantly lower, neither, and higher."""
+        grid = self.grid(method)
+        lower = sum(p < SIGNIFICANCE and difference.mean < 0 for _, difference, p in grid)
+        higher = sum(p < SIGNIFICANCE and difference.mean > 0 for _, difference, p in grid)
+        return lower, len(grid) - lower - higher, higher
+
+    def cells_without_gain(self, method: str) -> list[str]:
+        """The cells in which the KL is not significantly lower."""
+        return [
+            f"d = {cell.dim}, alpha = {cell.alpha:g} ({-difference.mean:+.3f})"
+            for cell, difference, p in self.grid(method)
+            if p >= SIGNIFICANCE or difference.mean >= 0
+        ]
+
+    def share(self, method: str, mixture: str) -> float:
+        """The share of a mixture's gain in KL over Linear-Softmax that ``method`` has."""
+        linear = self.mean("linear", "kl")
+        return (linear - self.mean(method, "kl")) / (linear - self.mean(mixture, "kl"))
+
+    def logit_range(self, method: str) -> tuple[float, float]:
+        """Between which values 99.8 % of the trained logits lie, in the first seed."""
+        quantiles = {share: value for share, value in self.runs(method)[0].figures["shape"]["quantiles"]}
+        return quantiles[0.001], quantiles[0.999]
+
+    def ranks_and_kl(self, methods: Sequence[str]) -> dict[str, tuple[float, float]]:
+        """Effective rank and KL of each method."""
+        return {name: (self.rank(name), self.mean(name, "kl")) for name in methods}

@@ -11,13 +11,20 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CPP_FILES := $(sort $(wildcard $(foreach folder,csrc csrc/* csrc/*/*,$(addprefix $(folder)/*.,h cpp cu cuh))))
 EXTENSION_FILES := csrc/sources.txt $(filter-out csrc/tests/% csrc/cuda/host/%,$(CPP_FILES))
 
+# Processes of tests and compilers.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+# Without build type: the flags are those of CMakeLists.txt. None of the tests needs nvcc, which CMake tries for long.
+CMAKE_CONFIGURE := $(BIN)/cmake -S . -B build/cpp -DCMAKE_BUILD_TYPE= -DCMAKE_CUDA_COMPILER=NOTFOUND -DCMAKE_COMPILE_WARNING_AS_ERROR=ON
+CTEST := $(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error --parallel $(JOBS)
+
 # Without a GPU:  make gpu GPU_ARGUMENTS=--dry-run
 GPU_ARGUMENTS ?=
 
 # Fails where the disk is too small; where that is no failure:  make check-cuda CHECK_CUDA=--if-possible
 CHECK_CUDA ?=
 
-.PHONY: help demo smoke overhead codegen gpu evidence report verify-evidence check-cuda check-versions test lint types test-cpp test-python test-slow install format clean
+.PHONY: help demo smoke overhead codegen gpu evidence report verify-evidence check-cuda check-versions check test test-all test-landing release-check lint types test-unit test-cpp test-python test-sanitizers test-exhaustive install format clean
 
 help:
 	@echo 'make demo       train the demo language models and print the table (6 minutes on 2 cores)'
@@ -30,8 +37,10 @@ help:
 	@echo 'make verify-evidence  run a small part of every experiment again and compare (minutes)'
 	@echo 'make check-cuda build the package with its CUDA kernels in a new environment (6 minutes on 2 cores, 12 GB)'
 	@echo 'make check-versions  the tests that depend on torch and Triton under every supported version (hours, 30 GB)'
-	@echo 'make test       lint, types, C++ tests, Python tests'
-	@echo 'make test-slow  the Python tests that take more than a few seconds, such as installing the package'
+	@echo 'make check      lint, types, unit tests on the CPU (at most 2 minutes on 2 cores)'
+	@echo 'make test       check, C++ tests, emulated kernels: what to run before a commit (at most 6 minutes)'
+	@echo 'make test-all   sanitizers, whole grids, slow tests such as installing the package (at most 25 minutes)'
+	@echo 'make release-check  everything there is, for a release: also check-cuda, check-versions, codegen, verify-evidence'
 	@echo 'make format     format the Python and C++ sources'
 	@echo 'make install    $(VENV), with the package in development mode'
 	@echo 'make clean      remove what was built; $(VENV) stays'
@@ -76,7 +85,18 @@ check-cuda:
 check-versions:
 	$(PYTHON) scripts/check_versions.py
 
-test: lint types test-cpp test-python
+check: lint types test-unit
+
+test: check test-cpp test-python
+
+# In addition to `make test`.
+test-all: test-sanitizers test-exhaustive
+
+# What of test-all must hold before a change lands (.ci/run): the sanitizers, and the source distribution installs.
+test-landing: test-sanitizers
+	$(BIN)/python -m pytest --exhaustive tests/build -k 'sdist_installs or without_a_compiler'
+
+release-check: test test-all check-cuda check-versions codegen smoke verify-evidence
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
@@ -86,16 +106,27 @@ lint: $(VENV)/.requirements
 types: $(VENV)/.requirements
 	$(BIN)/mypy
 
+test-unit: install
+	$(PYTEST) tests/unit -m check
+
 test-cpp: $(VENV)/.requirements
-	$(BIN)/cmake -S . -B build/cpp -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_COMPILE_WARNING_AS_ERROR=ON -DMONOSOFTMAX_SANITIZE=ON
-	$(BIN)/cmake --build build/cpp --parallel 2
-	$(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error --parallel 2
+	$(CMAKE_CONFIGURE) -DMONOSOFTMAX_SANITIZE=OFF
+	$(BIN)/cmake --build build/cpp --parallel $(JOBS)
+	$(CTEST)
 
+# What test-unit does not run. What measures time runs by itself.
 test-python: install $(VENV)/.peers
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not check and not alone and not gpu'
+	$(BIN)/python -m pytest tests/unit -m alone
 
-test-slow: install $(VENV)/.peers
-	$(BIN)/python -m pytest -m slow
+test-sanitizers: $(VENV)/.requirements
+	$(CMAKE_CONFIGURE) -DMONOSOFTMAX_SANITIZE=ON
+	$(BIN)/cmake --build build/cpp --parallel $(JOBS)
+	$(CTEST) --tests-regex '_(address|thread)$$'
+
+test-exhaustive: install $(VENV)/.peers
+	$(PYTEST) --exhaustive -m 'not alone and not gpu'
+	$(BIN)/python -m pytest --exhaustive tests/unit -m alone
 
 format: $(VENV)/.requirements
 	$(BIN)/ruff check --fix .

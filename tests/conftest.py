@@ -61,8 +61,7 @@ class _Record:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if tiers.is_emulated(item):
-            item.add_marker(pytest.mark.emulated)
+        tiers.mark(item)
     if torch.cuda.is_available():
         return
     for item in items:

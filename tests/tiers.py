@@ -52,6 +52,14 @@ def is_emulated(item: pytest.Item) -> bool:
     return item.path.parent.name == "emulated" or backend_of(item) is not None
 
 
+def mark(item: pytest.Item) -> None:
+    """Gives the test the mark of its tier, if it has one of its own."""
+    if is_emulated(item):
+        item.add_marker(pytest.mark.emulated)
+    elif item.path.parent.name == "unit" and not any(map(item.get_closest_marker, ("seconds", "slow", "alone"))):
+        item.add_marker(pytest.mark.check)
+
+
 def left_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:
     """Returns the tests that an ordinary run does without."""
     grids: dict[tuple[str, str | None], list[pytest.Item]] = {}

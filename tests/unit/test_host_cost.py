@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks.overhead.host import measure
 
 #: About twice what was measured beside one other process. Before calls went past the dispatcher, and PLIF's
@@ -18,6 +20,7 @@ MOST = {
 }
 
 
+@pytest.mark.alone
 def test_host_cost() -> None:
     """The least of three runs counts, since other processes only ever add to it."""
     runs = [measure(rounds=5, calls=60) for _ in range(3)]

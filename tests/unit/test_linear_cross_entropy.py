@@ -465,6 +465,7 @@ def test_func_transforms() -> None:
     assert_same({"input": each[1]}, {"input": -2 * wanted["input"]})
 
 
+@pytest.mark.seconds
 @pytest.mark.grid
 @pytest.mark.parametrize(("compiler", "exact"), [("aot_eager", True), ("inductor", False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -589,6 +589,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.seconds
 def test_sharded_mixtures_work_or_say_what_to_do():
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", SHARDED], capture_output=True, text=True)
     methods = ["log_prob", "predict", "log_prob"]
@@ -600,6 +601,7 @@ def test_expert_features_default_to_in_features():
     assert MixtureOfSoftmaxes(4, 9, 2).decoder.weight.shape == (9, 4)
 
 
+@pytest.mark.seconds
 def test_works_under_compile(data):
     input, target = data
     module = layer(chunk_rows=5)

@@ -41,6 +41,8 @@ def batch() -> tuple[Tensor, Tensor]:
 _OPTIONS = [PLAIN, LossOptions(torch.linspace(0.1, 1.0, CLASSES), -100, 0.1, 0.01, True)]
 
 
+@pytest.mark.grid(1)
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("options", _OPTIONS, ids=["plain", "all"])
 def test_opcheck_cross_entropy(batch: tuple[Tensor, Tensor], name: str, options: LossOptions) -> None:
@@ -69,6 +71,8 @@ def test_opcheck_cross_entropy(batch: tuple[Tensor, Tensor], name: str, options:
         opcheck(backward._replace(output_mask=mask))
 
 
+@pytest.mark.grid(1)
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", ["identity", "plif", "gss"])
 @pytest.mark.parametrize("options", _OPTIONS, ids=["plain", "all"])
 @pytest.mark.parametrize("bias", [False, True])
@@ -111,6 +115,7 @@ def test_opcheck_linear_cross_entropy(name: str, options: LossOptions, bias: boo
     opcheck(ops.LinearTokenStatistics("cpu", head, target, below, -100))
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_log_softmax(batch: tuple[Tensor, Tensor], name: str, dtype: torch.dtype) -> None:
@@ -166,6 +171,7 @@ def test_a_call_is_the_same_whether_the_dispatcher_sees_it(
         assert torch.equal(one, other)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(("compiler", "exact"), [("aot_eager", True), ("inductor", False)])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_compiled_training_step(compiler: str, exact: bool, backend: Any) -> None:
@@ -193,6 +199,7 @@ def test_compiled_training_step(compiler: str, exact: bool, backend: Any) -> Non
             torch.testing.assert_close(eager, other, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.seconds
 def test_compiled_tables_of_coefficients(batch: tuple[Tensor, Tensor]) -> None:
     """Inductor of torch 2.9 to 2.11 loses the gradients of several look-ups (:func:`.transforms.base.of_pieces`)."""
     transform, target = disturbed("spline"), batch[1]
@@ -208,6 +215,7 @@ def test_compiled_tables_of_coefficients(batch: tuple[Tensor, Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_compiled_loss(batch: tuple[Tensor, Tensor], name: str) -> None:
     transform = disturbed(name)
@@ -225,6 +233,7 @@ def test_compiled_loss(batch: tuple[Tensor, Tensor], name: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.seconds
 def test_func_transforms(batch: tuple[Tensor, Tensor]) -> None:
     """func.grad is right, and so is torch.compile of it, where a common pattern silently gives zeros."""
     input, target = batch
@@ -394,12 +403,14 @@ print((peak() - before) / 1024 - 512 * 32000 * 4 / 2**20)
 """
 
 
+@pytest.mark.seconds
 def test_memory_beyond_inputs_and_gradients() -> None:
     """N=512, V=32000, PLIF with 64 pieces, forward and backward: under 5 MiB beyond the logits and their gradient."""
     run = subprocess.run([sys.executable, "-c", _PEAK_MEMORY], capture_output=True, text=True, check=True)
     assert float(run.stdout) < 5, run.stdout
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_speed() -> None:
     """PLIF, N=512, V=32000, 2 threads: 6 times faster than the reference, within 3 times plain F.cross_entropy."""

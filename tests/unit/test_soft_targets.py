@@ -422,6 +422,7 @@ def test_module() -> None:
     )
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("name", "options"),
     [("identity", PLAIN), ("plif", LossOptions(torch.linspace(0.1, 1.0, CLASSES), -100, 0.1, 0.01, True))],
@@ -456,6 +457,7 @@ def test_opcheck(name: str, options: LossOptions) -> None:
     check_row_kernels("cpu", input.detach(), target, below, options)
 
 
+@pytest.mark.seconds
 def test_compiled() -> None:
     transform = disturbed("plif")
     torch._dynamo.reset()
@@ -473,6 +475,7 @@ def test_compiled() -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.seconds
 def test_func_transforms() -> None:
     """func.grad is right, and so is torch.compile of it, where a common pattern silently gives zeros."""
     input, target = torch.randn(6, CLASSES), probabilities(6, CLASSES)

@@ -71,6 +71,7 @@ def test_every_method_runs_the_hooks_before_it_takes_coefficients(case):
         torch.testing.assert_close(function(), expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.seconds
 @every_case
 def test_compiles_whole(case):
     transform = trained(case)

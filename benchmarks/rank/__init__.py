@@ -1,1 +1,0 @@
-"""Effective ranks and spectra of log-probability matrices, before and after f: of random factors and trained heads."""

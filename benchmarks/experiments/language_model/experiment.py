@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,8 @@ from ...engine.checkpoint import Checkpoint
 from ...engine.experiment import Experiment, Measured, Results, Unit
 from . import corpora, measures, search
 from .search import Preparation
-from .studies import DEMO, GPU, MAIN
+from .studies import DEMO, GPU, MAIN, Study
 from .training import Diverged, Trainer, document_tokens, prepared
-
-STUDIES = (MAIN, GPU, DEMO)
-#: Units whose singular values a picture shows.
-_PLOTTED = f"{MAIN.name}/{MAIN.cells[0].name}/"
 
 
 class LanguageModels(Experiment):
@@ -31,8 +27,12 @@ class LanguageModels(Experiment):
     title = "language models on two corpora, at learning rates that were searched for each output layer"
     default = "main/*"
 
+    def __init__(self, studies: Sequence[Study] = (MAIN, GPU, DEMO)) -> None:
+        """The report is about the first of ``studies``."""
+        self.studies = studies
+
     def units(self, results: Results) -> Iterator[Unit]:
-        for study in STUDIES:
+        for study in self.studies:
             yield from search.units(study, results)
 
     def run(self, unit: Unit, checkpoint: Checkpoint) -> Measured:
@@ -49,17 +49,19 @@ class LanguageModels(Experiment):
         times = {"median_step_seconds": statistics.median(trainer.step_seconds)}
         if "/search-" in unit.name:
             return Measured({"perplexity": {"valid": trainer.perplexity("valid")}}, times)
-        return Measured(measures.table_figures(trainer, unit.name.startswith(_PLOTTED)), times)
+        # A picture shows the spectra of the first cell.
+        plotted = unit.name.startswith(f"{self.studies[0].name}/{self.studies[0].cells[0].name}/")
+        return Measured(measures.table_figures(trainer, plotted), times)
 
     def to_verify(self, results: Results) -> list[str]:
-        quick = (f"{MAIN.name}/verify/", f"{MAIN.name}/corpus/")
+        quick = (f"{self.studies[0].name}/verify/", f"{self.studies[0].name}/corpus/")
         return [name for name in results if name.startswith(quick)]
 
     def section(self, results: Results, pictures: Path) -> str:
         # matplotlib takes seconds to load, and the processes that train do not need it.
         from .report import section
 
-        return section(results, pictures)
+        return section(results, pictures, self.studies[0])
 
 
 def _corpus_figures(preparation: Preparation) -> dict[str, Any]:

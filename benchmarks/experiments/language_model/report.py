@@ -13,10 +13,10 @@ from ...engine.statistics import Difference, mean_and_spread
 from . import pictures, search
 from .measures import TOLERANCES
 from .results import CellResults, Comparison, RowResults, compare, read_cells
-from .studies import BASELINE, CONTROL, DEMO, GPU, MAIN, Cell, Study
+from .studies import BASELINE, CONTROL, DEMO, GPU, Cell, Study
 
 
-def section(results: Results, folder: Path, study: Study = MAIN) -> str:
+def section(results: Results, folder: Path, study: Study) -> str:
     """The section about ``study``, whose pictures are written into ``folder``."""
     cells = read_cells(results, study)
     first = cells[0]

@@ -181,9 +181,9 @@ DEMO = Study(
     (
         cell(
             "wiki-lstm-96",
-            replace(_SMALL, vocabulary_size=6000, batch_size=20, epochs=1, validations=4, rank_contexts=500),
+            replace(_SMALL, vocabulary_size=6000, epochs=0.6, rank_contexts=500),
             0,
-            Search((0.008, 0.016, 0.032), (0.01, 0.003), 3, 0.35),
+            Search((0.008, 0.016, 0.032), (0.01, 0.003), 2, 0.2),
             (*_FIRST, "sigsoftmax", "softcap", "mos"),
         ),
     ),

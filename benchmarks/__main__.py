@@ -19,5 +19,7 @@ def _document(results: Path, pictures: Path) -> str:
     return text
 
 
+COMMANDS = Commands(EXPERIMENTS, _document, {"demo": demo, "train": train})
+
 if __name__ == "__main__":
-    sys.exit(Commands(EXPERIMENTS, _document, {"demo": demo, "train": train}).main())
+    sys.exit(COMMANDS.main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,12 +46,6 @@ def table(rows: Sequence[Mapping[str, Any]] | pd.DataFrame, style: str = "github
 def count(number: int, noun: str) -> str:
     """``1 seed``, ``2 seeds``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
-    """``1.234 ± 0.012``: mean and standard deviation; the value alone where there is only one."""
-    mean = statistics.fmean(values)
-    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def environments(records: Sequence[Any]) -> str:

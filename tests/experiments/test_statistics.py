@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.statistics import Difference, holm, mean_and_spread, over_documents, over_seeds
+from benchmarks.engine.statistics import Difference, holm, mean_and_spread, over_documents, over_seeds
 
 
 def test_over_seeds_is_students_interval_and_paired_test() -> None:

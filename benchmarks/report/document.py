@@ -36,6 +36,8 @@ def document(results: Path, pictures: Path) -> str:
         CostEvidence(found["overhead"]),
     )
     try:
+        verdicts = _verdicts(evidence)
+    except NotRun as error:
         verdicts = f"# The evidence\n\nClaims are judged when all results are there. Next: `{error.command}`."
     sections = [made[name].section(found[name], pictures) for name in _SECTIONS]
     return "\n\n".join(part.strip() for part in (verdicts, *sections)) + "\n"

@@ -18,6 +18,9 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CMAKE_CONFIGURE := $(BIN)/cmake -S . -B build/cpp -DCMAKE_BUILD_TYPE= -DCMAKE_CUDA_COMPILER=NOTFOUND -DCMAKE_COMPILE_WARNING_AS_ERROR=ON
 CTEST := $(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error --parallel $(JOBS)
 
+# Those whose figures are the same each time: not times.
+EXPERIMENTS := synthetic language_model rank posthoc
+
 # Without a GPU:  make gpu GPU_ARGUMENTS=--dry-run
 GPU_ARGUMENTS ?=
 
@@ -46,13 +49,14 @@ help:
 	@echo 'make clean      remove what was built; $(VENV) stays'
 
 demo: install $(VENV)/.data
-	$(BIN)/python -m benchmarks.language_model --preset demo --overwrite
+	$(BIN)/python -m benchmarks demo
 
 smoke: install $(VENV)/.data
-	$(BIN)/python -m benchmarks.language_model --preset smoke --overwrite
+	$(BIN)/python -m benchmarks demo --smoke
 
 overhead: install $(VENV)/.peers
-	$(BIN)/python -m benchmarks.overhead --preset quick --overwrite
+	$(BIN)/python -m benchmarks run overhead --results results
+	$(BIN)/python -m benchmarks report overhead --results results
 
 codegen: install $(VENV)/.peers
 	$(BIN)/python -m benchmarks.codegen triton --check
@@ -62,22 +66,15 @@ gpu: install $(VENV)/.peers
 	PYTHON=$(BIN)/python scripts/on_gpu.sh results/gpu $(GPU_ARGUMENTS)
 
 evidence: install $(VENV)/.data $(VENV)/.posthoc
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.synthetic
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.language_model --study benchmarks/language_model/studies/main.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rank
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.posthoc
+	for experiment in $(EXPERIMENTS); do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks run $$experiment || exit 1; done
 	$(MAKE) report
 
 report: install
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks report
 
 verify-evidence: install $(VENV)/.data $(VENV)/.posthoc
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.synthetic --verify
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.language_model --study benchmarks/language_model/studies/main.json --verify
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rank --verify
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.posthoc --only states
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.posthoc --verify
-	$(BIN)/python -m benchmarks.report --check
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks verify $(EXPERIMENTS)
+	$(BIN)/python -m benchmarks report --check
 
 check-cuda:
 	$(PYTHON) scripts/check_cuda_build.py $(CHECK_CUDA)

@@ -23,12 +23,8 @@ Names = tyro.conf.Positional[tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Commands:
-    """What the command line is about.
-
-    Attributes:
-        experiments: how to make each, by name.
-        document: the whole report, from the folder of the results and that of the pictures.
-        others: further subcommands, by name: functions whose signatures are their options.
+    """How to make each experiment, the whole report from the folders of results and pictures, and further subcommands:
+    functions whose signatures are their options.
     """
 
     experiments: Mapping[str, Callable[[], Experiment]]

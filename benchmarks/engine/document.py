@@ -11,13 +11,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 
 def template(path: Path, filters: Mapping[str, Any] | None = None, tests: Mapping[str, Any] | None = None) -> Template:
-    """A Jinja template, in which a name that has no value is an error.
-
-    Args:
-        path: of the template.
-        filters, tests: what it may use beside ``table`` (:func:`table`), ``count`` (``{{ 3 | count('seed') }}`` is
-            "3 seeds") and Jinja's own.
-    """
+    """A Jinja template with the filters ``table`` and ``count`` beside; a name that has no value is an error."""
     jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     jinja.filters.update({"table": table, "count": count, **(filters or {})})
     jinja.tests.update(tests or {})
@@ -30,11 +24,9 @@ def render(path: Path, **values: Any) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]] | pd.DataFrame, style: str = "github") -> str:
-    """Rows as a Markdown table: their keys are the headers, the first column is aligned left, all others right.
+    """Rows as a table of that ``tabulate`` style: their keys are headers, all columns but the first are aligned right.
 
-    Args:
-        rows: of strings and numbers, which are written as they are; a cell that a row has not is empty.
-        style: a table format of ``tabulate``; ``simple`` for a terminal.
+    Strings and numbers are written as they are; a cell that a row has not is empty.
     """
     frame = pd.DataFrame(rows, dtype=object).fillna("")
     if frame.empty:

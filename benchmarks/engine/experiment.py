@@ -23,10 +23,8 @@ class ExperimentError(Exception):
 class Unit:
     """One piece of work, which one process does at a time, and whose result is one line of a file.
 
-    Attributes:
-        name: of the line. Slashes make groups that ``--only 'group/*'`` selects.
-        settings: a dataclass of everything that the figures depend on, except for versions and the machine. It is
-            stored with them, and a result with other settings is an error.
+    Slashes in ``name`` make groups that ``--only 'group/*'`` selects. ``settings`` is a dataclass of everything that the
+    figures depend on, except for versions and the machine. A stored result with other settings is an error.
     """
 
     name: str
@@ -34,17 +32,15 @@ class Unit:
 
     def stored_settings(self) -> dict[str, Any]:
         """The settings as JSON has them."""
-        found: dict[str, Any] = plain(asdict(self.settings))
-        return found
+        return plain(asdict(self.settings))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a unit found.
+    """What a unit found, as JSON values.
 
-    Attributes:
-        figures: the same each time on the same machine, so that ``verify`` can compare them bit for bit. JSON values.
-        times: seconds, bytes and whatever else differs each time. JSON values.
+    ``figures`` are the same each time on the same machine: ``verify`` compares them bit for bit. ``times`` are seconds,
+    bytes and whatever else differs each time.
     """
 
     figures: Mapping[str, Any]
@@ -53,14 +49,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Record:
-    """A stored result.
-
-    Attributes:
-        unit: name of the unit.
-        settings, figures, times: as in :class:`Unit` and :class:`Measured`.
-        seconds: how long the unit took.
-        environment: versions and machine.
-    """
+    """A stored result: the name of its unit, how many ``seconds`` that took, versions and machine."""
 
     unit: str
     settings: dict[str, Any]
@@ -93,23 +82,15 @@ class Results(Mapping[str, Record]):
         return [record for name, record in self.items() if fnmatchcase(name, pattern)]
 
     def frame(self, pattern: str = "*") -> pd.DataFrame:
-        """The matching records as a table: ``unit``, ``seconds``, ``settings.NAME``, ``figures.NAME``, ``times.NAME``.
-
-        Nested names are joined by points; lists stay as they are.
-        """
-        rows = [
-            {"unit": r.unit, "seconds": r.seconds, "settings": r.settings, "figures": r.figures, "times": r.times}
-            for r in self.matching(pattern)
-        ]
-        return pd.json_normalize(rows)
+        """The matching records as a table with columns like ``unit``, ``settings.cell.dim``, ``figures.kl``."""
+        return pd.json_normalize([{**vars(record), "environment": None} for record in self.matching(pattern)])
 
 
 class Experiment(ABC):
     """What an experiment is. Everything else (files, processes, the command line) is the engine's.
 
     Attributes:
-        name: of the experiment, and of its file ``benchmarks/results/NAME.jsonl``.
-        title: what ``list`` says about it.
+        name, title: of its file ``benchmarks/results/NAME.jsonl``, and what ``list`` says about it.
         default: the units that ``run`` does and ``list`` shows without ``--only``.
         threads: of torch, on which the figures may depend.
         deterministic: whether torch is told to compute the same each time; other algorithms may be faster.
@@ -123,20 +104,14 @@ class Experiment(ABC):
 
     @abstractmethod
     def units(self, results: Results) -> Iterable[Unit]:
-        """The units that are known by now, the most wanted first.
+        """The units that are known by now, the most wanted first; asked again after the last of them is done.
 
-        It is asked again after the last of them is done. So units may depend on the results of others: a training on
-        the learning rate that a search found.
+        So units may depend on results: a training on the learning rate that a search found.
         """
 
     @abstractmethod
     def run(self, unit: Unit, checkpoint: Checkpoint) -> Measured:
-        """Do a unit. Called with ``threads`` threads and, where ``deterministic``, deterministic algorithms.
-
-        Args:
-            unit: one of :meth:`units`.
-            checkpoint: keeps the state of a long unit, so that a process that is ended goes on from there.
-        """
+        """Do one of :meth:`units`; ``checkpoint`` keeps the state of one that takes long."""
 
     def to_verify(self, results: Results) -> list[str]:
         """Names of units that ``verify`` repeats: quick ones, of every kind. Empty if none can be the same again."""
@@ -144,11 +119,9 @@ class Experiment(ABC):
 
     @abstractmethod
     def section(self, results: Results, pictures: Path) -> str:
-        """The section of the report, as Markdown with a heading of level 2.
+        """The section of the report, as Markdown with a heading of level 2, and its pictures in that folder.
 
-        Args:
-            results: all that there are; what is missing is named together with the command that runs it.
-            pictures: the folder for pictures, which links in the section call ``pictures``.
+        Where results are missing it names the command that runs them. Links call the folder ``pictures``.
         """
 
     def command(self, pattern: str = "") -> str:

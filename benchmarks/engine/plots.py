@@ -35,12 +35,9 @@ _DPI, _COLOURS = 90, 64
 def picture(
     path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (3.4, 2.6)
 ) -> Iterator[np.ndarray]:
-    """The axes of a new figure, (rows, columns), of which the block ends as the file ``path``.
+    """The axes of a new figure, (rows, columns) of ``size`` inches each, which the block ends as the PNG file ``path``.
 
-    Args:
-        path: of a PNG file.
-        rows, columns: of axes. Those that the block draws nothing into are left out.
-        size: inches of one of them.
+    Axes that the block draws nothing into are left out.
     """
     with rc_context(_STYLE):
         figure = Figure(figsize=(size[0] * columns, size[1] * rows))

@@ -24,14 +24,7 @@ _SECONDS_BETWEEN_POLLS = 2.0
 
 @dataclass(frozen=True)
 class Selection:
-    """Which units to do.
-
-    Attributes:
-        only: a pattern of names; empty for the experiment's default.
-        shard: this one of so many equal shares, counted from 0.
-        shards: how many shares there are.
-        limit_minutes: start no unit after so many minutes.
-    """
+    """Which units to do: names that match ``only`` (else the default), of these share ``shard`` of ``shards``."""
 
     only: str = ""
     shard: int = 0
@@ -68,8 +61,7 @@ def run(experiment: Experiment, store: Store, selection: Selection) -> list[Unit
             left = _missing(experiment, store, selection, bar)
             if not left:
                 return []
-            # Units may have appeared now that others are done. If none was done, other processes are at all that is
-            # left, and more may appear when they have done it.
+            # If nothing was done, other processes are at all that is left. More may appear when they have done it.
             if len(store.results()) == done_before:
                 time.sleep(_SECONDS_BETWEEN_POLLS)
 
@@ -95,10 +87,9 @@ def _missing(experiment: Experiment, store: Store, selection: Selection, bar: An
 
 
 def verify(experiment: Experiment, store: Store, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Repeat units and compare their figures; gives the name of each and what differs, which is empty if nothing does.
+    """Repeat units; gives the name of each and how its figures differ from the stored ones, which is empty if not.
 
-    On the machine that the stored figures are from they must be the same to the bit; elsewhere numbers may differ by
-    ``TOLERANCE``.
+    On the machine that these are from no bit may differ; elsewhere numbers may by ``TOLERANCE``.
     """
     results = store.results()
     units = {unit.name: unit for unit in experiment.units(results)}
@@ -114,13 +105,7 @@ def verify(experiment: Experiment, store: Store, names: Sequence[str]) -> Iterat
 
 
 def compare(stored: Any, found: Any, tolerance: float, where: str = "figures") -> list[str]:
-    """What differs between two JSON values, as ``where: stored -> found``.
-
-    Args:
-        stored, found: the values.
-        tolerance: relative difference that numbers may have.
-        where: the name of the values.
-    """
+    """What differs between two JSON values by more than a relative ``tolerance``, as ``where: stored -> found``."""
     if isinstance(stored, dict) and isinstance(found, dict):
         keys = list(dict.fromkeys([*stored, *map(str, found)]))
         found = {str(key): value for key, value in found.items()}

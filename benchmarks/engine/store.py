@@ -31,9 +31,8 @@ class StoreError(ExperimentError):
 class Store:
     """The results ``folder/NAME.jsonl``, with locks and checkpoints in ``folder/.work/NAME``.
 
-    Locks are those of the system: they end with their process, however it ends. They work for processes of several
-    machines where the file system has such locks (NFS 4, Lustre with ``flock``). Elsewhere give each machine a share of
-    the units (``--shard``) and a folder of its own.
+    Locks end with their process, however it ends. They hold between machines where the file system has them (NFS 4,
+    Lustre with ``flock``). Elsewhere give each machine a share of the units (``--shard``) and a folder of its own.
     """
 
     def __init__(self, name: str, folder: Path = RESULTS) -> None:

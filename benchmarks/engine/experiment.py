@@ -23,8 +23,8 @@ class ExperimentError(Exception):
 class Unit:
     """One piece of work, which one process does at a time, and whose result is one line of a file.
 
-    Slashes in ``name`` make groups that ``--only 'group/*'`` selects. ``settings`` is a dataclass of everything that the
-    figures depend on, except for versions and the machine. A stored result with other settings is an error.
+    Slashes in ``name`` make groups that ``--only 'group/*'`` selects. ``settings`` is a dataclass of everything that
+    the figures depend on, except for versions and the machine. A stored result with other settings is an error.
     """
 
     name: str

@@ -48,7 +48,7 @@ TESTS = (
     ("tests/unit/test_nested_transforms.py", ""),
     ("tests/unit/test_hands_sharded.py tests/emulated/test_hands_parameters.py tests/unit/test_hands_training.py", ""),
     ("tests/unit/test_cross_entropy.py", "triton or cuda"),
-    ("tests/test_overhead_benchmark.py", "agree or older_torch"),
+    ("tests/experiments/test_overhead.py", "agree"),
 )
 
 #: Files that are not copied to the folder of the build.

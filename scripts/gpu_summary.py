@@ -34,10 +34,8 @@ def summarize(folder: Path) -> str:
     """Returns the page, in Markdown."""
     run = _json(folder / "run.json") or {}
     parts = [_heading(run), _stages(run), _tests(folder), _sanitizers(folder)]
-    overhead = _json(folder / "overhead.json") or _json(folder / "overhead" / "results.json")
-    if overhead:
-        parts += _tables(overhead["cases"])
-    parts += [_variants(folder), _counters(folder), _verdicts(overhead)]
+    cases, operators = _units(folder, "gpu", "dry"), _units(folder, "variants", "dry-variants")
+    parts += [*_tables(cases), _variants(operators), _counters(folder), _verdicts(cases)]
     return "\n\n".join(each for each in parts if each) + "\n"
 
 
@@ -80,32 +78,47 @@ def _sanitizers(folder: Path) -> str:
     return f"Sanitizers: {'; '.join(found)}" if found else ""
 
 
+def _units(folder: Path, *presets: str) -> list[dict[str, Any]]:
+    """The units of benchmarks.overhead of these presets: ``name``, ``case``, floors and ``contestants``."""
+    found = []
+    for line in _lines(folder / "overhead.jsonl"):
+        preset, _, name = line.get("unit", "").partition("/")
+        if preset in presets:
+            found.append({"name": name, "case": line["settings"]["case"], **line["times"]})
+    return found
+
+
 def _tables(cases: list[dict[str, Any]]) -> list[str]:
     """A table of contestants by shapes, for each group and mode."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = collections.defaultdict(list)
-    for record in cases:
-        if not record["skipped"]:
-            groups[record["case"]["group"], record["case"]["mode"]].append(record)
-    return [_table(group, mode, records) for (group, mode), records in groups.items()]
+    for each in cases:
+        groups[each["case"]["group"], each["case"]["mode"]].append(each)
+    return [_table(group, mode, found) for (group, mode), found in groups.items()]
 
 
-def _table(group: str, mode: str, records: list[dict[str, Any]]) -> str:
+def _table(group: str, mode: str, cases: list[dict[str, Any]]) -> str:
     floors = {"logits": "share of the speed of a copy of the same bytes", "head": "times the bare products"}
-    names = list(dict.fromkeys(row["name"] for record in records for row in record["rows"]))
+    names = list(dict.fromkeys(name for case in cases for name in case["contestants"]))
     lines = [f"### {group}, {mode}: ms ({floors[group]}; CPU time to issue it)"]
-    lines += ["", f"| | {' | '.join(map(_shape, records))} |", f"|---|{'---|' * len(records)}"]
-    lines.append(f"| floor | {' | '.join(_ms(record['floor']['ms']) for record in records)} |")
+    lines += ["", f"| | {' | '.join(map(_shape, cases))} |", f"|---|{'---|' * len(cases)}"]
+    lines.append(f"| floor | {' | '.join(_ms(_floor(case)) for case in cases)} |")
     for name in names:
-        found = [next((row for row in record["rows"] if row["name"] == name), None) for record in records]
-        if any(row is not None and row["median_ms"] is not None for row in found):
-            lines.append(f"| {name} | {' | '.join(map(_cell, found))} |")
-    missing = {
-        f"- {row['name']}: {row['status']}: {str(row['reason'])[:120]}"
-        for record in records
-        for row in record["rows"]
-        if row["median_ms"] is None
-    }
+        if any("median_ms" in case["contestants"].get(name, {}) for case in cases):
+            lines.append(f"| {name} | {' | '.join(_cell(case, name) for case in cases)} |")
+    missing = {f"- {name}: {row['status'][:140]}" for case in cases for name, row in _unmeasured(case)}
     return "\n".join([*lines, "", *sorted(missing)]).rstrip()
+
+
+def _unmeasured(case: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, row) for name, row in case["contestants"].items() if "median_ms" not in row]
+
+
+def _times(case: dict[str, Any]) -> dict[str, float]:
+    return {name: row["median_ms"] for name, row in case["contestants"].items() if "median_ms" in row}
+
+
+def _floor(case: dict[str, Any]) -> float:
+    return max(float(case["memory_ms"]), case["products_ms"] or 0.0)
 
 
 def _shape(record: dict[str, Any]) -> str:
@@ -114,37 +127,31 @@ def _shape(record: dict[str, Any]) -> str:
     return f"{case['rows']} x {case['classes']}{'' if case['dim'] is None else ' d ' + str(case['dim'])}{dtype}"
 
 
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None or row["median_ms"] is None:
+def _cell(case: dict[str, Any], name: str) -> str:
+    row = case["contestants"].get(name)
+    if row is None or "median_ms" not in row:
         return "" if row is None else "-"
-    share = f"{row['to_products']:.2f} x" if row["to_products"] is not None else f"{1 / row['to_floor']:.0%}"
-    host = "" if row.get("host_ms") is None else f"; {_ms(row['host_ms'])}"
-    return f"{_ms(row['median_ms'])} ({share}{host})"
+    ms, products = row["median_ms"], case["products_ms"]
+    share = f"{_floor(case) / ms:.0%}" if products is None else f"{ms / products:.2f} x"
+    host = f"; {_ms(row['host_ms'])}" if "host_ms" in row else ""
+    return f"{_ms(ms)} ({share}{host})"
 
 
 def _ms(value: float) -> str:
     return f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
-def _variants(folder: Path) -> str:
+def _variants(operators: list[dict[str, Any]]) -> str:
     """A line for each operator: the usual variant, and all variants from the fastest on."""
-    groups: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
-    failed = []
-    for row in (_json(folder / "variants.json") or {"rows": []})["rows"]:
-        if row["status"] == "measured":
-            groups[row["group"]].append(row)
-        else:
-            failed.append(f"- {row['status']}: {row['group']}, {row['name']}: {row['reason']}"[:200])
-    lines = []
-    for group, rows in groups.items():
-        usual = next((row["median_ms"] for row in rows if row["name"] == _USUAL), None)
-        if usual is None:
-            continue
-        best = min(rows, key=lambda row: float(row["median_ms"]))
-        verdict = "keep" if best["median_ms"] > (1 - _NOISE) * usual else f"TAKE {best['name']}"
-        ordered = sorted((row for row in rows if row["name"] != _USUAL), key=lambda row: float(row["median_ms"]))
-        others = "; ".join(f"{row['name']} {_ms(row['median_ms'])}" for row in ordered)
-        lines.append(f"- {group}: {verdict}. {_USUAL} {_ms(usual)}; {others}")
+    lines, failed = [], []
+    for operator in operators:
+        group, times = operator["name"], _times(operator)
+        failed += [f"- {group}, {name}: {row['status']}"[:200] for name, row in _unmeasured(operator)]
+        if _USUAL in times:
+            usual, best = times.pop(_USUAL), min(times, key=times.__getitem__, default=_USUAL)
+            verdict = f"TAKE {best}" if times.get(best, usual) <= (1 - _NOISE) * usual else "keep"
+            others = "; ".join(f"{name} {_ms(times[name])}" for name in sorted(times, key=times.__getitem__))
+            lines.append(f"- {group}: {verdict}. {_USUAL} {_ms(usual)}; {others}")
     return "\n".join(["### Variants, ms", *lines, *failed]) if lines or failed else ""
 
 
@@ -165,22 +172,20 @@ def _counters(folder: Path) -> str:
     )
 
 
-def _verdicts(overhead: dict[str, Any] | None) -> str:
-    if overhead is None:
-        return ""
+def _verdicts(cases: list[dict[str, Any]]) -> str:
     lines = ["## Verdicts"]
-    for record in overhead["cases"]:
-        times = {row["name"]: row["median_ms"] for row in record["rows"] if row["median_ms"] is not None}
+    for case in cases:
+        times = _times(case)
         for name, cuda in times.items():
             other = times.get(name.removesuffix(" cuda") + " triton") if name.endswith(" cuda") else None
             if other is not None and other < (1 - _NOISE) * cuda:
-                lines.append(f"- backend order: triton is faster, {record['name']}, {name[:-5]}: {other / cuda:.2f}")
+                lines.append(f"- backend order: triton is faster, {case['name']}, {name[:-5]}: {other / cuda:.2f}")
         chunked, recompute = (times.get(f"plif-64 triton {method}") for method in ("chunked", "recompute"))
         if chunked and recompute:
-            lines.append(f"- head_method: recompute takes {recompute / chunked:.2f} of chunked, {record['name']}")
+            lines.append(f"- head_method: recompute takes {recompute / chunked:.2f} of chunked, {case['name']}")
         ours, theirs = times.get("plif-64 cuda"), times.get("plain compiled")
         if ours and theirs:
-            lines.append(f"- plif-64 cuda takes {ours / theirs:.2f} of plain compiled, {record['name']}")
+            lines.append(f"- plif-64 cuda takes {ours / theirs:.2f} of plain compiled, {case['name']}")
     return "\n".join(lines) if len(lines) > 1 else ""
 
 

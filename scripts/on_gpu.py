@@ -6,18 +6,19 @@ The stages; each has its own limit, within the rest of ``--seconds``:
 
     build      the extension, in place for the GPU of this machine, unless it exists already
     tests      tests/gpu, and compute-sanitizer (memcheck, racecheck, synccheck) over launches of every kernel family
-    variants   python -m benchmarks.overhead.variants: other plans and tiles, to choose by measurement
+    variants   python -m benchmarks run overhead --only 'variants/*': other plans and tiles, to choose by measurement
     counters   ncu of the kernels that matter
-    overhead   python -m benchmarks.overhead --preset gpu
+    overhead   python -m benchmarks run overhead --only 'gpu/*'
     more       the tests of the kernels' own dimensions, with the rest of the time
 
 A stage that fails or runs out of time stops no other stage. Results are in FOLDER, in eight files at most, as soon as
-they are known: every line of tests.jsonl and every case of overhead.json and variants.json at once, run.json and
-summary.md after every stage. The exit status is 0 if correctness holds: the build, the tests and the sanitizers ended,
+they are known: every line of tests.jsonl and every case and operator of overhead.jsonl at once, run.json and summary.md
+after every stage. The exit status is 0 if correctness holds: the build, the tests and the sanitizers ended,
 and found nothing.
 
-A machine without a package index has neither Liger nor cut-cross-entropy. Both are pure Python. These commands bring
-them along as contestants of the overhead suite:
+The stages variants and overhead need the packages that monosoftmax[benchmarks] names. A machine without a package index
+has them only in part, and neither Liger nor cut-cross-entropy, which are contestants. These commands bring along what
+is missing; add its name to the first:
 
     pip download --no-deps --dest wheels --requirement requirements/peers.txt
     python scripts/on_gpu.py FOLDER --wheels wheels
@@ -90,10 +91,8 @@ class Run:
         self.folder, self.seconds, self.dry_run = folder, seconds, dry_run
         self.started = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("log.txt", "run.json", "summary.md", "tests.jsonl", "sanitizers.txt", "ncu.csv"):
+        for name in ("log.txt", "run.json", "summary.md", "tests.jsonl", "sanitizers.txt", "ncu.csv", "overhead.jsonl"):
             (folder / name).unlink(missing_ok=True)
-        for name in ("overhead", "variants"):
-            (folder / f"{name}.json").unlink(missing_ok=True)
         self.log = (folder / "log.txt").open("ab", buffering=0)
         self.record: dict[str, Any] = {"dry_run": dry_run, "machine": machine(), "stages": [], "holds": False}
         self._save()
@@ -255,18 +254,19 @@ def proofs(run: Run) -> Stage:
     return Stage("tests and sanitizers", 330 if run.dry_run else 135, commands, proves=True)
 
 
-def overhead(run: Run, folder: Path) -> Stage:
+def overhead(run: Run) -> Stage:
     """The figures of the losses and heads."""
-    where = ["--emulate"] if run.dry_run else ["--device", "cuda"]
-    words = [PYTHON, "-m", "benchmarks.overhead", "--preset", "gpu", *where, "--overwrite", "--output", str(folder)]
-    return Stage("overhead", 190, [Command("overhead", words)])
+    return Stage("overhead", 190, [_benchmark(run, "overhead", "dry/*" if run.dry_run else "gpu/*")])
 
 
 def variants(run: Run) -> Stage:
     """Other plans and tiles."""
-    where = ["--device", "cpu", "--small"] if run.dry_run else ["--device", "cuda"]
-    output = ["--output", str(run.folder / "variants.json")]
-    return Stage("variants", 75, [Command("variants", [PYTHON, "-m", "benchmarks.overhead.variants", *where, *output])])
+    return Stage("variants", 75, [_benchmark(run, "variants", "dry-variants/*" if run.dry_run else "variants/*")])
+
+
+def _benchmark(run: Run, name: str, only: str) -> Command:
+    words = [PYTHON, "-m", "benchmarks", "run", "overhead", "--only", only, "--results", str(run.folder)]
+    return Command(name, words)
 
 
 def counters(run: Run, folder: Path) -> list[Stage]:
@@ -340,22 +340,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for stage in counters(run, Path(temporary)):
                     run.execute(stage)
             if "overhead" in options.only:
-                run.execute(overhead(run, run.folder / "overhead"))
-                collect_overhead(run.folder)
+                run.execute(overhead(run))
             if "more" in options.only:
                 # These tests may run out of time.
                 holds = set(run.execute(more_tests(run)).values()) <= {0, None} and holds
+        shutil.rmtree(run.folder / ".work", ignore_errors=True)  # locks of the benchmarks
         run.close(holds)
     print((run.folder / "summary.md").read_text(encoding="utf-8"), end="")
     return 0 if holds else 1
-
-
-def collect_overhead(folder: Path) -> None:
-    """Keeps only the figures of the benchmark. Its report and pictures can be made from them."""
-    results = folder / "overhead" / "results.json"
-    if results.exists():
-        results.replace(folder / "overhead.json")
-    shutil.rmtree(folder / "overhead", ignore_errors=True)
 
 
 if __name__ == "__main__":

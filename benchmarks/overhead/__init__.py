@@ -1,1 +1,1 @@
-"""Time and memory of the loss and of the head, beside what there is otherwise: ``python -m benchmarks.overhead``."""
+"""Time and memory of the loss and of the head, beside what there is otherwise."""

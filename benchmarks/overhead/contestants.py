@@ -12,25 +12,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import monosoftmax as ms
-from monosoftmax.backends import BackendName, Operation
-from monosoftmax.checks import HeadMethod
+from monosoftmax.backends import Operation
 
+from . import peers
 from .cases import DTYPES, Case, Group, Inputs
-from .peers import (
-    Unavailable,
-    cut_cross_entropy,
-    cut_cross_entropy_kernels,
-    liger_cross_entropy,
-    liger_linear_cross_entropy,
-    linear_cross_entropy,
-)
 
 Loss = Callable[..., Tensor]
 
@@ -45,17 +37,10 @@ _TRANSFORMS: dict[str, Callable[[], ms.transforms.MonotonicTransform]] = {
     "spline": lambda: ms.transforms.RationalQuadraticSpline(16),
 }
 _COMPONENTS = (4, 15)
-#: Contestants that a case of 16-bit logits has beside the others: the fused loss of the same logits in float32.
+#: A form of 16-bit logits: the fused loss of the same logits in float32.
 _WIDE = "fused float32"
 #: Forms by backend and, for the head, method: those of a GPU.
-_ON_GPU: dict[Group, tuple[str, ...]] = {
-    "logits": ("cuda", "triton"),
-    "head": ("cuda", "triton", "triton chunked", "triton recompute"),
-}
-#: Forms of ``plain`` that hold no logits in full.
-_WITHOUT_LOGITS = ("linear_cross_entropy chunked", "cut-cross-entropy kernels")
-_OVERWRITES = "writes the gradient over the logits, which are restored before each call, untimed"
-_SEED = 0
+_ON_GPU = {"logits": ("cuda", "triton"), "head": ("cuda", "triton", "triton chunked", "triton recompute")}
 #: Relative distance up to which losses and norms of gradients of the same function agree.
 _TOLERANCES = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.05, "float16": 0.05}
 
@@ -64,29 +49,14 @@ _TOLERANCES = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.05, "float16": 0.
 class Contestant:
     """A contestant with its inputs."""
 
-    #: The mean loss over the rows.
-    loss: Callable[[], Tensor]
-    #: What the loss is differentiated by: the operands, then parameters; nothing in the mode ``no-grad``.
-    differentiated: tuple[Tensor, ...]
-    #: What computes it, in a word or two.
+    #: One call; returns the loss and its gradients.
+    step: Callable[[], tuple[Tensor, ...]]
+    #: What computes it, in a word.
     backend: str
-    #: What a reader of the results has to know about it.
-    note: str = ""
-    #: Restores, before each step and untimed, what a step overwrites.
-    reset: Callable[[], object] = lambda: None
-
-    def step(self) -> tuple[Tensor, ...]:
-        """The loss and its gradients, which are returned: to accumulate them would be one more pass over memory."""
-        if not self.differentiated:
-            with torch.no_grad():
-                return (self.loss(),)
-        loss = self.loss()
-        return (loss.detach(), *torch.autograd.grad(loss, self.differentiated))
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Bytes of the gradients that a step returns."""
-        return sum(tensor.numel() * tensor.itemsize for tensor in self.differentiated)
+    #: What it computes: those with the same function must have the same loss and gradients.
+    function: str
+    #: How many of the gradients are compared; the rest are parameters'.
+    compared: int
 
 
 def names(
@@ -114,186 +84,126 @@ def names(
 
 
 def prepare(name: str, case: Case, inputs: Inputs) -> Contestant:
-    """The contestant ``name`` on the inputs of ``case``.
-
-    Raises:
-        Unavailable: it cannot run here, for a reason that the report gives.
-    """
-    function, form = name.split(" ", 1)
-    if function == "plain":
-        return _plain(form, case, inputs)
-    if function.startswith(("mos-", "moc-")):
-        return _mixture(function, form, case, inputs)
-    return _transformed(function, form, case, inputs)
-
-
-def same_function(name: str) -> str:
-    """What a contestant computes: those with the same answer must have the same loss and gradients.
+    """The contestant ``name`` on the inputs of ``case``; :class:`Unavailable`, with why, where it cannot run.
 
     A transform that starts as the identity is compared with its own other forms, but ``identity`` with ``plain``. The
     published form of a mixture adds 1e-8 to the probabilities, so that its forms differ.
     """
     function, form = name.split(" ", 1)
-    if function.startswith("mos-"):
-        return f"{function} {form}"
-    return "plain" if function == "identity" else function
+    if function == "plain":
+        return _plain(form, case, inputs)
+    if function.startswith(("mos-", "moc-")):
+        return replace(_mixture(function, form, case, inputs), function=name)
+    found = _transformed(function, form, case, inputs)
+    return found if function == "identity" else replace(found, function=function)
 
 
-def fingerprint(case: Case, results: Sequence[Tensor]) -> tuple[float, ...]:
-    """The loss and the norms of the gradients of the operands, of what :meth:`Contestant.step` returned."""
-    operands = 0 if case.mode == "no-grad" else 1 if case.dim is None else 2
-    norms = (torch.linalg.vector_norm(g, dtype=torch.float64) for g in results[1 : 1 + operands])
-    return (float(results[0]), *(float(norm) for norm in norms))
+def fingerprint(contestant: Contestant) -> tuple[float, ...]:
+    """The mean loss, and the norms of the gradients that are compared, of one step."""
+    loss, *gradients = contestant.step()
+    norms = (torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients[: contestant.compared])
+    return (float(loss.double().mean()), *map(float, norms))
 
 
 def disagreement(case: Case, one: tuple[float, ...], other: tuple[float, ...]) -> str | None:
-    """In what two fingerprints differ by more than rounding; None where they agree."""
-    tolerance = _TOLERANCES[case.dtype]
+    """In what two fingerprints differ by more than rounding; None where they agree. What is not finite never does."""
     labels = ("loss", *(f"norm of gradient {index}" for index in range(len(one) - 1)))
     for label, a, b in zip(labels, one, other, strict=True):
-        if not math.isclose(a, b, rel_tol=tolerance):
+        if not (math.isfinite(a) and math.isclose(a, b, rel_tol=_TOLERANCES[case.dtype])):
             return f"{label} {a:.6g} instead of {b:.6g}"
     return None
 
 
-def workspace_bytes(name: str, case: Case) -> int:
-    """About how many bytes a step takes beyond operands and gradients: what to ask for before it is tried.
+def make_transform(function: str) -> ms.transforms.MonotonicTransform:
+    """The transform ``function``, on the CPU."""
+    kind, _, pieces = function.partition("-")
+    return ms.transforms.PLIF(int(pieces)) if kind == "plif" else _TRANSFORMS[function]()
 
-    In units of N V in the type of the arithmetic, from measurements of the peak; a step that takes more than there is
-    still ends as a row that says so.
-    """
-    function, form = name.split(" ", 1)
-    logits = case.rows * case.classes * max(4, case.itemsize)
-    if function.startswith("mos-"):
-        components = int(function.removeprefix("mos-"))
-        if form == "published":
-            return 4 * components * logits
-        return 4 * min(ms.mixtures.LOGITS_BUDGET, components * logits)
-    if form == _WIDE:
-        return 2 * logits
-    if form == "liger":
-        # Its own logits: all of them, or those of a chunk of rows.
-        return case.logits_bytes
-    if function.startswith("moc-") or form in ("fused", *_ON_GPU["head"], *_WITHOUT_LOGITS):
-        return 0
-    if form == "reference":
-        return {"monotonic_mlp": 14, "spline": 30}.get(function, 10) * logits
-    return {"monotonic_mlp reference compiled": 12}.get(name, 3) * logits
+
+def explain(
+    operation: Operation, input: Tensor, transform: ms.transforms.MonotonicTransform, **given: Any
+) -> ms.backends.Explanation:
+    """:func:`monosoftmax.backends.explain`; :class:`Unavailable` where the backend cannot take the call."""
+    try:
+        return ms.backends.explain(operation, input, transform, **given)
+    except ValueError as error:
+        raise peers.Unavailable(str(error)) from None
 
 
 def _plain(form: str, case: Case, inputs: Inputs) -> Contestant:
     loss: Loss = F.cross_entropy if case.group == "logits" else _linear_then_cross_entropy
-    if form == "eager":
-        return _contestant(loss, inputs, (), "torch")
+    backend = "torch"
     if form == "compiled":
-        return _contestant(_compiled(loss), inputs, (), "inductor")
-    if form == "liger":
-        return _liger(case, inputs)
-    if form.startswith("cut-cross-entropy"):
-        kernels = form.endswith("kernels")
-        loss, note = cut_cross_entropy_kernels(inputs.target.device) if kernels else cut_cross_entropy()
-        return _contestant(loss, inputs, (), "cut-cross-entropy" if kernels else "inductor", note)
-    return _contestant(linear_cross_entropy(chunked=form.endswith("chunked")), inputs, (), "torch")
-
-
-def _liger(case: Case, inputs: Inputs) -> Contestant:
-    if case.group == "head":
-        return _contestant(liger_linear_cross_entropy(), inputs, (), "liger")
-    loss = liger_cross_entropy()
-    if case.mode == "no-grad":
-        return _contestant(loss, inputs, (), "liger")
-    logits = inputs.operands[0].detach()
-    overwritten = logits.clone().requires_grad_()
-    contestant = _contestant(loss, Inputs((overwritten,), inputs.target), (), "liger", _OVERWRITES)
-    return replace(contestant, reset=lambda: overwritten.detach().copy_(logits))
+        loss, backend = _compiled(loss), "inductor"
+    elif form == "liger":
+        loss, backend = peers.liger(case.group), "liger"
+        inputs = inputs if case.group == "head" else inputs.copy()
+    elif form.startswith("cut-cross-entropy"):
+        loss, backend = peers.cut_cross_entropy(form.endswith("kernels"), inputs.target.device), "cut-cross-entropy"
+    elif form != "eager":
+        loss = peers.linear_cross_entropy(chunked=form.endswith("chunked"))
+    return _contestant(loss, inputs, (), backend)
 
 
 def _transformed(function: str, form: str, case: Case, inputs: Inputs) -> Contestant:
     transform = make_transform(function)
     transform = transform.to(inputs.target.device, torch.float64 if case.dtype == "float64" else torch.float32)
     operation: Operation = "cross_entropy" if case.group == "logits" else "linear_cross_entropy"
-    backend, method = _backend_and_method(form)
-    if form == _WIDE:
-        inputs = inputs.wide
+    word, _, method = form.partition(" ")
+    given: dict[str, Any] = {"backend": "auto" if word == "fused" else word}
+    if case.group == "head":
+        given["method"] = method if word == "triton" and method else "auto"
 
-    def loss_of_logits(logits: Tensor, target: Tensor) -> Tensor:
-        return ms.cross_entropy(logits, target, transform, backend=backend)
+    def loss(*operands_and_target: Tensor) -> Tensor:
+        if case.group == "logits":
+            return ms.cross_entropy(*operands_and_target, transform, **given)
+        return ms.linear_cross_entropy(*operands_and_target, transform, **given)
 
-    def loss_of_head(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return ms.linear_cross_entropy(input, weight, target, transform, backend=backend, method=method)
-
-    loss: Loss = loss_of_logits if case.group == "logits" else loss_of_head
+    inputs = inputs.wide if form == _WIDE else inputs
     parameters = tuple(transform.parameters())
     if form == "reference compiled":
         return _contestant(_compiled(loss), inputs, parameters, "inductor")
-    if form == "reference":
-        return _contestant(loss, inputs, parameters, "reference")
-    chosen = explain(operation, inputs.operands[0], transform, backend, method)
-    return _contestant(loss, inputs, parameters, chosen.backend, chosen.how)
-
-
-def make_transform(function: str) -> ms.transforms.MonotonicTransform:
-    """The transform ``function``, on the CPU."""
-    if function.startswith("plif-"):
-        return ms.transforms.PLIF(int(function.removeprefix("plif-")))
-    return _TRANSFORMS[function]()
-
-
-def explain(
-    operation: Operation,
-    input: Tensor,
-    transform: ms.transforms.MonotonicTransform,
-    backend: BackendName,
-    method: HeadMethod = "auto",
-) -> ms.backends.Explanation:
-    """:func:`monosoftmax.backends.explain`; :class:`Unavailable` where the backend cannot take the call."""
-    try:
-        return ms.backends.explain(operation, input, transform, backend=backend, method=method)
-    except ValueError as error:
-        raise Unavailable(str(error)) from None
-
-
-def _backend_and_method(form: str) -> tuple[BackendName, HeadMethod]:
-    """What a form of a transform asks for."""
-    if form.startswith("fused"):
-        return "auto", "auto"
-    backend, _, method = form.partition(" ")
-    return cast(BackendName, backend), "auto" if backend == "reference" else cast(HeadMethod, method or "auto")
+    chosen = explain(operation, inputs.operands[0], transform, **given)
+    return _contestant(loss, inputs, parameters, chosen.backend)
 
 
 def _mixture(function: str, form: str, case: Case, inputs: Inputs) -> Contestant:
     kind, components = function.split("-")
     assert case.dim is not None
     input, weight = inputs.operands
+    layer: ms.MixtureOfSoftmaxes | ms.MixtureOfContexts
+    sizes = case.dim, case.classes, int(components)
+    # On the CPU first, so that the parameters are the same whatever the device.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
-        layer: ms.MixtureOfSoftmaxes | ms.MixtureOfContexts
-        # On the CPU first, so that the parameters are the same whatever the device.
+        torch.manual_seed(0)
         if kind == "mos":
-            layer = ms.MixtureOfSoftmaxes(
-                case.dim, case.classes, int(components), bias=False, published=form == "published"
-            )
+            layer = ms.MixtureOfSoftmaxes(*sizes, bias=False, published=form == "published")
         else:
-            layer = ms.MixtureOfContexts(case.dim, case.classes, int(components), bias=False)
+            layer = ms.MixtureOfContexts(*sizes, bias=False)
     layer = layer.tie_weights(nn.Embedding.from_pretrained(weight.detach(), freeze=False))
     layer = layer.to(input.device, DTYPES[case.dtype])
     decoder = layer.decoder.weight
     own = tuple(parameter for parameter in layer.parameters() if parameter is not decoder)
 
-    def loss(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        result: Tensor = layer(input, target).loss
-        return result
-
     # The decoder's parameter shares the memory of the case's weight, and stands in for it.
     tied = Inputs((input, decoder), inputs.target)
     operation: Operation = "cross_entropy" if kind == "mos" else "linear_cross_entropy"
     backend = "torch" if form == "published" else ms.backends.explain(operation, input).backend
-    return _contestant(loss, tied, own, backend)
+    return _contestant(lambda input, _, target: cast(Tensor, layer(input, target).loss), tied, own, backend)
 
 
-def _contestant(loss: Loss, inputs: Inputs, parameters: tuple[Tensor, ...], backend: str, note: str = "") -> Contestant:
-    differentiated = (*inputs.operands, *parameters) if inputs.operands[0].requires_grad else ()
-    return Contestant(lambda: loss(*inputs.operands, inputs.target), differentiated, backend, note)
+def _contestant(loss: Loss, inputs: Inputs, parameters: tuple[Tensor, ...], backend: str) -> Contestant:
+    def without_gradients() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (loss(*inputs.operands, inputs.target),)
+
+    def train() -> tuple[Tensor, ...]:
+        # Gradients are returned: to accumulate them would be one more pass over memory.
+        found = loss(*inputs.operands, inputs.target)
+        return (found.detach(), *torch.autograd.grad(found, (*inputs.operands, *parameters)))
+
+    step = train if inputs.operands[0].requires_grad else without_gradients
+    return Contestant(step, backend, "plain", len(inputs.operands))
 
 
 def _linear_then_cross_entropy(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.overhead.host``: what a call costs beside its arithmetic, in CPU time.
+"""What a call costs beside its arithmetic, in CPU time.
 
 On 6 x 40 logits the arithmetic is next to nothing: what is left is Python, checks, the choice of a backend and
 autograd. Every call is timed in turn with the others in one run, and beside the call of torch that it stands for.
@@ -8,75 +8,49 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.benchmark import Timer
 
 import monosoftmax as ms
 
 
-class HostCost(NamedTuple):
-    """Microseconds of CPU time of a call, and of torch's own call: medians of the rounds."""
-
-    call: float
-    torch: float
-
-    @property
-    def beyond(self) -> float:
-        return self.call - self.torch
-
-
-def measure(rounds: int = 15, calls: int = 200) -> dict[str, HostCost]:
-    """The cost of each call, by its name, on one thread."""
+def measure(rounds: int = 15, calls: int = 200) -> dict[str, dict[str, float]]:
+    """Microseconds on one thread of each call (``call``) and of torch's own (``torch``), by name: medians of rounds."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(6, 40, generator=generator).requires_grad_()
-    hidden = torch.randn(6, 8, generator=generator).requires_grad_()
-    weight = torch.randn(40, 8, generator=generator).requires_grad_()
+    logits, hidden, weight = (
+        torch.randn(size, generator=generator).requires_grad_() for size in ((6, 40), (6, 8), (40, 8))
+    )
     target = torch.randint(40, (6,), generator=generator)
     plif = ms.transforms.PLIF()
-
-    def head(transform: ms.transforms.MonotonicTransform | None) -> Tensor:
-        return ms.linear_cross_entropy(hidden, weight, target, transform)
 
     def plain(from_hidden: bool) -> Tensor:
         return F.cross_entropy(F.linear(hidden, weight) if from_hidden else logits, target)
 
-    losses: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
-        "cross_entropy": (lambda: ms.cross_entropy(logits, target), lambda: plain(False)),
-        "cross_entropy, PLIF": (lambda: ms.cross_entropy(logits, target, plif), lambda: plain(False)),
-        "linear_cross_entropy": (lambda: head(None), lambda: plain(True)),
-        "linear_cross_entropy, PLIF": (lambda: head(plif), lambda: plain(True)),
-    }
-    pairs: dict[str, Sequence[Callable[[], object]]] = dict(losses)
+    losses: dict[str, dict[str, Callable[[], Tensor]]] = {}
+    for suffix, f in (("", None), (", PLIF", plif)):
+        losses[f"cross_entropy{suffix}"] = {
+            "call": lambda f=f: ms.cross_entropy(logits, target, f),  # type: ignore[misc]
+            "torch": lambda: plain(False),
+        }
+        losses[f"linear_cross_entropy{suffix}"] = {
+            "call": lambda f=f: ms.linear_cross_entropy(hidden, weight, target, f),  # type: ignore[misc]
+            "torch": lambda: plain(True),
+        }
+    timers = {}
     for name, pair in losses.items():
-        pairs[f"{name}, backward"] = [lambda loss=loss: torch.autograd.backward(loss()) for loss in pair]  # type: ignore[misc]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in pairs}
-    try:
-        for number in range(rounds + 1):
-            for name, pair in pairs.items():
-                for call, found in zip(pair, seconds[name], strict=True):
-                    start = time.process_time()
-                    for _ in range(calls):
-                        call()
-                    if number > 0:  # the first round warms up
-                        found.append((time.process_time() - start) / calls * 1e6)
-    finally:
-        torch.set_num_threads(threads)
-    return {name: HostCost(*(statistics.median(each) for each in found)) for name, found in seconds.items()}
-
-
-def main() -> None:
-    """Print the figures."""
-    print(f"torch {torch.__version__}, {ms.backends.available()['cpu'].detail.replace('threads', 'threads, 1 used')}")
-    print(f"{'6 x 40, CPU time, us':38s} {'call':>7s} {'torch':>7s} {'beyond':>7s} {'ratio':>6s}")
-    for name, cost in measure().items():
-        print(f"{name:38s} {cost.call:7.1f} {cost.torch:7.1f} {cost.beyond:7.1f} {cost.call / cost.torch:6.1f}")
-
-
-if __name__ == "__main__":
-    main()
+        for key, loss in pair.items():
+            names = {"loss": loss, "backward": torch.autograd.backward}
+            timers[name, key] = Timer("loss()", globals=names, timer=time.process_time)
+            timers[f"{name}, backward", key] = Timer("backward(loss())", globals=names, timer=time.process_time)
+    found: dict[tuple[str, str], list[float]] = {each: [] for each in timers}
+    for _ in range(rounds):
+        for each, timer in timers.items():
+            found[each].append(1e6 * timer.timeit(calls).median)
+    medians: dict[str, dict[str, float]] = {}
+    for (name, key), seconds in found.items():
+        medians.setdefault(name, {})[key] = statistics.median(seconds)
+    return medians

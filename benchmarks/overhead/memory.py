@@ -1,100 +1,104 @@
-"""Peak memory of one step of a contestant beyond its inputs and its gradients.
+"""Peak memory of one step of a contestant beyond its inputs and its gradients, and running out of memory.
 
 On the CPU each step runs in a process of its own, and what is measured is the growth of the resident set to its peak,
-less the bytes of the gradients that the step returns. Run as ``python -m benchmarks.overhead.memory SPECIFICATION``, it
-prints one JSON object for each contestant. On a CUDA device it is the peak of what torch's allocator handed out.
+which Linux lets a process reset. On a CUDA device it is the peak of what torch's allocator handed out.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import sys
-from collections.abc import Sequence
+import os
+import resource
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing.connection import Connection
-from typing import Any
+from pathlib import Path
+from unittest import mock
 
 import torch
 
-from ..machine import available_bytes
-from ..resident_set import measured_apart, peak, reset_peak
 from .cases import Case, make_inputs
 from .contestants import Contestant, prepare
-from .limits import limit_allocations, one_line
+from .peers import Unavailable
 
-#: Forms whose first call on a shape compiles for it.
-_COMPILED = ("compiled", "cut-cross-entropy")
+#: glibc keeps freed blocks in its arenas unless they were mapped, and it raises that threshold as a program runs: with
+#: a fixed one, every large tensor is mapped when it is made and gone when it is freed.
+_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
-def peaks(case: Case, names: Sequence[str], threads: int) -> dict[str, int | str]:
-    """The extra bytes of a step of each contestant on the CPU; or, in its place, why they are not known.
-
-    Raises:
-        MeasurementError: this system has no way to measure it, or the attempt failed.
-    """
-    specification = {"case": case.to_json(), "names": list(names), "threads": threads}
-    found: dict[str, int | str] = measured_apart(__name__, specification)
+def peaks(case: Case, names: Sequence[str]) -> dict[str, int | str]:
+    """The extra bytes of a step of each contestant on the CPU; or, in its place, why they are not known."""
+    # Forked from a process that has loaded torch, but has neither threads nor tensors.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    found: dict[str, int | str] = {}
+    for name in names:
+        with mock.patch.dict(os.environ, _ENVIRONMENT), ProcessPoolExecutor(1, mp_context=context) as pool:
+            try:
+                found[name] = pool.submit(_peak, case, name, torch.get_num_threads()).result()
+            except Exception as error:
+                found[name] = describe(error)
     return found
 
 
-def cuda_peak(contestant: Contestant, device: torch.device) -> int:
-    """The extra bytes of a step of a warmed-up contestant on a CUDA device."""
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+def cuda_peak(contestant: Contestant) -> int:
+    """The extra bytes of a step of a warmed-up contestant on the current CUDA device."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     results = contestant.step()
-    torch.cuda.synchronize(device)
-    extra = torch.cuda.max_memory_allocated(device) - before - contestant.gradient_bytes
-    del results
-    return extra
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - _bytes_of(results[1:])
 
 
-def _measure(case: Case, name: str, threads: int) -> int:
-    torch.set_num_threads(threads)
-    limit_allocations(available_bytes())
-    inputs = make_inputs(case, torch.device("cpu"))
-    contestant = prepare(name, case, inputs)
-    # A first step loads the code. Compiled code is for one shape, so that it runs on the shape to be measured; all else
-    # runs on two rows, so that a workspace which is kept from call to call is counted.
-    if name.endswith(_COMPILED):
-        contestant.step()
-    else:
-        small = replace(case, rows=min(case.rows, 2))
-        prepare(name, small, make_inputs(small, torch.device("cpu"))).step()
-    before = reset_peak()
-    results = contestant.step()
-    extra = peak() - before - contestant.gradient_bytes
-    del results
-    return extra
+@contextmanager
+def limited(device: torch.device) -> Iterator[None]:
+    """While it lasts, this process can take the memory that is free now, and gets an error when it asks for more.
 
-
-def _report(connection: Connection, case: Case, name: str, threads: int) -> None:
+    Linux grants memory that it does not have, and kills a process that uses it.
+    """
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    if device.type == "cpu":
+        limit = _kib("/proc/self/status", "VmData") + round(0.95 * _kib("/proc/meminfo", "MemAvailable"))
+        resource.setrlimit(resource.RLIMIT_DATA, (limit * 1024, before[1]))
     try:
-        connection.send(_measure(case, name, threads))
-    except Exception as error:
-        connection.send(one_line(error))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def _main(specification: dict[str, Any]) -> None:
-    case = Case(**specification["case"])
-    found: dict[str, int | str] = {}
-    # A process for each contestant, forked from this one, which has loaded torch but has neither threads nor tensors
-    # yet: as clean as a new process, without the seconds that loading torch takes.
-    context = multiprocessing.get_context("fork")
-    for name in specification["names"]:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_report, args=(sender, case, name, specification["threads"]))
-        process.start()
-        sender.close()
-        try:
-            found[name] = receiver.recv()
-        except EOFError:
-            process.join()
-            found[name] = f"its process died with exit code {process.exitcode}"
-        process.join()
-    print(json.dumps(found))
+def describe(error: BaseException) -> str:
+    """What happened, for a cell of a table."""
+    texts = ("can't allocate memory", "not enough memory", "bad_alloc")
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts):
+        return "out of memory"
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"not available: {first}" if isinstance(error, Unavailable) else f"failed: {type(error).__name__}: {first}"
 
 
-if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))
+def _peak(case: Case, name: str, threads: int) -> int:
+    torch.set_num_threads(threads)
+    device = torch.device("cpu")
+    with limited(device):
+        contestant = prepare(name, case, make_inputs(case, device))
+        # A first step loads the code. Compiled code is for one shape, so that it runs on the shape to be measured; all
+        # else runs on two rows, so that a workspace which is kept from call to call is counted.
+        if name.endswith(("compiled", "cut-cross-entropy")):
+            contestant.step()
+        else:
+            small = replace(case, rows=min(case.rows, 2))
+            prepare(name, small, make_inputs(small, device)).step()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
+        before = _kib("/proc/self/status", "VmHWM")
+        results = contestant.step()
+        return 1024 * (_kib("/proc/self/status", "VmHWM") - before) - _bytes_of(results[1:])
+
+
+def _bytes_of(gradients: Sequence[torch.Tensor]) -> int:
+    return sum(each.numel() * each.itemsize for each in gradients)
+
+
+def _kib(path: str, name: str) -> int:
+    lines = Path(path).read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import math
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pandas as pd
@@ -49,21 +51,23 @@ def ratio(results: Results, unit: str, name: str, other: str, what: str = "media
     return figure(results, unit, name, what) / figure(results, unit, other, what)
 
 
-def frame(results: Results, pattern: str) -> pd.DataFrame:
-    """A row for each contestant of the units that match: ``unit``, ``contestant``, its figures, and ``status``.
+def frame(results: Results, units: str, names: str = "*") -> pd.DataFrame:
+    """A row for each contestant that matches of the units that match: ``unit``, ``contestant``, ``status``, figures.
 
-    Times are relative to others of the case in the columns ``to_NAME``, empty where the case has not both.
+    ``to_NAME`` is its time relative to that of others; NaN where the case has not both. ``to_wide`` is relative to the
+    same with logits in float32.
     """
-    against = {"identity": "identity fused", "eager": "plain eager", "compiled": "plain compiled"}
-    against |= {"memory": "memory", "products": "products", "floor": "floor"}
+    others = {"identity": "identity fused", "eager": "plain eager", "compiled": "plain compiled", "floor": "floor"}
     rows = []
-    for record in results.matching(pattern):
+    for record in results.matching(units):
         for name, row in record.times["contestants"].items():
-            found = {"unit": record.unit, "contestant": name, "status": "measured", **row}
-            for key, other in against.items():
-                try:
-                    found[f"to_{key}"] = ratio(results, record.unit, name, other)
-                except NotMeasured:
-                    found[f"to_{key}"] = None
-            rows.append(found)
-    return pd.DataFrame(rows)
+            if fnmatchcase(name, names):
+                found = {"unit": record.unit, "contestant": name, "status": "measured", **row}
+                found["peak_mib"] = math.nan if row.get("peak_bytes") is None else row["peak_bytes"] / 2**20
+                for key, other in (others | {"wide": f"{name} float32"}).items():
+                    try:
+                        found[f"to_{key}"] = ratio(results, record.unit, name, other)
+                    except NotMeasured:
+                        found[f"to_{key}"] = math.nan
+                rows.append(found)
+    return pd.DataFrame(rows, columns=None if rows else ["to_wide"])

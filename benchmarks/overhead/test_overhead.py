@@ -1,55 +1,46 @@
-"""The cases of the suite as pytest-benchmark tests: ``pytest benchmarks/overhead --overhead='--preset must'``.
+"""The cases as pytest-benchmark tests: ``pytest benchmarks/overhead --benchmark-only -k 'quick and plif-64'``.
 
 pytest-benchmark finishes one contestant before the next begins: compare runs of one contestant over time with it
 (``--benchmark-autosave``, ``--benchmark-compare``). Contestants with each other compare best in turns, as
-``python -m benchmarks.overhead`` runs them.
+``python -m benchmarks run overhead`` runs them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
 
-from .cases import Case, Inputs, make_inputs
+from .cases import Case, make_inputs
 from .contestants import prepare
-from .limits import is_out_of_memory
 from .peers import Unavailable
-from .settings import Run
-from .timing import WARM_UP_CALLS
+from .presets import timings
 
 pytest.importorskip("pytest_benchmark", reason="the cases are pytest-benchmark tests")
+_inputs = lru_cache(1)(make_inputs)
 
 
-@pytest.fixture(scope="module")
-def inputs(case: Case, run: Run) -> Iterator[Inputs]:
-    yield make_inputs(case, run.device)
-    torch.compiler.reset()
-
-
-def test_overhead(benchmark: Any, case: Case, contestant_name: str, inputs: Inputs, run: Run) -> None:
+@pytest.mark.parametrize(
+    ("case", "device", "name"),
+    [
+        pytest.param(timing.case, timing.device, name, id=f"{unit}, {name}")
+        for unit, timing in timings()
+        if timing.device == "cpu" or (timing.device == "cuda" and torch.cuda.is_available())
+        for name in timing.contestants
+    ],
+)
+def test_overhead(benchmark: Any, case: Case, device: str, name: str) -> None:
     try:
-        contestant = prepare(contestant_name, case, inputs)
+        contestant = prepare(name, case, _inputs(case, torch.device(device)))
     except Unavailable as reason:
         pytest.skip(str(reason))
-    benchmark.group = str(case)
-    benchmark.extra_info.update(
-        case=case.to_json(), contestant=contestant_name, backend=contestant.backend, note=contestant.note
-    )
 
     def step() -> None:
         contestant.step()
-        if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
+        if device == "cuda":
+            torch.cuda.synchronize()
 
-    def setup() -> None:
-        contestant.reset()
-
-    try:
-        benchmark.pedantic(step, setup=setup, rounds=run.repeats, warmup_rounds=WARM_UP_CALLS)
-    except Exception as error:
-        if is_out_of_memory(error):
-            pytest.skip("out of memory")
-        raise
+    benchmark.group = str(case)
+    benchmark.pedantic(step, rounds=5, warmup_rounds=2)

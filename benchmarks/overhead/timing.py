@@ -1,4 +1,4 @@
-"""How a time is taken: contestants in turn, on a clock that fits the device, medians with quartiles."""
+"""One case: every contestant is checked, then all take turns on the clock of torch or of Triton."""
 
 from __future__ import annotations
 
@@ -6,165 +6,150 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+from . import memory
+from .cases import Case, Inputs, make_inputs
+from .contestants import Contestant, disagreement, fingerprint
+from .presets import Timing
 
 Action = Callable[[], object]
-#: Begins the turn of an action by name. The result gives its seconds once all turns of the round have begun.
-Clock = Callable[[str, Action], Callable[[], float]]
-#: Calls of each contestant before the first that counts: the first compiles, allocates and loads code.
-WARM_UP_CALLS = 2
-#: Calls of each contestant, at most, whose time to issue is taken on a CUDA device.
-ISSUED_CALLS = 5
-#: Bytes of the buffer that is written between two calls on a CUDA device, in sizes of its L2 cache.
-_FLUSHED_CACHES = 3
-#: The device waits longer than a call took to issue, by this factor and by these seconds, before it begins the call.
-_LEAD, _LEAD_SECONDS = 1.5, 100e-6
+#: Seconds of a turn on a CPU, at least; a call that takes longer is timed once a turn, after one that warms up.
+_TURN = 0.02
+#: Bytes of each of the two buffers of the copy, by the type of the device: many times its last-level cache.
+COPY_BYTES = {"cpu": 2**27, "cuda": 2**29}
 
 
-def wall_clock(name: str, action: Action) -> Callable[[], float]:
-    """Wall time of the call, for the CPU."""
-    started = time.perf_counter()
-    result = action()
-    seconds = time.perf_counter() - started
-    del result  # Freeing the gradients is no part of computing them.
-    return lambda: seconds
+def measure(timing: Timing, prepare: Callable[[str, Case, Inputs], Contestant]) -> dict[str, Any]:
+    """The times of a unit: floors, and for each contestant its figures, or its ``status`` where it has none.
 
-
-class IssueClock:
-    """CPU time that issuing the call to an idle CUDA device takes. A call that waits for the device is timed whole."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def __call__(self, name: str, action: Action) -> Callable[[], float]:
-        torch.cuda.synchronize(self._device)
-        return wall_clock(name, action)
-
-
-class DeviceClock:
-    """Time between two CUDA events around the call, on a device that has work until all of the call is issued.
-
-    The device sleeps before each call for longer than the call takes to issue, so that the time holds no waiting for
-    launches. Then it overwrites its L2 cache. The host waits for nothing until the round ends.
+    ``prepare`` makes a contestant of its name, the case, and the inputs.
     """
-
-    def __init__(self, device: torch.device, issue_seconds: Mapping[str, float]) -> None:
-        """``issue_seconds``: what :class:`IssueClock` measured of each action."""
-        properties = torch.cuda.get_device_properties(device)
-        self._device, self._issue_seconds = device, issue_seconds
-        self._flush = torch.empty(_FLUSHED_CACHES * properties.L2_cache_size // 4, dtype=torch.int32, device=device)
-        self._hertz = _cycles_per_second(device)
-
-    def __call__(self, name: str, action: Action) -> Callable[[], float]:
-        start, end = _events()
-        stream = torch.cuda.current_stream(self._device)
-        _sleep(round(self._hertz * (_LEAD * self._issue_seconds[name] + _LEAD_SECONDS)))
-        self._flush.zero_()
-        start.record(stream)
-        result = action()
-        end.record(stream)
-        del result
-
-        def seconds() -> float:
-            end.synchronize()
-            return float(start.elapsed_time(end)) / 1e3
-
-        return seconds
-
-
-def _events() -> tuple[Any, Any]:
-    one, other = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    return one, other
-
-
-def _sleep(cycles: int) -> None:
-    """Let the device wait for so many of its cycles."""
-    torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
-
-
-def _cycles_per_second(device: torch.device) -> float:
-    """Cycles of :func:`_sleep` in a second, measured."""
-    cycles = 10_000_000
-    start, end = _events()
-    _sleep(cycles)
-    start.record(torch.cuda.current_stream(device))
-    _sleep(cycles)
-    end.record(torch.cuda.current_stream(device))
-    end.synchronize()
-    return 1e3 * cycles / float(start.elapsed_time(end))
+    case, kind = timing.case, torch.device("cpu" if timing.device == "emulated" else timing.device)
+    if kind.type == "cuda" and not torch.cuda.is_available():
+        raise LookupError(f"torch {torch.__version__} finds no CUDA device here")
+    rows: dict[str, dict[str, Any]] = {name: {} for name in timing.contestants}
+    with memory.limited(kind):
+        inputs = make_inputs(case, kind)
+        actions = probes(case, inputs)
+        known: dict[str, tuple[str, tuple[float, ...]]] = {}
+        for name in rows:
+            try:
+                contestant = prepare(name, case, inputs)
+                found = fingerprint(contestant)
+                first, expected = known.setdefault(contestant.function, (name, found))
+                if difference := disagreement(case, found, expected):
+                    raise ArithmeticError(f"disagrees with {first}: {difference}")
+                rows[name]["backend"] = contestant.backend
+                if kind.type == "cuda":
+                    rows[name]["peak_bytes"] = memory.cuda_peak(contestant)
+            except Exception as error:
+                rows[name]["status"] = memory.describe(error)
+            else:
+                actions[name] = contestant.step
+        medians = {}
+        for name, summary in take_turns(actions, kind, timing.rounds).items():
+            medians[name] = summary.get("median_ms")
+            if name in rows:
+                rows[name] |= summary
+        del inputs, actions
+    torch.compiler.reset()
+    gc.collect()
+    if timing.device == "cpu":
+        for name, peak in memory.peaks(case, [name for name, row in rows.items() if "status" not in row]).items():
+            rows[name]["peak_bytes"] = peak if isinstance(peak, int) else None
+    clock = "triton.testing" if kind.type == "cuda" else "torch.utils.benchmark"
+    model = torch.cuda.get_device_name() if kind.type == "cuda" else timing.device
+    return {"device": model, "clock": clock, **floors(case, kind, medians), "contestants": rows}
 
 
-def take_turns(
-    actions: Mapping[str, Action],
-    clock: Clock,
-    repeats: int,
-    failed: Callable[[str, Exception], None],
-    each: Callable[[str], None] = lambda name: None,
-) -> dict[str, list[float]]:
-    """Seconds of ``repeats`` calls of each action, in rounds: whatever slows the machine for a while slows all of them.
+def take_turns(actions: Mapping[str, Action], device: torch.device, rounds: int) -> dict[str, dict[str, Any]]:
+    """Median and quartiles in ms of each action, in rounds: what slows the machine for a while slows all of them.
 
     Every round has an order of its own, so that none always finds the caches as the same other one left them. The order
-    is the same on every run.
-
-    Args:
-        actions: by name; already warmed up.
-        clock: takes the time.
-        repeats: number of rounds.
-        failed: is told of an action that raises and what; that action takes no further turns.
-        each: is told the name before each turn.
-
-    Returns:
-        The samples of every action that never raised, in the order of ``actions``.
+    is the same on every run. An action that raises takes no further turns, and has a ``status`` in place of times.
     """
-    samples: dict[str, list[float]] = {name: [] for name in actions}
+    clock = _on_device if device.type == "cuda" else _on_cpu
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in actions}
+    found: dict[str, dict[str, Any]] = {}
     order = random.Random(0)
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
+    for _ in range(rounds):
+        for name in order.sample(list(samples), len(samples)):
+            try:
+                samples[name].append(clock(actions[name]))
+            except Exception as error:
+                del samples[name]
+                found[name] = {"status": memory.describe(error)}
+    for name, turns in samples.items():
+        times = [turn["ms"] for turn in turns]
+        low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else 3 * times
+        found[name] = {"median_ms": median, "first_quartile_ms": low, "third_quartile_ms": high}
+        if "host_ms" in turns[0]:
+            found[name]["host_ms"] = statistics.median(turn["host_ms"] for turn in turns)
+    return found
+
+
+def probes(case: Case, inputs: Inputs) -> dict[str, Action]:
+    """The copy, and for the head the products at the case's own shape. Their buffers are written to here, once."""
+    device = inputs.target.device
+    source, copied = (torch.ones(COPY_BYTES[device.type] // 4, device=device) for _ in range(2))
+    found: dict[str, Action] = {"copy": lambda: copied.copy_(source)}
+    if case.dim is not None:
+        found["products"] = _products(case, *(operand.detach() for operand in inputs.operands))
+    return found
+
+
+def floors(case: Case, device: torch.device, ms: Mapping[str, float]) -> dict[str, float | None]:
+    """Milliseconds that the least bytes take at the bandwidth of the copy, and those of the products.
+
+    The longer of the two is the floor of a case. Data that fits in a cache can be faster than memory.
+    """
+    per_byte = ms["copy"] / (2 * COPY_BYTES[device.type])
+    return {"memory_ms": per_byte * case.minimum_bytes, "products_ms": ms.get("products")}
+
+
+def _products(case: Case, input: Tensor, weight: Tensor) -> Action:
+    """logits = x W^T and, in ``train``, dx = g W and dW = g^T x with the logits in the place of g."""
+    logits = input.new_zeros(case.rows, case.classes)
+    if case.mode == "no-grad":
+        return lambda: torch.mm(input, weight.T, out=logits)
+    grad_input, grad_weight = torch.zeros_like(input), torch.zeros_like(weight)
+
+    def products() -> None:
+        torch.mm(input, weight.T, out=logits)
+        torch.mm(logits, weight, out=grad_input)
+        torch.mm(logits.T, input, out=grad_weight)
+
+    return products
+
+
+def _timer(action: Action, **options: Any) -> Timer:
+    # What a call returns is freed after the clock has stopped.
+    names = {"action": action, "synchronize": torch.cuda.synchronize}
+    return Timer("found = action()", globals=names, num_threads=torch.get_num_threads(), **options)
+
+
+def _on_cpu(action: Action) -> dict[str, float]:
+    return {"ms": 1e3 * _timer(action).blocked_autorange(min_run_time=_TURN).median}
+
+
+def _on_device(action: Action) -> dict[str, float]:
+    """Time on the device, and CPU time to issue the call to an idle device (all of it where the call waits for it).
+
+    Of a graph that was captured of the call, so that no launch is waited for; of the call itself, behind an overwritten
+    L2 cache, where it cannot be captured: then what the host is late with counts.
+    """
+    from triton.testing import do_bench, do_bench_cudagraph
+
+    host = _timer(action, setup="synchronize()", timer=time.perf_counter).timeit(1).median
     try:
-        for _ in range(repeats):
-            begun: dict[str, Callable[[], float]] = {}
-            for name in order.sample(list(samples), len(samples)):
-                each(name)
-                try:
-                    begun[name] = clock(name, actions[name])
-                except Exception as error:
-                    del samples[name]
-                    failed(name, error)
-            for name, seconds in begun.items():
-                samples[name].append(seconds())
-    finally:
-        if collecting:
-            gc.enable()
-    return samples
-
-
-def measure(
-    actions: Mapping[str, Action],
-    device: torch.device,
-    repeats: int,
-    failed: Callable[[str, Exception], None],
-    each: Callable[[str], None] = lambda name: None,
-) -> dict[str, dict[str, Any]]:
-    """:func:`summary` of each action that never raised, with ``host_ms``: None on the CPU, else its time to issue."""
-    if device.type == "cpu":
-        samples = take_turns(actions, wall_clock, repeats, failed, each)
-        return {name: {**summary(seconds), "host_ms": None} for name, seconds in samples.items()}
-    issued = take_turns(actions, IssueClock(device), min(repeats, ISSUED_CALLS), failed, each)
-    # The longest: a device that wakes too early counts as a slow one.
-    clock = DeviceClock(device, {name: max(seconds) for name, seconds in issued.items()})
-    samples = take_turns({name: actions[name] for name in issued}, clock, repeats, failed, each)
-    return {
-        name: {**summary(seconds), "host_ms": 1e3 * statistics.median(issued[name])}
-        for name, seconds in samples.items()
-    }
-
-
-def summary(samples: Sequence[float]) -> dict[str, Any]:
-    """Median and quartiles in milliseconds, and all samples in seconds. Those of one sample are that sample."""
-    values = [1e3 * value for value in samples]
-    first, median, third = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return {"seconds": list(samples), "median_ms": median, "first_quartile_ms": first, "third_quartile_ms": third}
+        ms = do_bench_cudagraph(action, rep=5, return_mode="median")
+    except RuntimeError:
+        torch.cuda.synchronize()
+        ms = do_bench(action, warmup=5, rep=20, return_mode="median")
+    return {"ms": ms, "host_ms": 1e3 * host}

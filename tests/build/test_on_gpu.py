@@ -32,10 +32,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Every stage is one command that ends well at once."""
     monkeypatch.setattr(on_gpu, "build", lambda run: True)
     monkeypatch.setattr(on_gpu, "machine", lambda: {"gpus": []})
-    for name in ("proofs", "variants", "more_tests"):
+    for name in ("proofs", "variants", "overhead", "more_tests"):
         monkeypatch.setattr(on_gpu, name, lambda run, name=name: Stage(name, 60, [WELL]))
     monkeypatch.setattr(on_gpu, "counters", lambda run, folder: [Stage("counters", 60, [WELL])])
-    monkeypatch.setattr(on_gpu, "overhead", lambda run, folder: Stage("overhead", 60, [WELL]))
     return monkeypatch
 
 
@@ -122,15 +121,16 @@ def _end_all(folder: Path) -> None:
 
 def check_figures(folder: Path) -> None:
     """Every contestant and every variant ran, but for what only a GPU has."""
-    overhead, variants = (json.loads((folder / f"{name}.json").read_text()) for name in ("overhead", "variants"))
-    assert overhead["complete"] and variants["complete"]
-    rows = [row for record in overhead["cases"] for row in record["rows"]]
-    assert {row["backend"] for row in rows if row["name"].startswith("plif-64 ")} == {"cuda", "triton"}
+    cases, operators = (gpu_summary._units(folder, each) for each in ("dry", "dry-variants"))
+    assert len(cases) == 24 and len(operators) == 15
+    rows = [(name, row) for case in cases for name, row in case["contestants"].items()]
+    assert {row["backend"] for name, row in rows if name.startswith("plif-64 ")} == {"cuda", "triton"}
     packages = {"plain liger": "liger_kernel", "plain linear_cross_entropy": None}
-    for name in {row["name"] for row in rows if row["status"] != "measured"} - {"plain cut-cross-entropy kernels"}:
+    for name in {name for name, row in rows if "status" in row} - {"plain cut-cross-entropy kernels"}:
         package = packages[name]
         assert package is None or importlib.util.find_spec(package) is None
-    assert all(row["name"].startswith("addmm") for row in variants["rows"] if row["status"] != "measured")
+    missing = [name for each in operators for name, row in each["contestants"].items() if "status" in row]
+    assert missing and all(name.startswith("addmm") for name in missing)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ MOST = {
 def test_host_cost() -> None:
     """The least of three runs counts, since other processes only ever add to it."""
     runs = [measure(rounds=5, calls=60) for _ in range(3)]
-    ratios = {name: min(run[name].call / run[name].torch for run in runs) for name in MOST}
+    ratios = {name: min(run[name]["call"] / run[name]["torch"] for run in runs) for name in MOST}
     assert set(runs[0]) == set(MOST)
     for name, ratio in ratios.items():
         assert ratio <= MOST[name], ratios

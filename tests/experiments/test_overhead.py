@@ -1,0 +1,251 @@
+"""What the experiment ``overhead`` times, that it checks before it times, and what its report says."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+pytest.importorskip("pandas", reason="the experiments need requirements/dev.txt")
+
+from benchmarks.engine.experiment import Record, Results, Unit
+from benchmarks.engine.store import Store
+from benchmarks.overhead import contestants, emulation, memory, peers, presets, results, timing, variants
+from benchmarks.overhead.cases import Case, make_inputs
+from benchmarks.overhead.experiment import Overhead
+from benchmarks.overhead.presets import Timing
+
+pytestmark = pytest.mark.filterwarnings("ignore:monosoftmax runs the slow reference backend")
+
+CPU = torch.device("cpu")
+LOGITS = Case("logits", "train", 6, 90, None, "float32", 1.0)
+HEAD = Case("head", "train", 6, 90, 8, "float32", 1.0)
+
+
+@pytest.fixture(autouse=True)
+def small_and_unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of 64 KiB, turns of one call, and no process for each contestant."""
+    monkeypatch.setitem(timing.COPY_BYTES, "cpu", 2**16)
+    monkeypatch.setattr(timing, "_TURN", 0.0)
+    monkeypatch.setattr(memory, "peaks", lambda case, names: dict.fromkeys(names, 3 * 2**20))
+
+
+def test_the_stored_results_are_those_of_the_units() -> None:
+    store = Store("overhead")
+    found = store.results()
+    units = {unit.name: unit for unit in Overhead().units(found)}
+    assert len(found) >= 28 and set(found) <= set(units)
+    for unit in units.values():
+        store.require_settings(unit, found)
+
+
+def test_least_work() -> None:
+    assert LOGITS.minimum_bytes == 2 * 6 * 90 * 4 + 6 * 8
+    assert replace(LOGITS, mode="no-grad", dtype="bfloat16").minimum_bytes == 6 * 90 * 2 + 6 * 8
+    assert HEAD.minimum_bytes == 2 * (6 * 8 + 90 * 8) * 4 + 6 * 8
+    copied = timing.floors(LOGITS, CPU, {"copy": 2.0})
+    assert copied == {"memory_ms": pytest.approx(2.0 * LOGITS.minimum_bytes / 2**17), "products_ms": None}
+
+
+@pytest.mark.parametrize("dim", [None, 64])
+def test_logits_have_the_standard_deviation_of_the_case(dim: int | None) -> None:
+    case = Case("logits" if dim is None else "head", "no-grad", 100, 2000, dim, "float32", 20.0)
+    inputs = make_inputs(case, CPU)
+    logits = inputs.operands[0] if dim is None else F.linear(*inputs.operands)
+    assert logits.shape == (100, 2000)
+    assert logits.std().item() == pytest.approx(20.0, rel=0.05)
+
+
+@pytest.mark.parametrize("mode", ["train", "no-grad"])
+def test_the_products_are_those_of_the_case(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(HEAD, mode=mode)
+    done: list[tuple[Tensor, Tensor]] = []
+    multiply = torch.mm
+
+    def record(one: Tensor, other: Tensor, *, out: Tensor) -> Tensor:
+        done.append((multiply(one, other, out=out), multiply(one.double(), other.double())))
+        return out
+
+    monkeypatch.setattr(torch, "mm", record)
+    timing.probes(case, make_inputs(case, CPU))["products"]()
+    assert [tuple(out.shape) for out, _ in done] == [(6, 90), (6, 8), (90, 8)][: 3 if mode == "train" else 1]
+    for out, exact in done:
+        torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def _result(name: str, case: Case) -> tuple[contestants.Contestant, tuple[float, ...]]:
+    contestant = contestants.prepare(name, case, make_inputs(case, CPU))
+    return contestant, contestants.fingerprint(contestant)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("mode", ["train", "no-grad"])
+@pytest.mark.parametrize("case", [LOGITS, HEAD], ids=lambda case: case.group)
+def test_forms_of_a_function_agree(case: Case, mode: Any, dtype: str) -> None:
+    case = replace(case, mode=mode, dtype=dtype)
+    known: dict[str, tuple[float, ...]] = {}
+    names = contestants.names(case.group, case.dtype, (16,))
+    for name in (name for name in names if not name.endswith(("compiled", "cut-cross-entropy"))):
+        try:
+            contestant, found = _result(name, case)
+        except peers.Unavailable:  # by an older torch
+            continue
+        assert len(found) == 1 + (mode == "train") * (1 if case.dim is None else 2)
+        expected = known.setdefault(contestant.function, found)
+        assert contestants.disagreement(case, found, expected) is None, name
+    assert "identity" not in known and "plain" in known and len(known) >= 9
+
+
+@pytest.mark.slow
+def test_compiled_forms_agree() -> None:
+    expected = _result("plain eager", HEAD)[1]
+    for name in ("plain compiled", "identity reference compiled", "plain cut-cross-entropy"):
+        assert contestants.disagreement(HEAD, _result(name, HEAD)[1], expected) is None, name
+
+
+def test_disagreement_names_what_differs() -> None:
+    assert contestants.disagreement(LOGITS, (1.0, 2.0), (1.0001, 2.0)) is None
+    assert contestants.disagreement(LOGITS, (1.0, 2.0), (1.0, 2.1)) == "norm of gradient 0 2 instead of 2.1"
+    assert "loss" in str(contestants.disagreement(LOGITS, (math.nan,), (1.0,)))
+
+
+def test_a_step_returns_every_gradient_and_leaves_none_behind() -> None:
+    inputs = make_inputs(LOGITS, CPU)
+    step = contestants.prepare("sigmoid_cap fused", LOGITS, inputs).step()
+    assert [tuple(tensor.shape) for tensor in step] == [(), (6, 90), (1,), (1,), (1,)]
+    assert inputs.operands[0].grad is None
+    (loss,) = _result("plif-16 reference", replace(LOGITS, mode="no-grad"))[0].step()
+    assert loss.grad_fn is None
+
+
+def test_a_named_backend_is_not_replaced() -> None:
+    for form in ("cuda", "triton", "triton recompute"):
+        with pytest.raises(peers.Unavailable, match=f'backend="{form.split()[0]}" cannot take this call'):
+            _result(f"plif-64 {form}", HEAD)
+
+
+def test_what_liger_overwrites_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed: requirements/peers.txt")
+    # Imported anew, to be interpreted: other tests compile its kernels.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "liger_kernel"]:
+        monkeypatch.delitem(sys.modules, name)
+    inputs = make_inputs(LOGITS, CPU)
+    before = inputs.operands[0].detach().clone()
+    with emulation.emulating():
+        found = contestants.fingerprint(contestants.prepare("plain liger", LOGITS, inputs))
+    assert contestants.disagreement(LOGITS, found, _result("plain eager", LOGITS)[1]) is None
+    assert torch.equal(inputs.operands[0], before)
+
+
+def test_the_preset_gpu_compiles_little_and_asks_for_backends_by_name() -> None:
+    gpu = {name: each for name, each in presets.timings() if name.startswith("gpu/")}
+    names = [name for each in gpu.values() for name in each.contestants]
+    assert sum(name.endswith("compiled") for name in names) == 4
+    assert not any(name.endswith(("fused", "reference")) for name in names)
+    small = {presets.shrunk(each.case) for each in gpu.values()}
+    assert len(small) == len(gpu) and {case.classes % 8 for case in small} == {0, 1}
+
+
+def test_plans_and_launches_are_as_before_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    wishes: list[dict[str, int]] = []
+    extension = SimpleNamespace(tune_plans=lambda **each: wishes.append(each))
+    monkeypatch.delitem(sys.modules, "monosoftmax_cuda_host", raising=False)
+    monkeypatch.setattr(variants.ms.backends, "extension", extension)
+    block = variants.chunked_head._BLOCK
+    with pytest.raises(RuntimeError), variants.tuned("cuda", {"fewest_blocks": 2, "block": 1}):
+        assert variants.chunked_head._BLOCK == 1
+        raise RuntimeError
+    assert wishes == [{"fewest_blocks": 2}, {}] and block == variants.chunked_head._BLOCK
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from monosoftmax.triton_kernels import launch
+
+    logits = torch.randn(2, 5000)
+    with variants.tuned("triton", {"lanes": 64}):
+        assert launch.tile_arguments(logits)["LANES"] == 64
+    assert launch.tile_arguments(logits)["LANES"] == 256
+
+
+def test_contestants_take_turns_and_who_fails_takes_no_more() -> None:
+    calls: list[str] = []
+
+    def fail() -> None:
+        raise ValueError("enough")
+
+    actions: dict[str, Any] = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    found = timing.take_turns(actions | {"bad": fail}, CPU, 4)
+    assert found["bad"] == {"status": "failed: ValueError: enough"}
+    assert all(0 < row["first_quartile_ms"] <= row["median_ms"] for name, row in found.items() if name != "bad")
+    runs = [name for name, before in zip(calls, ["", *calls], strict=False) if name != before]
+    assert len(runs) >= 9  # in turns, not one after the other
+
+
+def test_a_whole_unit_and_its_rows() -> None:
+    unit = Unit("quick/x", Timing(LOGITS, ("plain eager", "plif-64 fused", "plif-64 cuda"), 2))
+    times = dict(Overhead().run(unit, None).times)  # type: ignore[arg-type]
+    rows = times["contestants"]
+    assert times["device"] == "cpu" and times["memory_ms"] > 0 and times["products_ms"] is None
+    assert rows["plif-64 fused"]["median_ms"] > 0 and rows["plif-64 fused"]["peak_bytes"] == 3 * 2**20
+    assert rows["plif-64 cuda"]["status"].startswith("not available:") and "median_ms" not in rows["plif-64 cuda"]
+
+
+@pytest.mark.parametrize(("factor", "why"), [(1.01, "disagrees with plain eager: loss"), (math.nan, "disagrees")])
+def test_what_is_wrong_is_not_timed(factor: float, why: str) -> None:
+    def wrong(name: str, case: Case, inputs: Any) -> contestants.Contestant:
+        found = contestants.prepare(name, case, inputs)
+        right = name == "plain eager"
+        return found if right else replace(found, step=lambda: (factor * found.step()[0], *found.step()[1:]))
+
+    rows = timing.measure(Timing(LOGITS, ("plain eager", "identity fused"), 2), wrong)["contestants"]
+    assert why in rows["identity fused"]["status"] and "median_ms" not in rows["identity fused"]
+    assert rows["plain eager"]["median_ms"] > 0
+
+
+def test_without_a_gpu_its_units_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(LookupError, match="no CUDA device"):
+        timing.measure(Timing(LOGITS, ("plain eager",), 1, "cuda"), contestants.prepare)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is measured on Linux only")
+def test_peaks_are_those_beyond_inputs_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    case = replace(LOGITS, rows=100, classes=20_000)
+    logits = 100 * 20_000 * 4
+    eager, fused, wrong = memory.peaks(case, ["plain eager", "plif-64 fused", "none such"]).values()
+    # Eager holds log p and a copy of its gradient.
+    assert isinstance(eager, int) and 0.9 * logits < eager < 2.5 * logits
+    assert isinstance(fused, int) and fused < 0.2 * logits
+    assert wrong == "failed: KeyError: 'none'"
+
+
+def test_too_large_an_allocation_is_an_error() -> None:
+    with pytest.raises(RuntimeError) as caught, memory.limited(CPU):
+        torch.empty(2**45, dtype=torch.uint8)
+    assert memory.describe(caught.value) == "out of memory"
+    assert memory.describe(ValueError("first\nsecond")) == "failed: ValueError: first"
+
+
+def _record(unit: str, ms: dict[str, float]) -> Record:
+    rows = {name: {"median_ms": value, "peak_bytes": 2**20} for name, value in ms.items()}
+    times = {"memory_ms": 1.0, "products_ms": 4.0, "contestants": rows | {"plain compiled": {"status": "failed: x"}}}
+    return Record(unit, {}, {}, times, 1.0, {"machine": "m"})
+
+
+def test_figures_and_ratios(tmp_path: Path) -> None:
+    found = Results([_record("logits/a float32", {"plain eager": 12.0, "identity fused": 4.0, "plif-64 fused": 6.0})])
+    assert results.ratio(found, "logits/a float32", "plif-64 fused", "identity fused") == 1.5
+    assert results.ratio(found, "logits/a float32", "plain eager", "floor") == 3.0
+    for unit, name in (("logits/b", "plain eager"), ("logits/a float32", "plain compiled")):
+        with pytest.raises(results.NotMeasured, match=f"--only '{unit}'"):
+            results.figure(found, unit, name)
+    text = " ".join(Overhead().section(found, tmp_path).split())
+    assert "| a float32 | plif-64 fused | 6 | 1.50 | 0.50 | - | 1.50 | 1.0 |" in text
+    assert "failed: x" in text and "Not run: `python -m benchmarks run overhead --only 'head*/*'`" in text

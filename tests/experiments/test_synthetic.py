@@ -130,7 +130,7 @@ def test_the_section_follows_from_the_results(tmp_path):
     assert "-0.3200 [-0.3396, -0.3004]" in text and "1.458 / 92 †" in text
     assert "| mos15 | not run |" in text and "| mlp | diverged at all rates |" in text
     assert f"the first is {MAIN.name}/sigmoidcap-learned/search-lr0.03; `python -m benchmarks run synthetic`" in text
-    assert (tmp_path / "synthetic_gains.png").stat().st_size > 1000
+    assert (tmp_path / "synthetic-gains.png").stat().st_size > 1000
     assert "nan" not in Synthetic().section(Results(), tmp_path)
 
 

@@ -94,9 +94,9 @@ def _random(results: Results, folder: Path) -> dict[str, Any]:
         row["pilot, one draw"] = _PILOT.get(row["f"], "")
     lowest = {dim: {n: min(each["ranks"][_KEYS[1]] for each in of) for n, of in found[dim].items()} for dim in DIMS}
     ranks = {d: {k: [each["ranks"] for each in found[d][f"plif-{k}"]] for k in settings.PLIF_PIECES} for d in DIMS}
-    pictures.pieces(folder / "rank_pieces.png", ranks)
+    pictures.pieces(folder / "rank-pieces.png", ranks)
     spectra = {f"random factors, d = {dim}": {name: found[dim][name][0] for name in settings.SHOWN} for dim in DIMS}
-    pictures.spectra(folder / "rank_random.png", spectra)
+    pictures.spectra(folder / "rank-random.png", spectra)
     return {"rows": rows, "lowest": lowest}
 
 
@@ -133,7 +133,7 @@ def _noise(results: Results, folder: Path) -> dict[str, Any]:
         "Press, float64": [each["press"] for each in doubles.values()],
         f"effective, {_KEYS[-1]}": [each["ranks"][_KEYS[-1]] for each in doubles.values()],
     }
-    pictures.noise(folder / "rank_noise.png", [each["std"] for each in doubles.values()], lines, size.rank)
+    pictures.noise(folder / "rank-noise.png", [each["std"] for each in doubles.values()], lines, size.rank)
     return {
         "rows": rows,
         "last": doubles[max(c for c, each in doubles.items() if each["press"] <= size.rank)],
@@ -168,7 +168,7 @@ def _synthetic(results: Results, folder: Path) -> dict[str, Any]:
         }
         for method, of in found.items()
     ]
-    _draw_both(folder / "rank_synthetic.png", {method: of[0] for method, of in found.items()})
+    _draw_both(folder / "rank-synthetic.png", {method: of[0] for method, of in found.items()})
     test = stats.spearmanr([*rank.values()], [*kl.values()])
     return {
         "rows": rows,
@@ -189,7 +189,7 @@ def _language_model(results: Results, folder: Path) -> dict[str, Any]:
             row[header] = _ranks(of[name]["ranks"]) if of[name] else "-"
             row[f"{name}, centred"] = _ranks(of[name]["centred"]) if of[name] else "-"
         rows.append(row | _press([of["after"]], "Press after,"))
-    _draw_both(folder / "rank_language_model.png", found)
+    _draw_both(folder / "rank-language_model.png", found)
     return {"rows": rows, "tokens": found[OUTPUTS[0]]["tokens"]}
 
 

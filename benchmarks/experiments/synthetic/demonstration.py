@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from ...engine.experiment import ExperimentError
 from ...engine.runner import deterministic
 from ...engine.store import Store
 from .experiment import Synthetic, best_rate
@@ -21,13 +22,13 @@ def demonstration(steps: int = 300) -> list[dict[str, str]]:
         Rows of a table: ``method``, ``KL`` in nats, ``modes %``, and ``seconds`` of the training.
 
     Raises:
-        LookupError: the results have no search.
+        ExperimentError: the results have no search.
     """
     results, rows = Store(Synthetic.name).results(), []
     for method in METHODS:
         lr = best_rate(results, MAIN, method)
         if lr is None:
-            raise LookupError(f"the search of {method} is missing: {Synthetic().command(f'{MAIN.name}/*')}")
+            raise ExperimentError(f"the search of {method} is missing: {Synthetic().command(f'{MAIN.name}/*')}")
         started = time.monotonic()
         with deterministic(Synthetic.threads):
             found = train(Training(replace(MAIN, steps=steps), method, SEEDS[0], lr)).figures

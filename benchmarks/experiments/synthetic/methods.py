@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ class Method:
         transform: f, made from a source of random numbers for its initial values; None for mixtures.
         frozen: f keeps its initial values.
         published_rate: f's parameters have ``PUBLISHED_SLOPE_RATE`` instead of a share of the searched rate.
-        optimizer: of f's parameters; everything else is trained by Adam.
+        sgd: f's parameters are trained by SGD; everything else is by Adam.
         mixture, experts: a mixture instead of f.
         as_many_as: a Linear-Softmax whose dimension gives it about as many parameters as this method has.
     """
@@ -39,7 +38,7 @@ class Method:
     transform: Callable[[torch.Generator], MonotonicTransform] | None = None
     frozen: bool = False
     published_rate: bool = False
-    optimizer: Literal["adam", "sgd"] = "adam"
+    sgd: bool = False
     mixture: Callable[..., ms.MixtureOfSoftmaxes | ms.MixtureOfContexts] | None = None
     experts: int = 0
     as_many_as: str | None = None
@@ -85,7 +84,7 @@ METHODS: dict[str, Method] = {
     "plif-200": Method("PLIF, 200 pieces on [-20, 20], starts as the identity", lambda _: _T.PLIF(200)),
     "plif-frozen": Method(_RANDOM, _random, frozen=True),
     "mlp-1": Method("MonotonicMLP, 1 unit, starts as the identity", lambda _: _T.MonotonicMLP(1)),
-    "published-sgd": Method(_PUBLISHED, _published, published_rate=True, optimizer="sgd"),
+    "published-sgd": Method(_PUBLISHED, _published, published_rate=True, sgd=True),
     "published-adam": Method("PLIF as published, but Adam at 0.02 for the slopes", _published, published_rate=True),
     "published-frozen": Method("PLIF as published, slopes never trained", _published, frozen=True),
     "mos4": Method("Mixture of Softmaxes, 4 components", mixture=_MOS, experts=4),
@@ -99,9 +98,8 @@ METHODS: dict[str, Method] = {
 class FreeContexts(nn.Module):
     """N free context vectors under an output layer: all that there is to train.
 
-    Context vectors are standard normal, word vectors normal with standard deviation 1 / sqrt(d), biases 0; the matrices
-    of a mixture are those of :class:`torch.nn.Linear`. For one seed and dimension all methods start with the same
-    vectors.
+    Context vectors are standard normal, word vectors normal with standard deviation 1 / sqrt(d), biases 0; matrices of
+    mixtures are those of :class:`torch.nn.Linear`. For one seed and dimension all methods start with the same vectors.
     """
 
     def __init__(self, method: Method, contexts: int, words: int, dim: int, seed: int) -> None:
@@ -130,8 +128,8 @@ class FreeContexts(nn.Module):
         return self.output.transform if isinstance(self.output, ms.MonotonicSoftmax) else None
 
     def logits(self) -> Tensor:
-        """The logits, (N, M); those of the components for a mixture of softmaxes are not meant."""
-        assert not isinstance(self.output, ms.MixtureOfSoftmaxes)
+        """The logits, (N, M)."""
+        assert not isinstance(self.output, ms.MixtureOfSoftmaxes)  # it has those of its components
         return self.output.logits(self.context)
 
     def loss(self, probabilities: Tensor) -> Tensor:

@@ -20,13 +20,7 @@ _COLUMNS = 4
 def heat_maps(
     path: Path, gains: Mapping[str, Mapping[tuple[int, float], float]], dims: Sequence[int], alphas: Sequence[float]
 ) -> None:
-    """The gain of each method by d and alpha, all on one scale; cells that were not run are grey.
-
-    Args:
-        path: of the file.
-        gains: nats of KL less than Linear-Softmax, by method and (d, alpha).
-        dims, alphas: columns and rows.
-    """
+    """Nats of KL less than Linear-Softmax, by method and (d, alpha), on one scale; what was not run is grey."""
     largest = max(abs(value) for of in gains.values() for value in of.values())
     image = None
     with picture(path, math.ceil(len(gains) / _COLUMNS), _COLUMNS, (2.6, 1.7)) as grid:
@@ -48,12 +42,7 @@ def heat_maps(
 
 
 def shapes(path: Path, learned: Mapping[str, dict[str, Any]]) -> None:
-    """f(z) - f(median logit) of each method from the 5 % to the 99.9 % quantile of its logits.
-
-    Args:
-        path: of the file.
-        learned: what :func:`.training.shape` kept, by method.
-    """
+    """f(z) - f(median logit) from the 5 % to the 99.9 % quantile of the logits; ``training.shape`` by method."""
     with picture(path, math.ceil(len(learned) / _COLUMNS), _COLUMNS, (2.6, 2.1)) as grid:
         for axes, (method, kept) in zip(grid.flat, learned.items(), strict=False):
             quantiles = dict(map(tuple, kept["quantiles"]))

@@ -38,11 +38,11 @@ def section(experiment: Experiment, results: Results, folder: Path) -> str:
     grid[MAIN.dim, MAIN.alpha] = main
     gains = _gains(grid)
     if gains:
-        pictures.heat_maps(folder / "synthetic_gains.png", gains, DIMS, settings.ALPHAS)
+        pictures.heat_maps(folder / "synthetic-gains.png", gains, DIMS, settings.ALPHAS)
     shapes = {method: shape for method in METHODS if (shape := main.by_seed(method, "shape").get(SEEDS[0]))}
     shapes = {method: shape for method, shape in shapes.items() if not method.startswith(BASELINE)}
     if shapes:
-        pictures.shapes(folder / "synthetic_shapes.png", shapes)
+        pictures.shapes(folder / "synthetic-shapes.png", shapes)
     trainings = [record for record in results.values() if "backend" in record.times]
     backends = [record.times["backend"] for record in trainings]
     transforms = [m for m, how in METHODS.items() if how.transform and not m.startswith(BASELINE) and main.values(m)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import monosoftmax as ms
 
-from ...engine.experiment import Measured
+from ...engine.experiment import ExperimentError, Measured
 from .methods import METHODS, FreeContexts, build
 from .problem import dirichlet, figures, training_targets
 from .settings import Training
@@ -25,11 +25,11 @@ _POINTS = 201
 _QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
 
 
-class Diverged(ArithmeticError):
-    """The loss became infinite or NaN."""
+class Diverged(ExperimentError):
+    """The loss of ``step`` is infinite or NaN."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"the loss of step {step} is no number")
+    def __init__(self, method: str, step: int) -> None:
+        super().__init__(f"{method}: the loss of step {step} is not finite")
         self.step = step
 
 
@@ -41,8 +41,8 @@ class Trainer:
         cell, how = settings.cell, METHODS[settings.method]
         self.model = build(settings.method, cell.contexts, cell.words, cell.dim, settings.seed)
         groups = ms.parameter_groups(self.model, lr=settings.lr, transform_lr=how.transform_rate(settings.lr))
-        by_sgd = [group for group in groups if group["name"] == "transform" and how.optimizer == "sgd"]
-        by_adam = [group for group in groups if not any(group is other for other in by_sgd)]
+        by_sgd = [group for group in groups if group["name"] == "transform" and how.sgd]
+        by_adam = [group for group in groups if group["name"] != "transform" or not how.sgd]
         self.optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(by_adam, betas=settings.betas, fused=True)]
         if by_sgd:
             self.optimizers.append(torch.optim.SGD(by_sgd))
@@ -83,7 +83,7 @@ class Trainer:
             loss = self.train_step()
             self.seconds.append(time.process_time() - started)
             if not math.isfinite(loss):
-                raise Diverged(self.step - 1)
+                raise Diverged(self.settings.method, self.step - 1)
         return copy.deepcopy(self.model).double()
 
 

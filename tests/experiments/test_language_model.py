@@ -157,7 +157,7 @@ def test_rates_rise_and_fall_and_all_layers_read_the_same_words() -> None:
 def test_losses_of_documents_are_the_whole_loss_by_document(tokens: int | None) -> None:
     trainer = Trainer(CORPUS, replace(TINY, output="temperature", evaluation_tokens=tokens), steps=5)
     trainer.train()
-    losses, counts = trainer.document_losses("valid"), training.document_tokens(CORPUS, "valid", 4, tokens)
+    losses, counts = trainer.document_losses("valid"), training.document_tokens(CORPUS.splits["valid"], 4, tokens)
     part = CORPUS.splits["valid"]
     text = training.streams(part.tokens[:tokens], 4)
     trainer.model.eval()
@@ -198,7 +198,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """The whole tiny study, run once and verified."""
     tiny, store = LanguageModels((STUDY,)), Store("language_model", tmp_path_factory.mktemp("study"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpora, "load", lambda name, **settings: CORPUS)
+        patch.setattr(corpora, "load", lambda *settings: CORPUS)
         patch.setattr(experiment, "prepared", lambda settings: CORPUS)
         assert runner.run(tiny, store, runner.Selection()) == []
         verified = dict(runner.verify(tiny, store, tiny.to_verify(store.results())))

@@ -203,7 +203,7 @@ def cache_folder() -> Path:
 
 
 @lru_cache(maxsize=2)
-def load(name: str, *, style: str, vocabulary_size: int | None, min_count: int) -> Corpus:
+def load(name: str, style: str, vocabulary_size: int | None, min_count: int) -> Corpus:
     """The corpus ``name``, prepared as by :func:`prepare`.
 
     Raises:

@@ -64,12 +64,7 @@ class LanguageModels(Experiment):
         return section(results, pictures, self.studies[0])
 
 
-def _corpus_figures(preparation: Preparation) -> dict[str, Any]:
-    corpus = corpora.load(
-        preparation.corpus,
-        style=preparation.text_style,
-        vocabulary_size=preparation.vocabulary_size,
-        min_count=preparation.min_count,
-    )
-    counts = document_tokens(corpus, "test", preparation.batch_size, preparation.evaluation_tokens)
+def _corpus_figures(asked: Preparation) -> dict[str, Any]:
+    corpus = corpora.load(asked.corpus, asked.text_style, asked.vocabulary_size, asked.min_count)
+    counts = document_tokens(corpus.splits["test"], asked.batch_size, asked.evaluation_tokens)
     return {**corpus.facts(), "document_tokens": counts}

@@ -32,21 +32,19 @@ def table_figures(trainer: Trainer, keep_spectrum: bool) -> dict[str, Any]:
     losses = {split: trainer.document_losses(split) for split in ("valid", "test")}
     settings = trainer.settings
     counts = {
-        split: document_tokens(trainer.corpus, split, settings.batch_size, settings.evaluation_tokens)
+        split: sum(document_tokens(trainer.corpus.splits[split], settings.batch_size, settings.evaluation_tokens))
         for split in losses
     }
     figures: dict[str, Any] = {
-        "perplexity": {split: math.exp(math.fsum(each) / sum(counts[split])) for split, each in losses.items()},
+        "perplexity": {split: math.exp(math.fsum(each) / counts[split]) for split, each in losses.items()},
         "losses": losses["test"],
         "parameters": parameters(trainer),
     }
     if settings.seed == 0:
-        values = singular_values(trainer)
-        figures["effective_ranks"] = effective_ranks(values)
-        if keep_spectrum:
-            # For a picture; five digits are more than it shows.
-            figures["singular_values"] = [float(f"{value:.5g}") for value in values.tolist()]
-        figures |= _function(trainer)
+        found = spectrum(trainer)
+        if not keep_spectrum:
+            del found["singular_values"]
+        figures |= found | _function(trainer)
     return figures
 
 
@@ -56,15 +54,15 @@ def parameters(trainer: Trainer) -> int:
 
 
 @torch.no_grad()
-def singular_values(trainer: Trainer) -> Tensor:
-    """Of the matrix of log-probabilities of the first validation contexts."""
+def spectrum(trainer: Trainer) -> dict[str, Any]:
+    """Singular values and effective ranks of the matrix of log-probabilities of the first validation contexts."""
     states, _ = trainer.hidden_states(trainer.settings.rank_contexts)
-    return ms.analysis.spectrum(trainer.model.output.log_prob(states))
-
-
-def effective_ranks(values: Tensor) -> dict[str, int]:
-    """By tolerance."""
-    return {f"{tolerance:g}": ms.analysis.effective_rank(values, tolerance) for tolerance in TOLERANCES}
+    values = ms.analysis.spectrum(trainer.model.output.log_prob(states))
+    return {
+        "effective_ranks": {f"{tol:g}": ms.analysis.effective_rank(values, tol) for tol in TOLERANCES},
+        # For a picture; five digits are more than it shows.
+        "singular_values": [float(f"{value:.5g}") for value in values.tolist()],
+    }
 
 
 def transform(trainer: Trainer) -> ms.transforms.MonotonicTransform | None:

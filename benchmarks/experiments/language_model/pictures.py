@@ -22,23 +22,12 @@ from .training import Trainer
 
 #: Colour and dashes of each output layer, the same in every picture. Dashes let lines that coincide show through.
 STYLES: dict[str, tuple[str, str]] = {
-    "linear": ("#000000", "-"),
-    "temperature": ("#8c8c8c", "--"),
-    "plif": ("#d62728", "-"),
-    "plif-frozen": ("#f29a9b", "--"),
-    "plif-published": ("#8b1a1b", "-."),
-    "plif-frozen-published": ("#f29a9b", ":"),
-    "sigsoftmax": ("#1f77b4", "-"),
-    "gss": ("#17becf", "--"),
-    "softcap": ("#ff9d0a", "--"),
-    "softcap-learned": ("#c46a00", ":"),
-    "sigmoidcap": ("#e377c2", "-"),
-    "sigmoidcap-learned": ("#9e3f81", ":"),
-    "mlp": ("#8c564b", "-."),
-    "spline": ("#9467bd", "--"),
-    "mos": ("#2ca02c", "-"),
-    "moc": ("#8fd14f", "-."),
-}
+    "linear": ("#000000", "-"), "temperature": ("#8c8c8c", "--"), "plif": ("#d62728", "-"),
+    "plif-frozen": ("#f29a9b", "--"), "plif-published": ("#8b1a1b", "-."), "plif-frozen-published": ("#f29a9b", ":"),
+    "sigsoftmax": ("#1f77b4", "-"), "gss": ("#17becf", "--"), "softcap": ("#ff9d0a", "--"),
+    "softcap-learned": ("#c46a00", ":"), "sigmoidcap": ("#e377c2", "-"), "sigmoidcap-learned": ("#9e3f81", ":"),
+    "mlp": ("#8c564b", "-."), "spline": ("#9467bd", "--"), "mos": ("#2ca02c", "-"), "moc": ("#8fd14f", "-."),
+}  # fmt: skip
 
 
 def gains(cells: Sequence[CellResults], path: Path) -> bool:

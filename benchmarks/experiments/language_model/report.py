@@ -10,10 +10,10 @@ from typing import Any
 from ...engine import document
 from ...engine.experiment import Results
 from ...engine.statistics import Difference, mean_and_spread
-from . import pictures, search
+from . import pictures
 from .measures import TOLERANCES
 from .results import CellResults, Comparison, RowResults, compare, read_cells
-from .studies import BASELINE, CONTROL, DEMO, GPU, Cell, Study
+from .studies import BASELINE, CONTROL, GPU, Cell, Study
 
 
 def section(results: Results, folder: Path, study: Study) -> str:
@@ -42,8 +42,7 @@ def section(results: Results, folder: Path, study: Study) -> str:
         drawn=drawn,
         cells=[_cell(cell) for cell in cells],
         missing={name: rows for name, rows in missing.items() if rows},
-        gpu={"runs": _runs(GPU), "cells": len(GPU.cells), "extent": _extent(GPU)},
-        demo=[_demo(row, results) for row in DEMO.cells[0].rows],
+        gpu=sum(len(each.rows) * (len(each.seeds) + each.search.tries) for each in GPU.cells),
         machines=document.environments([run for cell in cells for each in cell.rows for run in each.runs.values()]),
     )
 
@@ -125,27 +124,6 @@ def _quality(each: RowResults) -> dict[str, Any]:
         *("-" if rank is None else rank for rank in ranks),
     )
     return found | dict(zip(measured, values, strict=True))
-
-
-def _demo(row: Any, results: Results) -> dict[str, Any]:
-    chosen = search.choose(DEMO, DEMO.cells[0], row, results)
-    shown = f"{chosen.transform_lr:g}" if chosen and row.learns_transform else "-"
-    return {"output": row.label, "lr": f"{chosen.lr:g}" if chosen else "not searched", "transform lr": shown}
-
-
-def _runs(study: Study) -> int:
-    return sum(len(cell.rows) * (len(cell.seeds) + cell.search.tries) for cell in study.cells)
-
-
-def _extent(study: Study) -> str:
-    settings = [cell.rows[0].settings for cell in study.cells]
-    rows = {row.label for cell in study.cells for row in cell.rows}
-    return (
-        f"{' and '.join(sorted({each.corpus for each in settings}))}, "
-        f"{' and '.join(sorted({each.model for each in settings}))}, d {_list(sorted({s.dim for s in settings}))}, "
-        f"{_list(f'{e:g}' for e in sorted({s.epochs for s in settings}))} epochs, {len(rows)} rows, "
-        f"device {settings[0].device}"
-    )
 
 
 def _both(prefix: str, comparison: Comparison | None) -> Mapping[str, str]:

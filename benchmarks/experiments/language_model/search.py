@@ -46,9 +46,9 @@ def units(study: Study, results: Results) -> Iterator[Unit]:
         yield Unit(f"{study.name}/verify/{study.verify.output}/seed{study.verify.seed}", study.verify)
     yield from dict.fromkeys(corpus_unit(study, cell) for cell in study.cells)
     for cell in study.cells:
-        tries = {row: _tries(study, cell, row, results) for row in cell.rows}
+        known = {row: tries(study, cell, row, results) for row in cell.rows}
         for number in range(cell.search.tries):
-            for row, found in tries.items():
+            for row, found in known.items():
                 if number < len(found):
                     yield search_unit(study, cell, row, found[number])
         chosen = {row: choose(study, cell, row, results) for row in cell.rows}
@@ -113,39 +113,33 @@ def next_try(search: Search, done: Sequence[Try], learns_transform: bool) -> Try
     return Try(_rounded(math.sqrt(best.lr * neighbour)), best.transform_lr)
 
 
+def tries(study: Study, cell: Cell, row: Row, results: Results) -> list[Try]:
+    """The tries of a row that are known, with perplexity NaN where they are not done, and infinity where they diverged.
+
+    Those of the grid may be done in any order, but what follows from them is only known when all of them are done.
+    """
+    search, found = cell.search, list[Try]()
+    while len(found) < search.tries and (len(found) < len(search.lr) or all(map(_done, found))):
+        one = next_try(search, found, row.learns_transform)
+        record = results.get(search_unit(study, cell, row, one).name)
+        figures = {} if record is None else record.figures
+        perplexity = math.inf if "diverged" in figures else figures.get("perplexity", {}).get("valid", math.nan)
+        found.append(replace(one, perplexity=perplexity))
+    return found
+
+
 def choose(study: Study, cell: Cell, row: Row, results: Results) -> Chosen | None:
     """The best learning rates of a row; None as long as not every try is done."""
-    done = _done_tries(study, cell, row, results)
-    if len(done) < cell.search.tries:
+    found = tries(study, cell, row, results)
+    if len(found) < cell.search.tries or not all(map(_done, found)):
         return None
-    best = min(done, key=lambda one: one.perplexity)
-    rates = [one.lr for one in done]
+    best = min(found, key=lambda one: one.perplexity)
+    rates = [one.lr for one in found]
     return Chosen(best.lr, best.transform_lr, best.lr in (min(rates), max(rates)))
 
 
-def _tries(study: Study, cell: Cell, row: Row, results: Results) -> list[Try]:
-    """The tries that are known: the whole grid from the start, each refinement when those before it are done."""
-    search = cell.search
-    done = _done_tries(study, cell, row, results)
-    if len(done) < len(search.lr):
-        return [*done, *(Try(rate, search.transform_lr[0]) for rate in search.lr[len(done) :])]
-    return done if len(done) == search.tries else [*done, next_try(search, done, row.learns_transform)]
-
-
-def _done_tries(study: Study, cell: Cell, row: Row, results: Results) -> list[Try]:
-    """The tries that are done, up to the first that is not.
-
-    Tries of the grid may be done in any order, but what follows from them is only decided when all of them are known.
-    """
-    done: list[Try] = []
-    while len(done) < cell.search.tries:
-        one = next_try(cell.search, done, row.learns_transform)
-        record = results.get(search_unit(study, cell, row, one).name)
-        if record is None:
-            break
-        diverged = "diverged" in record.figures
-        done.append(replace(one, perplexity=math.inf if diverged else record.figures["perplexity"]["valid"]))
-    return done
+def _done(one: Try) -> bool:
+    return not math.isnan(one.perplexity)
 
 
 def _rounded(rate: float) -> float:

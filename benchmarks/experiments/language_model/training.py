@@ -14,7 +14,7 @@ import monosoftmax as ms
 
 from ...engine.checkpoint import Checkpoint
 from ...engine.experiment import ExperimentError
-from .corpora import Corpus, CorpusError, load
+from .corpora import Corpus, CorpusError, Split, load
 from .models import State, build
 from .settings import Settings
 
@@ -28,12 +28,7 @@ class Diverged(ExperimentError):
 
 def prepared(settings: Settings) -> Corpus:
     """The corpus that ``settings`` ask for."""
-    return load(
-        settings.corpus,
-        style=settings.text_style,
-        vocabulary_size=settings.vocabulary_size,
-        min_count=settings.min_count,
-    )
+    return load(settings.corpus, settings.text_style, settings.vocabulary_size, settings.min_count)
 
 
 def streams(tokens: Tensor, count: int) -> Tensor:
@@ -42,16 +37,15 @@ def streams(tokens: Tensor, count: int) -> Tensor:
     return tokens[: length * count].reshape(count, length)
 
 
-def document_of_words(starts: Tensor, text: Tensor) -> Tensor:
-    """The document of each word of ``text`` (B, N) but the first of a stream, which is not predicted: (B (N - 1),)."""
-    places = torch.arange(text.numel()).reshape(text.shape)[:, 1:].flatten()
-    return torch.searchsorted(starts, places, right=True) - 1
+def document_of_words(part: Split, batch_size: int, tokens: int | None) -> Tensor:
+    """The document of each word that is predicted: all but the first word of a stream, stream by stream."""
+    places = streams(torch.arange(len(part.tokens[:tokens])), batch_size)[:, 1:].flatten()
+    return torch.searchsorted(part.starts, places, right=True) - 1
 
 
-def document_tokens(corpus: Corpus, split: str, batch_size: int, tokens: int | None = None) -> list[int]:
+def document_tokens(part: Split, batch_size: int, tokens: int | None = None) -> list[int]:
     """How many words of each document are predicted; documents of which no word is are left out."""
-    part = corpus.splits[split]
-    count = torch.bincount(document_of_words(part.starts, streams(part.tokens[:tokens], batch_size)))
+    count = torch.bincount(document_of_words(part, batch_size, tokens))
     found: list[int] = count[count > 0].tolist()
     return found
 
@@ -204,10 +198,10 @@ class Trainer:
         """Sums of -log p of each document of a split, as :meth:`perplexity` reads it; see :func:`document_tokens`."""
         text = self._evaluated(split)
         losses = -torch.cat(list(self._stretches(text.to(self.device))), 1).double().cpu()
-        document = document_of_words(self.corpus.splits[split].starts, text)
-        count = torch.bincount(document)
-        total = torch.zeros(len(count), dtype=torch.float64).index_add_(0, document, losses.flatten())
-        found: list[float] = total[count > 0].tolist()
+        settings, part = self.settings, self.corpus.splits[split]
+        document = document_of_words(part, settings.batch_size, settings.evaluation_tokens)
+        total = torch.zeros(len(part.starts), dtype=torch.float64).index_add_(0, document, losses.flatten())
+        found: list[float] = total[document.unique()].tolist()
         return found
 
     def _evaluated(self, split: str) -> Tensor:

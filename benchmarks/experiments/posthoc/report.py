@@ -124,12 +124,9 @@ def _alone_differences(results: Results) -> Row | None:
         names = [name for name in alone if name != base]
         found = _adjusted(alone_difference(results, name, base) for name in names)
         columns[base] = dict(zip(names, found, strict=True))
-    headers = {BASELINE: "less the identity", CONTROL: "less Temperature"}
-    rows = [
-        {"transform": TRANSFORMS[name].label}
-        | {headers[base]: of[name].describe(digits=4) if name in of else "-" for base, of in columns.items()}
-        for name in alone
-    ]
+    cells = {name: [of[name].describe(digits=4) if name in of else "-" for of in columns.values()] for name in alone}
+    headers = ("transform", "less the identity", "less Temperature")
+    rows = [dict(zip(headers, (TRANSFORMS[name].label, *cells[name]), strict=True)) for name in alone]
     best = best_alone(results, others)
     return {
         "rows": rows,
@@ -147,16 +144,16 @@ def _label(role: str, name: str) -> str:
 
 def _together_row(results: Results, role: str, name: str) -> Row:
     runs = list(head_runs(results, name).values())
-    rate = f"{runs[0].settings['rate']:g}"
-    return {"method": _label(role, name), "rate": rate, "seeds": len(runs), **_tested(results, runs)}
+    start = {"method": _label(role, name), "rate": f"{runs[0].settings['rate']:g}", "seeds": len(runs)}
+    return start | _tested(results, runs)
 
 
 def _head_search_row(results: Results, role: str, name: str) -> Row:
-    row = {"validation / test loss (best step)": _label(role, name)}
-    for rate, record in sorted(head_search(results, name).items()):
-        found = record.figures
-        row[f"rate {rate:g}"] = f"{found['valid_nll']:.4f} / {found['test_nll']:.4f} (step {found['step']})"
-    return row
+    found = {rate: record.figures for rate, record in sorted(head_search(results, name).items())}
+    return {"validation / test loss (best step)": _label(role, name)} | {
+        f"rate {rate:g}": f"{each['valid_nll']:.4f} / {each['test_nll']:.4f} (step {each['step']})"
+        for rate, each in found.items()
+    }
 
 
 def _head_differences(results: Results) -> list[Row]:
@@ -182,6 +179,7 @@ def _settings(study: Study) -> dict[str, str]:
     """The settings that are the same for all units of a kind."""
     alone, together = asdict(study.alone), asdict(study.together)
     found = {"states": alone.pop("states"), "evaluation": alone.pop("evaluation"), "f alone": alone}
-    found["f and the head"] = {name: together[name] for name in list(together)[list(together).index("search") + 1 :]}
+    own = ("states", "evaluation", "transform", "start", "rate", "seed", "search")
+    found["f and the head"] = {name: value for name, value in together.items() if name not in own}
     del alone["transform"]
     return {title: json.dumps(values) for title, values in found.items()}

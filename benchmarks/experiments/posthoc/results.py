@@ -54,11 +54,6 @@ def head_runs(results: Results, name: str) -> dict[int, Record]:
     return {record.settings["seed"]: record for record in results.matching(f"head/{name}-lr{rate:g}/seed*")}
 
 
-def test_tokens(results: Results) -> list[int]:
-    """Tokens of each document of the test split."""
-    return results["states"].figures["test_tokens"]
-
-
 def alone_difference(results: Results, one: str, other: str) -> Difference:
     """Test loss of a token of the transform ``one`` minus that of ``other``, fitted alone, over documents.
 
@@ -66,7 +61,7 @@ def alone_difference(results: Results, one: str, other: str) -> Difference:
         LookupError: one of them, or ``states``, is not there.
     """
     first, second = (results[f"transforms/{name}"].figures["document_nll"] for name in (one, other))
-    return over_documents(first, second, test_tokens(results))
+    return over_documents(first, second, results["states"].figures["test_tokens"])
 
 
 def head_difference(results: Results, one: str, other: str) -> tuple[Difference, list[int]]:
@@ -84,7 +79,7 @@ def head_difference(results: Results, one: str, other: str) -> tuple[Difference,
         raise LookupError(f"{one} and {other} have no seed in common")
     losses = [zip(*(of[seed].figures["document_nll"] for seed in seeds), strict=True) for of in runs]
     means = [[statistics.fmean(values) for values in each] for each in losses]
-    return over_documents(*means, test_tokens(results)), seeds
+    return over_documents(*means, results["states"].figures["test_tokens"]), seeds
 
 
 def calibration_error(bins: Mapping[str, Sequence[float]]) -> float:

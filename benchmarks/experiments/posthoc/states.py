@@ -203,7 +203,7 @@ def _blocks(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Numbers of documents of like lengths, so that little is padded: the longest first."""
     blocks: list[list[int]] = []
     room = 0
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if room <= 0:
             blocks.append([])
             room = size
@@ -214,8 +214,7 @@ def _blocks(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 def _states(model: Any, documents: Sequence[Sequence[int]]) -> list[Tensor]:
     """The states that predict each token of a document, (N, d), for each of the documents."""
-    states: list[Tensor] = []
-    rest = list(documents)
+    states, rest = [], list(documents)
     while rest:
         rows = max(1, _PASS_TOKENS // len(rest[0]))
         now, rest = rest[:rows], rest[rows:]

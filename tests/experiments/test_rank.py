@@ -10,7 +10,7 @@ from benchmarks.engine.runner import deterministic
 from benchmarks.engine.store import Store
 from benchmarks.experiments.language_model import corpora
 from benchmarks.experiments.language_model import training as language_model_training
-from benchmarks.experiments.rank import Rank, heads, matrices, report, settings
+from benchmarks.experiments.rank import Rank, measures, report, settings
 from benchmarks.experiments.rank.settings import LanguageModelHead, Large, Noise, Random
 from benchmarks.experiments.synthetic.settings import Cell, Training
 
@@ -23,12 +23,12 @@ def one_thread():
 
 def test_linear_random_factors_have_rank_d_plus_1_and_coarse_random_plifs_have_more():
     linear, coarse, published = (
-        matrices.describe(matrices.random_log_p(Random(f, 40, 40, 4, 0)), keep_spectrum=f == "linear")
+        measures.describe(measures.random_log_p(Random(f, 40, 40, 4, 0)), keep_spectrum=f == "linear")
         for f in ("linear", "plif-10", "plif-100000")
     )
     assert linear["ranks"] == {"0.001": 5, "0.0001": 5, "1e-05": 5}
     assert linear["press"] == {"float64": 5, "float32": 5} and len(linear["singular_values"]) == 5
-    assert matrices.centred(matrices.random_log_p(Random("linear", 40, 40, 4, 0)))["1e-05"] == 4
+    assert measures.centred(measures.random_log_p(Random("linear", 40, 40, 4, 0)))["1e-05"] == 4
     assert published["ranks"]["0.0001"] == 5 < coarse["ranks"]["0.0001"]
     # The numerical rank does not tell them apart.
     assert published["press"]["float64"] == coarse["press"]["float64"] == 40
@@ -37,28 +37,28 @@ def test_linear_random_factors_have_rank_d_plus_1_and_coarse_random_plifs_have_m
 
 def test_factors_are_the_same_for_every_f_and_different_for_every_seed():
     linear, temperature, other = (
-        matrices.random_log_p(Random(f, 10, 12, 3, seed))
+        measures.random_log_p(Random(f, 10, 12, 3, seed))
         for f, seed in (("linear", 0), ("temperature", 0), ("linear", 1))
     )
     assert torch.equal(linear, temperature) and not torch.equal(linear, other)
     torch.testing.assert_close(linear.exp().sum(1), torch.ones(10, dtype=torch.float64))
-    assert torch.equal(*(matrices.random_log_p(Random("spline-random", 10, 12, 3, 0)) for _ in range(2)))
+    assert torch.equal(*(measures.random_log_p(Random("spline-random", 10, 12, 3, 0)) for _ in range(2)))
 
 
 def test_a_large_matrix_has_ranks_up_to_the_number_of_values():
     size = Large("sigsoftmax", 60, 80, 4, 0, leading=16, exact=True)
-    found, exact = matrices.large(size), matrices.describe(matrices.random_log_p(size))["ranks"]
+    found, exact = measures.large(size), measures.describe(measures.random_log_p(size))["ranks"]
     assert found["exact"]["ranks"] == exact
     assert found["ranks"] == {key: rank if rank <= 16 else None for key, rank in exact.items()}
     assert None in found["ranks"].values() and found["ranks"]["0.001"] == exact["0.001"]
     assert 0 <= found["exact"]["largest_errors"][0] <= found["exact"]["largest_errors"][1] < 0.5
     assert found["exact"]["left_out"] <= found["left_out"] + 1e-12
-    assert "exact" not in matrices.large(replace(size, exact=False))
+    assert "exact" not in measures.large(replace(size, exact=False))
 
 
 @pytest.mark.parametrize("c", settings.NOISE_C)
 def test_noise_reproduces_the_published_experiment(c):
-    found, published = matrices.noise(Noise(c, rows=200)), report.PUBLISHED[c]
+    found, published = measures.noise(Noise(c, rows=200)), report.PUBLISHED[c]
     for dtype in ("float64", "float32"):
         assert found[dtype]["press"] == pytest.approx(max(10, published / 10_000 * 200), abs=8)
     assert set(found["float64"]["ranks"].values()) == {10}
@@ -68,12 +68,12 @@ def test_noise_reproduces_the_published_experiment(c):
 
 def test_a_trained_head_has_low_rank_before_f_and_more_after():
     training = Training(Cell(30, 25, 4, 0.1, 60), "plif-frozen", 0, 0.1)
-    found = heads.synthetic(training)
+    found = measures.synthetic(training)
     assert found["before"]["ranks"]["1e-05"] <= 4 + 2 < found["after"]["ranks"]["1e-05"]
     assert found["before"]["press"]["float64"] == 6 == len(found["before"]["singular_values"])
-    linear = heads.synthetic(replace(training, method="linear", seed=1))
+    linear = measures.synthetic(replace(training, method="linear", seed=1))
     assert linear["before"] == linear["after"] and "singular_values" not in linear["after"]
-    assert heads.synthetic(replace(training, method="mos4"))["before"] is None
+    assert measures.synthetic(replace(training, method="mos4"))["before"] is None
 
 
 def test_a_language_model_before_and_after_f(monkeypatch):
@@ -85,11 +85,11 @@ def test_a_language_model_before_and_after_f(monkeypatch):
     tiny = replace(
         settings.SMALL_MODEL, dim=4, hidden=8, batch_size=2, length=10, rank_contexts=50, output="sigsoftmax"
     )
-    found = heads.language_model(LanguageModelHead(tiny, 3))
+    found = measures.language_model(LanguageModelHead(tiny, 3))
     assert found["tokens"] == 3 * 2 * 10
     assert found["before"]["press"]["float64"] <= 4 + 2 < found["after"]["press"]["float64"]
-    assert heads.language_model(LanguageModelHead(tiny, 3)) == found
-    assert heads.language_model(LanguageModelHead(replace(tiny, output="mos"), 3))["before"] is None
+    assert measures.language_model(LanguageModelHead(tiny, 3)) == found
+    assert measures.language_model(LanguageModelHead(replace(tiny, output="mos"), 3))["before"] is None
 
 
 def test_the_section_follows_from_the_stored_results_and_says_what_is_missing(tmp_path):

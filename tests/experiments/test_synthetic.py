@@ -12,13 +12,13 @@ from scipy.special import digamma
 from benchmarks.engine.experiment import Record, Results
 from benchmarks.engine.runner import deterministic
 from benchmarks.engine.store import Store
-from benchmarks.experiments.synthetic import Synthetic, problem, timing, training
+from benchmarks.experiments.synthetic import Synthetic, timing, training
 from benchmarks.experiments.synthetic.methods import METHODS, build, size
-from benchmarks.experiments.synthetic.pictures import curve
+from benchmarks.experiments.synthetic.report import curve
 from benchmarks.experiments.synthetic.settings import GRID, LEARNING_RATES, MAIN, Cell, Timing, Training
 
 CELL = Cell(contexts=24, words=16, dim=3, alpha=0.3, steps=40)
-TARGETS = problem.training_targets(problem.dirichlet(24, 16, 0.3, 0))
+TARGETS = training.training_targets(training.dirichlet(24, 16, 0.3, 0))
 
 
 @pytest.fixture(autouse=True)
@@ -29,29 +29,29 @@ def one_thread():
 
 @pytest.mark.parametrize("alpha", [0.01, 0.1, 1.0])
 def test_targets_are_dirichlet_distributed(alpha):
-    targets = problem.dirichlet(4000, 50, alpha, seed=3)
+    targets = training.dirichlet(4000, 50, alpha, seed=3)
     torch.testing.assert_close(targets.sum(1), torch.ones(4000, dtype=torch.float64), atol=1e-12, rtol=0)
     # The mean entropy of a symmetric Dirichlet distribution in closed form; 5 standard errors are about 0.05 at most.
     expected = float(digamma(50 * alpha + 1) - digamma(alpha + 1))
     assert -torch.xlogy(targets, targets).sum(1).mean().item() == pytest.approx(expected, abs=0.06)
-    assert not torch.equal(targets, problem.dirichlet(4000, 50, alpha, seed=4))
-    single = problem.training_targets(targets)
+    assert not torch.equal(targets, training.dirichlet(4000, 50, alpha, seed=4))
+    single = training.training_targets(targets)
     assert (single[single > 0] >= torch.finfo(torch.float32).tiny).all() and (single > 0).any()
 
 
 def test_figures_of_known_distributions():
     targets = torch.tensor([[0.0, 0.0, 1.0], [0.5, 0.25, 0.25]], dtype=torch.float64)
-    log_q = torch.tensor([[-torch.inf, -0.1, -1.0], [-0.5, -0.75, -2.0]], dtype=torch.float64)
-    found = problem.figures(targets, log_q.clamp(min=-1e3))
+    log_q = torch.tensor([[-0.1, -torch.inf, -1.0], [-0.5, -0.75, -2.0]], dtype=torch.float64)
+    found = training.figures(targets, log_q.clamp(min=-1e3))
     # KL of the first row is 1; of the second 0.9375 - 1.5 log 2.
     assert found["kl"] == pytest.approx((1 + 0.9375 - 1.5 * np.log(2)) / 2, rel=1e-12)
     assert found["modes"] == 0.5 and found["top5"] == 1
-    assert problem.figures(torch.eye(12, dtype=torch.float64), -torch.arange(144.0).view(12, 12))["top5"] < 1
+    assert training.figures(torch.eye(12, dtype=torch.float64), -torch.arange(144.0).view(12, 12))["top5"] < 1
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_is_the_exact_cross_entropy(method):
-    model, targets = build(method, 10, 7, 3, seed=0), problem.dirichlet(10, 7, 0.5, seed=0)
+    model, targets = build(method, 10, 7, 3, seed=0), training.dirichlet(10, 7, 0.5, seed=0)
     log_q = copy.deepcopy(model).double().log_prob()
     assert model.loss(targets.float()).item() == pytest.approx(-(targets * log_q).sum(1).mean().item(), rel=2e-6)
     # All methods of a seed start with the same vectors, and those with equal parameters have the closest dimension.

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...engine.checkpoint import Checkpoint
 from ...engine.experiment import Experiment, Measured, Results, Unit
 from ..synthetic.settings import Training
-from . import heads, matrices
+from . import measures
 from .settings import LANGUAGE_MODEL, LARGE, NOISE, RANDOM, SEEDS, SHOWN, SYNTHETIC, LanguageModelHead, Large, Noise
 
 _QUICK = ("random-d16/plif-20/seed0", "random-d16/sigsoftmax/seed1", "noise/c1e-24", "synthetic/plif/seed0")
@@ -27,15 +27,15 @@ class Rank(Experiment):
     def run(self, unit: Unit, checkpoint: Checkpoint) -> Measured:
         settings = unit.settings
         if isinstance(settings, Noise):
-            return Measured(matrices.noise(settings))
+            return Measured(measures.noise(settings))
         if isinstance(settings, Large):
-            return Measured(matrices.large(settings))
+            return Measured(measures.large(settings))
         if isinstance(settings, Training):
-            return Measured(heads.synthetic(settings))
+            return Measured(measures.synthetic(settings))
         if isinstance(settings, LanguageModelHead):
-            return Measured(heads.language_model(settings))
+            return Measured(measures.language_model(settings))
         shown = settings.transform in SHOWN and settings.seed == SEEDS[0]
-        return Measured(matrices.describe(matrices.random_log_p(settings), shown))
+        return Measured(measures.describe(measures.random_log_p(settings), shown))
 
     def to_verify(self, results: Results) -> list[str]:
         return [name for name in _QUICK if name in results]

@@ -1,19 +1,25 @@
-"""The section of the report, from the stored results alone: a part for each group of units that is complete."""
+"""The section of the report and its pictures, from the stored results: a part for each complete group of units."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 from scipy import stats
+
+import monosoftmax as ms
 
 from ...engine import document
 from ...engine.experiment import Experiment, Results
+from ...engine.plots import picture
 from ...engine.statistics import SIGNIFICANCE, p_value
-from . import pictures, settings
+from ..language_model.pictures import STYLES as LANGUAGE_MODEL_STYLES
+from . import settings
+from .measures import SMALLEST
 from .settings import DIMS, LARGE, METHODS, NOISE, OUTPUTS, TRANSFORMS
 
 _KEYS = tuple(f"{tolerance:g}" for tolerance in settings.TOLERANCES)
@@ -31,6 +37,17 @@ _PILOT = {
     "sigmoidcap": "17 / 123 / 257",
 }
 
+#: Colour and dashes of each f, those of the language models' pictures where these have it.
+_STYLES = LANGUAGE_MODEL_STYLES | {
+    "plif-20": ("#d62728", "-"),
+    "plif-1000": ("#d62728", "--"),
+    "plif-100000": ("#8b1a1b", "-."),
+    "published-sgd": ("#8b1a1b", ":"),
+    "published-adam": ("#8b1a1b", "-."),
+    "mos4": ("#2ca02c", "-"),
+}
+_DOTS, _LINE = {"marker": "o", "markersize": 4}, {"color": "0.4", "linewidth": 0.8, "linestyle": ":"}
+
 Row = dict[str, Any]
 Figures = Mapping[str, Any]
 
@@ -38,15 +55,9 @@ Figures = Mapping[str, Any]
 def section(experiment: Experiment, results: Results, folder: Path) -> str:
     """The section, with its pictures in ``folder``."""
     units = [unit.name for unit in experiment.units(results)]
-    parts: dict[str, Callable[[Results, Path], dict[str, Any]]] = {
-        "random": _random,
-        "large": _large,
-        "noise": _noise,
-        "synthetic": _synthetic,
-        "language_model": _language_model,
-    }
-    texts = {}
-    for name, part in parts.items():
+    texts: dict[str, Any] = {}
+    for part in (_random, _large, _noise, _synthetic, _language_model):
+        name = part.__name__[1:]
         missing = [unit for unit in units if unit.startswith(name) and unit not in results]
         texts[name] = {"missing": missing} if missing else {"missing": [], **part(results, folder)}
     return document.render(
@@ -87,16 +98,14 @@ def _press(found: Iterable[Figures], what: str = "Press") -> Row:
 
 def _random(results: Results, folder: Path) -> dict[str, Any]:
     found = {dim: {name: of_seeds(results, f"random-d{dim}", name) for name in TRANSFORMS} for dim in DIMS}
-    rows = {
-        dim: [{"f": name, **_spans(of), **_press(of)} for name, of in of_dim.items()] for dim, of_dim in found.items()
-    }
+    rows = {dim: [{"f": f, **_spans(of), **_press(of)} for f, of in found[dim].items()] for dim in DIMS}
     for row in rows[DIMS[0]]:
         row["pilot, one draw"] = _PILOT.get(row["f"], "")
     lowest = {dim: {n: min(each["ranks"][_KEYS[1]] for each in of) for n, of in found[dim].items()} for dim in DIMS}
     ranks = {d: {k: [each["ranks"] for each in found[d][f"plif-{k}"]] for k in settings.PLIF_PIECES} for d in DIMS}
-    pictures.pieces(folder / "rank-pieces.png", ranks)
+    _draw_pieces(folder / "rank-pieces.png", ranks)
     spectra = {f"random factors, d = {dim}": {name: found[dim][name][0] for name in settings.SHOWN} for dim in DIMS}
-    pictures.spectra(folder / "rank-random.png", spectra)
+    _draw_spectra(folder / "rank-random.png", spectra)
     return {"rows": rows, "lowest": lowest}
 
 
@@ -133,7 +142,7 @@ def _noise(results: Results, folder: Path) -> dict[str, Any]:
         "Press, float64": [each["press"] for each in doubles.values()],
         f"effective, {_KEYS[-1]}": [each["ranks"][_KEYS[-1]] for each in doubles.values()],
     }
-    pictures.noise(folder / "rank-noise.png", [each["std"] for each in doubles.values()], lines, size.rank)
+    _draw_noise(folder / "rank-noise.png", [each["std"] for each in doubles.values()], lines, size.rank)
     return {
         "rows": rows,
         "last": doubles[max(c for c, each in doubles.items() if each["press"] <= size.rank)],
@@ -195,4 +204,42 @@ def _language_model(results: Results, folder: Path) -> dict[str, Any]:
 
 def _draw_both(path: Path, found: Mapping[str, Figures]) -> None:
     both = {f"{w} f": {name: of[w] for name, of in found.items() if of[w]} for w in ("before", "after")}
-    pictures.spectra(path, both)
+    _draw_spectra(path, both)
+
+
+def _draw_pieces(path: Path, ranks: Mapping[int, Mapping[int, Sequence[Mapping[str, int]]]]) -> None:
+    """Effective ranks of random PLIFs: by dimension and number of pieces, those of all seeds by tolerance."""
+    with picture(path, 1, len(ranks), (4.2, 3.2)) as grid:
+        for axes, (dim, by_pieces) in zip(grid[0], ranks.items(), strict=True):
+            for tolerance in next(iter(by_pieces.values()))[0]:
+                found = [[each[tolerance] for each in of] for of in by_pieces.values()]
+                axes.plot([*by_pieces], [sum(of) / len(of) for of in found], label=tolerance, **_DOTS)
+                axes.fill_between([*by_pieces], [*map(min, found)], [*map(max, found)], alpha=0.15)
+            axes.axhline(dim + 1, label=f"d + 1 = {dim + 1}", **_LINE)
+            axes.set(xscale="log", xlabel="pieces of a random PLIF on [-20, 20]", title=f"d = {dim}")
+            axes.legend(title="tolerance")
+        grid[0, 0].set_ylabel("effective rank (mean, and range over seeds)")
+
+
+def _draw_noise(path: Path, stds: Sequence[float], found: Mapping[str, Sequence[int]], rank: int) -> None:
+    """Ranks of a matrix of rank ``rank`` by the standard deviation of the noise on it."""
+    with picture(path, size=(5.6, 3.2)) as grid:
+        axes = grid[0, 0]
+        for name, values in found.items():
+            axes.plot(stds, values, label=name, **_DOTS)
+        axes.axhline(rank, label=f"true rank {rank}", **_LINE)
+        axes.set(xscale="log", yscale="log", ylabel="rank")
+        axes.set_xlabel("standard deviation of the noise (largest singular value: 1)")
+        axes.legend()
+
+
+def _draw_spectra(path: Path, groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """``singular_values`` by index, relative to the largest; a part for each of ``groups``, a line for each f."""
+    with picture(path, 1, len(groups), (4.2, 3.6)) as grid:
+        for axes, (title, named) in zip(grid[0], groups.items(), strict=True):
+            colours, dashes = zip(*(_STYLES[name] for name in named), strict=True)
+            axes.set_prop_cycle(color=colours, linestyle=dashes)
+            lines = {name: torch.tensor(of["singular_values"], dtype=torch.float64) for name, of in named.items()}
+            ms.analysis.plot_spectrum(lines, axes)
+            axes.set(ylim=(SMALLEST, 1.5), title=title)
+            axes.legend(fontsize=6)

@@ -12,6 +12,7 @@ import monosoftmax as ms
 from monosoftmax.transforms import MonotonicTransform
 
 from ..language_model.settings import Settings
+from ..synthetic.methods import METHODS as SYNTHETIC_METHODS
 from ..synthetic.settings import MAIN, Training
 
 #: Shares of the squared spectrum that an effective rank leaves out; as Parthiban et al., AAAI 2021.
@@ -73,20 +74,14 @@ def _perturbed(transform: MonotonicTransform, generator: torch.Generator) -> Mon
     return transform
 
 
+_COMMON = ("linear", "temperature", "plif", "sigsoftmax", "gss")
+_LEARNED = ("softcap-learned", "sigmoidcap-learned", "mlp", "spline")
+_SAME = (*_COMMON, "gss-published", "softcap", "sigmoidcap", "mlp", "spline")
 #: Pieces of the random PLIFs, in the picture of ranks by pieces.
 PLIF_PIECES = (10, 20, 50, 200, 1000, 10_000, 100_000)
 #: f of the random factors, made from a source of random numbers; everything not called random is at its defaults.
 TRANSFORMS: dict[str, Callable[[torch.Generator], MonotonicTransform]] = {
-    "linear": lambda _: _T.Identity(),
-    "temperature": lambda _: _T.Temperature(),
-    "plif": lambda _: _T.PLIF(),
-    "sigsoftmax": lambda _: _T.SigSoftmax(),
-    "gss": lambda _: _T.GSS(),
-    "gss-published": lambda _: _T.GSS(2.5, -1.5, learnable=False),
-    "softcap": lambda _: _T.SoftCap(),
-    "sigmoidcap": lambda _: _T.SigmoidCap(),
-    "mlp": lambda _: _T.MonotonicMLP(),
-    "spline": lambda _: _T.RationalQuadraticSpline(),
+    **{name: make for name in _SAME if (make := SYNTHETIC_METHODS[name].transform)},
     "mlp-random": lambda generator: _perturbed(_T.MonotonicMLP(), generator),
     "spline-random": lambda generator: _perturbed(_T.RationalQuadraticSpline(), generator),
     **{f"plif-{pieces}": _random_plif(pieces) for pieces in PLIF_PIECES},
@@ -105,10 +100,8 @@ LARGE = {f"large/{f}": Large(f, 3000, 10_000, 64, 0, leading=400, exact=f == "pl
 
 #: The main cell of the synthetic experiment with fewer steps, at one learning rate for all.
 CELL, LR = replace(MAIN, steps=600), 0.1
-METHODS = (
-    *("linear", "temperature", "plif", "plif-frozen", "published-sgd", "published-adam", "sigsoftmax", "gss"),
-    *("softcap-learned", "sigmoidcap-learned", "mlp", "spline", "mos4"),
-)
+_OF_PLIF = ("plif", "plif-frozen", "published-sgd", "published-adam")
+METHODS = ("linear", "temperature", *_OF_PLIF, "sigsoftmax", "gss", *_LEARNED, "mos4")
 SYNTHETIC = {f"synthetic/{m}/seed{seed}": Training(CELL, m, seed, LR) for m in METHODS for seed in HEAD_SEEDS}
 
 #: An LSTM, too small and trained too shortly to rank output layers by their perplexity.
@@ -126,8 +119,5 @@ SMALL_MODEL = Settings(
     evaluation_tokens=10_000,
     rank_contexts=800,
 )
-OUTPUTS = (
-    *("linear", "temperature", "plif", "sigsoftmax", "gss", "softcap-learned", "sigmoidcap-learned", "mlp", "spline"),
-    "mos",
-)
+OUTPUTS = (*_COMMON, *_LEARNED, "mos")
 LANGUAGE_MODEL = {f"language_model/{f}": LanguageModelHead(replace(SMALL_MODEL, output=f), 400) for f in OUTPUTS}

@@ -1,4 +1,4 @@
-"""The section of the report, from the stored results alone."""
+"""The section of the report and its pictures, from the stored results alone."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from ...engine import document
 from ...engine.experiment import Experiment, Record, Results
+from ...engine.plots import picture
 from ...engine.statistics import SIGNIFICANCE, Difference, holm, mean_and_spread, over_seeds, p_value
-from . import pictures, settings
+from . import settings
 from .experiment import best_rate, search_name
 from .methods import METHODS, size
-from .problem import TOLERANCES
 from .settings import DIMS, GRID, GRID_METHODS, LARGER, LARGER_METHODS, LEARNING_RATES, MAIN, SEEDS, Cell, seeds_of
+from .training import TOLERANCES
 
+_COLUMNS = 4
 BASELINE, CONTROL = "linear", "temperature"
 #: What a transform must reach in the main cell: KL in nats, share of modes.
 _WANTED_KL, _WANTED_MODES = 1.05, 0.9
@@ -38,11 +44,11 @@ def section(experiment: Experiment, results: Results, folder: Path) -> str:
     grid[MAIN.dim, MAIN.alpha] = main
     gains = _gains(grid)
     if gains:
-        pictures.heat_maps(folder / "synthetic-gains.png", gains, DIMS, settings.ALPHAS)
+        _heat_maps(folder / "synthetic-gains.png", gains)
     shapes = {method: shape for method in METHODS if (shape := main.by_seed(method, "shape").get(SEEDS[0]))}
     shapes = {method: shape for method, shape in shapes.items() if not method.startswith(BASELINE)}
     if shapes:
-        pictures.shapes(folder / "synthetic-shapes.png", shapes)
+        _draw_shapes(folder / "synthetic-shapes.png", shapes)
     trainings = [record for record in results.values() if "backend" in record.times]
     backends = [record.times["backend"] for record in trainings]
     transforms = [m for m, how in METHODS.items() if how.transform and not m.startswith(BASELINE) and main.values(m)]
@@ -187,3 +193,58 @@ def _timing_rows(record: Record) -> list[Row]:
             row[f"{what} / linear"] = f"{of[what][1] / seconds[BASELINE][what][1]:.2f}" if what in of else "-"
         rows.append(row)
     return rows
+
+
+def _heat_maps(path: Path, gains: Mapping[str, Mapping[tuple[int, float], float]]) -> None:
+    """Nats of KL less than Linear-Softmax, by method and (d, alpha), on one scale; what was not run is grey."""
+    largest = max(abs(value) for of in gains.values() for value in of.values())
+    image = None
+    with picture(path, math.ceil(len(gains) / _COLUMNS), _COLUMNS, (2.6, 1.7)) as grid:
+        for axes, (method, of) in zip(grid.flat, gains.items(), strict=False):
+            values = np.array([[of.get((dim, alpha), math.nan) for dim in DIMS] for alpha in settings.ALPHAS])
+            axes.set_facecolor("#d9d9d9")
+            axes.grid(False)
+            image = axes.imshow(values, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
+            for row, column in np.ndindex(values.shape):
+                value = values[row, column]
+                text = "-" if math.isnan(value) else f"{round(value, 2) + 0.0:+.2f}"
+                colour = "white" if abs(value) > 0.6 * largest else "black"
+                axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+            axes.set_xticks(range(len(DIMS)), [f"{dim}" for dim in DIMS])
+            axes.set_yticks(range(len(settings.ALPHAS)), [f"{alpha:g}" for alpha in settings.ALPHAS])
+            axes.set_title(method)
+        bar = grid[0, 0].figure.colorbar(image, ax=grid, shrink=0.9)
+        bar.set_label("less KL than linear [nats], by d and alpha", fontsize=8)
+
+
+def _draw_shapes(path: Path, learned: Mapping[str, dict[str, Any]]) -> None:
+    """f(z) - f(median logit) from the 5 % to the 99.9 % quantile of the logits; ``training.shape`` by method."""
+    with picture(path, math.ceil(len(learned) / _COLUMNS), _COLUMNS, (2.6, 2.1)) as grid:
+        for axes, (method, kept) in zip(grid.flat, learned.items(), strict=False):
+            quantiles = dict(map(tuple, kept["quantiles"]))
+            middle = quantiles[0.5]
+            z = torch.linspace(quantiles[0.05], quantiles[0.999], 401, dtype=torch.float64)
+            f = curve(method, kept, torch.cat([z, z.new_tensor([middle])]))
+            f = f[:-1] - f[-1]
+            axes.plot(z, z - middle, color="0.6", linewidth=0.8)
+            axes.plot(z, f, color="#d62728")
+            bottom, top = f.min().item(), f.max().item()
+            axes.set_ylim(bottom - 0.08 * (top - bottom), top + 0.08 * (top - bottom))
+            for share, style in ((0.5, "-"), (0.95, ":"), (0.99, ":")):
+                axes.axvline(quantiles[share], color="#1f77b4", linewidth=0.7, linestyle=style)
+            axes.set_title(method)
+        figure = grid[0, 0].figure
+        figure.supxlabel("logit z (blue: median, 95 % and 99 % of the logits lie to the left)", fontsize=9)
+        figure.supylabel("f(z) - f(median)", fontsize=9)
+
+
+def curve(method: str, kept: dict[str, Any], z: Tensor) -> Tensor:
+    """The learned f of ``method`` at ``z``, up to an offset."""
+    if "curve" in kept:
+        return torch.from_numpy(np.interp(z.numpy(), kept["curve"]["z"], kept["curve"]["f"]))
+    make = METHODS[method].transform
+    assert make is not None  # nothing is kept of mixtures
+    function = make(torch.Generator())
+    function.load_state_dict({name: torch.tensor(value) for name, value in kept["state"].items()})
+    with torch.no_grad():
+        return function(z)

@@ -14,9 +14,8 @@ from torch.utils.benchmark import Measurement, Timer
 import monosoftmax as ms
 
 from ...engine.experiment import Measured
-from .problem import dirichlet, training_targets
 from .settings import EAGER, LEARNING_RATES, Timing, Training
-from .training import Trainer
+from .training import Trainer, dirichlet, training_targets
 
 
 def measure(settings: Timing) -> Measured:

@@ -1,7 +1,8 @@
-"""Log-probability matrices of random factors, a matrix with noise, and what is measured on a matrix."""
+"""Log-probability matrices of random factors, with noise and of trained heads, and what is measured on them."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,7 +10,10 @@ from torch import Tensor
 
 import monosoftmax as ms
 
-from .settings import TOLERANCES, TRANSFORMS, Large, Noise, Random
+from ..language_model import training as language_models
+from ..synthetic.settings import Training
+from ..synthetic.training import Trainer, dirichlet, figures, training_targets
+from .settings import HEAD_SEEDS, TOLERANCES, TRANSFORMS, LanguageModelHead, Large, Noise, Random
 
 #: Singular values below this share of the largest are seen by no tolerance, and are not kept.
 SMALLEST = 1e-6
@@ -110,3 +114,41 @@ def noise(settings: Noise) -> dict[str, Any]:
             "ranks": ranks(ms.analysis.spectrum(matrix)),
         }
     return found
+
+
+@torch.no_grad()
+def synthetic(settings: Training) -> dict[str, Any]:
+    """Train a method and describe log Q before and after f; with the singular values for the first seed."""
+    cell, keep = settings.cell, settings.seed == HEAD_SEEDS[0]
+    probabilities = dirichlet(cell.contexts, cell.words, cell.alpha, settings.seed)
+    with torch.enable_grad():
+        model = Trainer(settings, training_targets(probabilities)).trained_model()
+    after = model.log_prob()
+    before = None if model.transform is None else torch.log_softmax(model.logits(), -1)
+    found = figures(probabilities, after)
+    return {
+        "kl": found["kl"],
+        "modes": found["modes"],
+        "before": None if before is None else describe(before, keep),
+        "after": describe(after, keep),
+    }
+
+
+@torch.no_grad()
+def language_model(settings: LanguageModelHead) -> dict[str, Any]:
+    """Train an LSTM and describe log P of validation contexts before and after f."""
+    trained = settings.training
+    corpus = language_models.prepared(trained)
+    trainer = language_models.Trainer(corpus, trained, settings.steps)
+    with torch.enable_grad():
+        trainer.train()
+    states = trainer.hidden_states(trained.rank_contexts)[0].double()
+    layer = copy.deepcopy(trainer.model.output).double()
+    after = layer.log_prob(states)
+    before = torch.log_softmax(layer.logits(states), -1) if isinstance(layer, ms.MonotonicSoftmax) else None
+    return {
+        "tokens": settings.steps * trained.batch_size * trained.length,
+        "valid_perplexity": trainer.perplexity("valid"),
+        "before": None if before is None else {**describe(before, True), "centred": centred(before)},
+        "after": {**describe(after, True), "centred": centred(after)},
+    }

@@ -1,9 +1,9 @@
 """The contestants by name: ``FUNCTION FORM``, such as ``plain eager``, ``plif-64 fused`` or ``mos-15 fair``.
 
-The function is what is computed, the form is how. ``plain`` is the cross entropy of softmax(z), ``plif-64`` that of
-softmax(f(z)) with f of 64 pieces, ``mos-15`` and ``moc-15`` are mixtures of 15 softmaxes and of 15 contexts. Every
-parameter that a transform can learn is learned, and its gradient is part of the work. ``fused`` takes the backend that
-is best here; ``cuda``, ``triton`` and, for the head, ``triton recompute`` take the backend and method of that name.
+``plain`` is the cross entropy of softmax(z), ``plif-64`` that of softmax(f(z)) with f of 64 pieces, ``mos-15`` and
+``moc-15`` are mixtures of 15 softmaxes and of 15 contexts. Every parameter that a transform can learn is learned, and
+its gradient is part of the work. ``fused`` takes the backend that is best here; ``cuda``, ``triton`` and, for the head,
+``triton recompute`` take the backend and method of that name.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from monosoftmax.backends import Operation
 
 from . import peers
 from .cases import DTYPES, Case, Group, Inputs
-
-Loss = Callable[..., Tensor]
+from .peers import Loss
 
 _TRANSFORMS: dict[str, Callable[[], ms.transforms.MonotonicTransform]] = {
     "identity": ms.transforms.Identity,
@@ -36,9 +35,6 @@ _TRANSFORMS: dict[str, Callable[[], ms.transforms.MonotonicTransform]] = {
     "monotonic_mlp": lambda: ms.transforms.MonotonicMLP(8),
     "spline": lambda: ms.transforms.RationalQuadraticSpline(16),
 }
-_COMPONENTS = (4, 15)
-#: A form of 16-bit logits: the fused loss of the same logits in float32.
-_WIDE = "fused float32"
 #: Forms by backend and, for the head, method: those of a GPU.
 _ON_GPU = {"logits": ("cuda", "triton"), "head": ("cuda", "triton", "triton chunked", "triton recompute")}
 #: Relative distance up to which losses and norms of gradients of the same function agree.
@@ -69,7 +65,7 @@ def names(
     functions = [*_TRANSFORMS, *(f"plif-{count}" for count in pieces)]
     forms = ["reference", "reference compiled", "fused"]
     if dtype in ("bfloat16", "float16") and group == "logits":
-        forms.append(_WIDE)
+        forms.append("fused float32")  # the same logits in float32
     found = ["plain eager", "plain compiled"]
     if group == "head":
         found += ["plain linear_cross_entropy", "plain linear_cross_entropy chunked", "plain cut-cross-entropy"]
@@ -78,8 +74,7 @@ def names(
         found += ["plain liger", *(["plain cut-cross-entropy kernels"] if group == "head" else [])]
     found += [f"{function} {form}" for function in functions for form in forms]
     if group == "head":
-        found += [f"mos-{count} {form}" for count in _COMPONENTS for form in ("published", "fair")]
-        found += [f"moc-{count} fused" for count in _COMPONENTS]
+        found += ["mos-4 published", "mos-4 fair", "mos-15 published", "mos-15 fair", "moc-4 fused", "moc-15 fused"]
     return [name for name in found if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
@@ -107,10 +102,9 @@ def fingerprint(contestant: Contestant) -> tuple[float, ...]:
 
 def disagreement(case: Case, one: tuple[float, ...], other: tuple[float, ...]) -> str | None:
     """In what two fingerprints differ by more than rounding; None where they agree. What is not finite never does."""
-    labels = ("loss", *(f"norm of gradient {index}" for index in range(len(one) - 1)))
-    for label, a, b in zip(labels, one, other, strict=True):
+    for index, (a, b) in enumerate(zip(one, other, strict=True)):
         if not (math.isfinite(a) and math.isclose(a, b, rel_tol=_TOLERANCES[case.dtype])):
-            return f"{label} {a:.6g} instead of {b:.6g}"
+            return f"{f'norm of gradient {index - 1}' if index else 'loss'} {a:.6g} instead of {b:.6g}"
     return None
 
 
@@ -159,7 +153,7 @@ def _transformed(function: str, form: str, case: Case, inputs: Inputs) -> Contes
             return ms.cross_entropy(*operands_and_target, transform, **given)
         return ms.linear_cross_entropy(*operands_and_target, transform, **given)
 
-    inputs = inputs.wide if form == _WIDE else inputs
+    inputs = inputs.wide if form == "fused float32" else inputs
     parameters = tuple(transform.parameters())
     if form == "reference compiled":
         return _contestant(_compiled(loss), inputs, parameters, "inductor")
@@ -193,16 +187,14 @@ def _mixture(function: str, form: str, case: Case, inputs: Inputs) -> Contestant
 
 
 def _contestant(loss: Loss, inputs: Inputs, parameters: tuple[Tensor, ...], backend: str) -> Contestant:
-    def without_gradients() -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return (loss(*inputs.operands, inputs.target),)
+    train = inputs.operands[0].requires_grad
 
-    def train() -> tuple[Tensor, ...]:
+    def step() -> tuple[Tensor, ...]:
+        with torch.set_grad_enabled(train):
+            found = loss(*inputs.operands, inputs.target)
         # Gradients are returned: to accumulate them would be one more pass over memory.
-        found = loss(*inputs.operands, inputs.target)
-        return (found.detach(), *torch.autograd.grad(found, (*inputs.operands, *parameters)))
+        return (found.detach(), *(torch.autograd.grad(found, (*inputs.operands, *parameters)) if train else ()))
 
-    step = train if inputs.operands[0].requires_grad else without_gradients
     return Contestant(step, backend, "plain", len(inputs.operands))
 
 
@@ -212,8 +204,6 @@ def _linear_then_cross_entropy(input: Tensor, weight: Tensor, target: Tensor) ->
 
 def _compiled(loss: Loss) -> Loss:
     """``loss`` in one graph for exactly its shapes."""
-    # All transforms share the code of one Python function, and torch.compile gives up on a function that it compiled
-    # more than 8 times for different values of what it closes over.
+    # By default torch.compile gives up on the function that all transforms share after 8 of them.
     torch._dynamo.config.recompile_limit = 256
-    compiled: Loss = torch.compile(loss, fullgraph=True, dynamic=False)
-    return compiled
+    return cast(Loss, torch.compile(loss, fullgraph=True, dynamic=False))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ from ..engine.checkpoint import Checkpoint
 from ..engine.document import environments, render
 from ..engine.experiment import Experiment, Measured, Results, Unit
 from . import contestants, host, variants
-from .emulation import emulating
 from .presets import Timing, shrunk, timings
 from .results import frame
 from .timing import measure
@@ -64,8 +62,7 @@ class Overhead(Experiment):
         prepare: Any = contestants.prepare
         if preset.endswith("variants"):
             prepare = partial(variants.prepare, next(each for each in variants.operators() if str(each) == name))
-        with emulating() if timing.device == "emulated" else nullcontext():
-            return Measured({}, measure(timing, prepare))
+        return Measured({}, measure(timing, prepare))
 
     def section(self, results: Results, pictures: Path) -> str:
         tables = [(heading, units, _table(frame(results, units, names))) for heading, units, names in _TABLES]

@@ -30,27 +30,22 @@ def measure(rounds: int = 15, calls: int = 200) -> dict[str, dict[str, float]]:
     def plain(from_hidden: bool) -> Tensor:
         return F.cross_entropy(F.linear(hidden, weight) if from_hidden else logits, target)
 
-    losses: dict[str, dict[str, Callable[[], Tensor]]] = {}
-    for suffix, f in (("", None), (", PLIF", plif)):
-        losses[f"cross_entropy{suffix}"] = {
-            "call": lambda f=f: ms.cross_entropy(logits, target, f),  # type: ignore[misc]
-            "torch": lambda: plain(False),
-        }
-        losses[f"linear_cross_entropy{suffix}"] = {
-            "call": lambda f=f: ms.linear_cross_entropy(hidden, weight, target, f),  # type: ignore[misc]
-            "torch": lambda: plain(True),
-        }
-    timers = {}
-    for name, pair in losses.items():
-        for key, loss in pair.items():
-            names = {"loss": loss, "backward": torch.autograd.backward}
-            timers[name, key] = Timer("loss()", globals=names, timer=time.process_time)
-            timers[f"{name}, backward", key] = Timer("backward(loss())", globals=names, timer=time.process_time)
-    found: dict[tuple[str, str], list[float]] = {each: [] for each in timers}
+    calls_of: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+        "cross_entropy": (lambda: ms.cross_entropy(logits, target), lambda: plain(False)),
+        "cross_entropy, PLIF": (lambda: ms.cross_entropy(logits, target, plif), lambda: plain(False)),
+        "linear_cross_entropy": (lambda: ms.linear_cross_entropy(hidden, weight, target), lambda: plain(True)),
+        "linear_cross_entropy, PLIF": (
+            lambda: ms.linear_cross_entropy(hidden, weight, target, plif),
+            lambda: plain(True),
+        ),
+    }
+    timers: dict[tuple[str, str], Timer] = {}
+    for name, pair in calls_of.items():
+        for key, loss in zip(("call", "torch"), pair, strict=True):
+            for suffix, statement in (("", "loss()"), (", backward", "loss().backward()")):
+                timers[name + suffix, key] = Timer(statement, globals={"loss": loss}, timer=time.process_time)
+    found: dict[str, dict[str, list[float]]] = {}
     for _ in range(rounds):
-        for each, timer in timers.items():
-            found[each].append(1e6 * timer.timeit(calls).median)
-    medians: dict[str, dict[str, float]] = {}
-    for (name, key), seconds in found.items():
-        medians.setdefault(name, {})[key] = statistics.median(seconds)
-    return medians
+        for (name, key), timer in timers.items():
+            found.setdefault(name, {}).setdefault(key, []).append(1e6 * timer.timeit(calls).median)
+    return {name: {key: statistics.median(each) for key, each in pair.items()} for name, pair in found.items()}

@@ -1,8 +1,4 @@
-"""Peak memory of one step of a contestant beyond its inputs and its gradients, and running out of memory.
-
-On the CPU each step runs in a process of its own, and what is measured is the growth of the resident set to its peak,
-which Linux lets a process reset. On a CUDA device it is the peak of what torch's allocator handed out.
-"""
+"""Peak memory of one step of a contestant beyond its inputs and its gradients, and running out of memory."""
 
 from __future__ import annotations
 
@@ -28,7 +24,10 @@ _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"
 
 
 def peaks(case: Case, names: Sequence[str]) -> dict[str, int | str]:
-    """The extra bytes of a step of each contestant on the CPU; or, in its place, why they are not known."""
+    """The extra bytes of a step of each contestant on the CPU; or, in its place, why they are not known.
+
+    They are the growth of the resident set, in a process of its own, to its peak, which Linux lets a process reset.
+    """
     # Forked from a process that has loaded torch, but has neither threads nor tensors.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -70,8 +69,7 @@ def limited(device: torch.device) -> Iterator[None]:
 
 def describe(error: BaseException) -> str:
     """What happened, for a cell of a table."""
-    texts = ("can't allocate memory", "not enough memory", "bad_alloc")
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts):
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return "out of memory"
     first = (str(error).strip().splitlines() or [""])[0]
     return f"not available: {first}" if isinstance(error, Unavailable) else f"failed: {type(error).__name__}: {first}"

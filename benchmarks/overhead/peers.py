@@ -4,37 +4,34 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Loss = Callable[..., Tensor]
+
 
 class Unavailable(Exception):
     """A contestant cannot run here; the message says why."""
 
 
-def linear_cross_entropy(chunked: bool) -> Callable[..., Tensor]:
+def linear_cross_entropy(chunked: bool) -> Loss:
     """torch.nn.functional.linear_cross_entropy(input, weight, target), with its options for chunks where asked for."""
-    function: Callable[..., Tensor] | None = getattr(F, "linear_cross_entropy", None)
-    options: Callable[[], Any] | None = getattr(nn, "LinearCrossEntropyOptions", None)
-    if function is None or (chunked and options is None):
+    if not (hasattr(F, "linear_cross_entropy") and hasattr(nn, "LinearCrossEntropyOptions")):
         raise Unavailable(f"torch {torch.__version__} has no such function, or no options for it")
-    if not chunked or options is None:
-        return function
-    chosen = options()
-    return lambda input, weight, target: function(input, weight, target, options=chosen)
+    given = {"options": nn.LinearCrossEntropyOptions()} if chunked else {}
+    return lambda input, weight, target: F.linear_cross_entropy(input, weight, target, **given)
 
 
-def cut_cross_entropy(kernels: bool, device: torch.device) -> Callable[..., Tensor]:
+def cut_cross_entropy(kernels: bool, device: torch.device) -> Loss:
     """Cut-cross-entropy (Wijmans et al., ICLR 2025): its Triton kernels, or its ``torch_compile``.
 
     The kernels by default count tiles whose gradients are all small as zero.
     """
     if not kernels:
-        found: Callable[..., Tensor] = _import("cut_cross_entropy.torch_compile").torch_compile_linear_cross_entropy
+        found: Loss = _import("cut_cross_entropy.torch_compile").torch_compile_linear_cross_entropy
         return found
     if device.type != "cuda":
         raise Unavailable(f"the kernels of cut-cross-entropy need a GPU, inputs are on {device}")
@@ -42,7 +39,7 @@ def cut_cross_entropy(kernels: bool, device: torch.device) -> Callable[..., Tens
     return lambda input, weight, target: function(input, weight, target, impl="cce")
 
 
-def liger(group: str) -> Callable[..., Tensor]:
+def liger(group: str) -> Loss:
     """Liger's loss of (logits, target), whose gradient overwrites the logits, or of (input, weight, target)."""
     if group == "head":
         head = _import("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
@@ -51,12 +48,11 @@ def liger(group: str) -> Callable[..., Tensor]:
     return lambda logits, target: loss.apply(logits, target, None)[0]
 
 
-def _import(module: str) -> ModuleType:
+def _import(module: str) -> Any:
     """A module of a package of requirements/peers.txt; :class:`Unavailable` where it, or triton, is not installed."""
-    package = module.partition(".")[0]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name not in (package, "triton"):
+        if error.name not in (module.partition(".")[0], "triton"):
             raise
         raise Unavailable(f"{error.name} is not installed: pip install --no-deps -r requirements/peers.txt") from None

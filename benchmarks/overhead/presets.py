@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .cases import Case, Group
 from .contestants import names
-
-#: What takes part where the shape is what is asked for.
-_CURVES = ("plain *", "identity fused", "plif-64 fused", "mos-4 fair", "moc-4 fused")
-_FUSED = ("plain *", "* fused*")
-_SWEEP = (10_000, 32_000, 128_000)
-#: Each shape costs a GPU seconds for each contestant: those that say most.
-_BACKENDS = ("identity cuda", "identity triton", "plif-64 cuda", "plif-64 triton")
-_ON_LOGITS = ("plain eager", *_BACKENDS)
-_ON_HEADS = ("plain eager", "identity cuda", "plif-64 cuda", "plif-64 triton")
-_HEAD_PEERS = (
-    *("plain eager", "plain compiled", "plain linear_cross_entropy", "plain liger"),
-    *("plain cut-cross-entropy kernels", "identity triton"),
-)
-#: With the choice of monosoftmax.backends.head_method.
-_HEAD_NO_GRAD = ("plain eager", "plif-64 cuda", "plif-64 triton chunked", "plif-64 triton recompute")
-_OTHER_TRANSFORMS = tuple(
-    f"{function} {backend}"
-    for function in ("temperature", "sigsoftmax", "gss", "soft_cap", "sigmoid_cap", "monotonic_mlp", "spline", "plif-*")
-    for backend in ("cuda", "triton")
-)
 
 
 @dataclass(frozen=True)
@@ -43,69 +23,68 @@ class Timing:
     device: str = "cpu"
 
 
-@dataclass(frozen=True)
-class _Sweep:
-    """Every combination of the values of some axes, for one group; and the patterns of names of contestants."""
-
-    group: Group
-    contestants: Sequence[str] = ("*",)
-    modes: Sequence[Any] = ("train",)
-    rows: Sequence[int] = (512,)
-    classes: Sequence[int] = (32_000,)
-    dims: Sequence[int] = (1024,)
-    dtypes: Sequence[str] = ("float32",)
-    stds: Sequence[float] = (1.0,)
-    #: Numbers of pieces of PLIF.
-    pieces: Sequence[int] = (64,)
-
-    def cases(self) -> Iterator[Case]:
-        dims = (None,) if self.group == "logits" else self.dims
-        for mode, *axes in itertools.product(self.modes, self.rows, self.classes, dims, self.dtypes, self.stds):
-            yield Case(self.group, mode, *axes)
+#: The values of the fields of a case behind its group, in their order.
+_ON_CPU = {"mode": ("train",), "rows": (512,), "classes": (32_000,), "dim": (1024,), "dtype": ("float32",)}
+_ON_CPU |= {"std": (1.0,)}
+#: The shape of a large language model's step. Logits of a trained model are wider.
+_ON_GPU = _ON_CPU | {"rows": (8192,), "classes": (50_304,), "dtype": ("bfloat16",), "std": (2.0,)}
+_Sweep = list[tuple[Case, list[str]]]
 
 
-def _on_gpu(group: Group, contestants: Sequence[str], **axes: Any) -> _Sweep:
-    """The shape of a large language model's step on a GPU, but for ``axes``. Logits of a trained model are wider."""
-    shape: dict[str, Any] = {"rows": (8192,), "classes": (50_304,), "dtypes": ("bfloat16",), "stds": (2.0,)}
-    return _Sweep(group, contestants, **shape | axes)
+def _sweep(group: Group, patterns: str, *pieces: int, on_gpu: bool = False, **axes: Any) -> _Sweep:
+    """The cases of all combinations of ``axes``, with the contestants of the names; ``pieces`` are those of PLIF."""
+    values = (_ON_GPU if on_gpu else _ON_CPU) | ({"dim": (None,)} if group == "logits" else {}) | axes
+    cases = [Case(group, *each) for each in itertools.product(*values.values())]
+    return [(case, names(group, case.dtype, pieces or (64,), patterns.split(", "), on_gpu)) for case in cases]
 
 
-_BOTH_MODES, _BOTH_STDS = ("train", "no-grad"), (1.0, 20.0)
-_PRESETS: dict[str, tuple[_Sweep, ...]] = {
-    "quick": (
-        _Sweep("logits", rows=(128,)),
-        _Sweep("logits", ("plain *", "* fused"), rows=(128,), stds=_BOTH_STDS),
-        _Sweep("logits", _FUSED, modes=_BOTH_MODES, rows=(128,), dtypes=("float32", "bfloat16")),
-        _Sweep("logits", _CURVES, rows=(128,), classes=_SWEEP),
-        _Sweep("logits", _CURVES, rows=(32, 128, 512)),
-        _Sweep("head", rows=(256,), dims=(256,)),
-        _Sweep("head", _CURVES, modes=("no-grad",), rows=(256,), dims=(256,)),
-        _Sweep("head", _CURVES, rows=(256,), classes=_SWEEP, dims=(256,)),
-        _Sweep("head", _CURVES, rows=(64, 256, 1024), dims=(256,)),
-    ),
-    "logits": (
-        _Sweep("logits", ("plain *", "* fused"), stds=_BOTH_STDS, pieces=(64, 100_000)),
-        _Sweep("logits", _FUSED, dtypes=("bfloat16", "float16"), stds=_BOTH_STDS),
-    ),
-    "head": (_Sweep("head", ("plain eager", "plif-64 fused"), modes=_BOTH_MODES, rows=(2048,), stds=_BOTH_STDS),),
-    "head_8192": (_Sweep("head", ("plif-64 fused",), rows=(8192,)),),
-    "head_280": (_Sweep("head", ("plif-64 fused", "mos-15 *"), rows=(2048,), dims=(280,), stds=_BOTH_STDS),),
-    # In the order of what they decide, in case the time is up.
-    "gpu": (
-        _on_gpu("logits", ("plain *", *_BACKENDS), modes=_BOTH_MODES),
-        _on_gpu("logits", _OTHER_TRANSFORMS, pieces=(1000,)),
-        _on_gpu("logits", ("plain eager", "plain liger", *_BACKENDS), rows=(64,), classes=(4096,)),
-        _on_gpu("head", _HEAD_PEERS, dims=(2048,)),
-        _on_gpu("head", _HEAD_NO_GRAD, modes=("no-grad",), classes=(50_304, 128_256), dims=(1024, 2048)),
-        _on_gpu("head", _ON_HEADS, classes=(50_304, 128_256), dims=(1024, 2048, 4096)),
-        _on_gpu("logits", ("plain compiled",), classes=(128_256,)),
-        _on_gpu("logits", ("plain liger",), modes=_BOTH_MODES, classes=(32_000, 128_256)),
-        _on_gpu("logits", _ON_LOGITS, modes=_BOTH_MODES, classes=(32_000, 50_257, 128_256, 151_936)),
-        _on_gpu("logits", _ON_LOGITS, modes=_BOTH_MODES, rows=(4096,), classes=(262_144,)),
-        _on_gpu("logits", _ON_LOGITS, rows=(4096,), dtypes=("float32",)),
-    ),
-}
-_ROUNDS = {"quick": 7, "logits": 7, "head": 3, "head_8192": 1, "head_280": 3, "gpu": 3}
+def _presets() -> Iterator[tuple[str, int, list[_Sweep]]]:
+    """Their names, the rounds, and sweeps."""
+    both_modes, both_stds = ("train", "no-grad"), (1.0, 20.0)
+    curves = "plain *, identity fused, plif-64 fused, mos-4 fair, moc-4 fused"
+    sizes = (10_000, 32_000, 128_000)
+    quick = [
+        _sweep("logits", "*", rows=(128,)),
+        _sweep("logits", "plain *, * fused", rows=(128,), std=both_stds),
+        _sweep("logits", "plain *, * fused*", mode=both_modes, rows=(128,), dtype=("float32", "bfloat16")),
+        _sweep("logits", curves, rows=(128,), classes=sizes),
+        _sweep("logits", curves, rows=(32, 128, 512)),
+        _sweep("head", "*", rows=(256,), dim=(256,)),
+        _sweep("head", curves, mode=("no-grad",), rows=(256,), dim=(256,)),
+        _sweep("head", curves, rows=(256,), classes=sizes, dim=(256,)),
+        _sweep("head", curves, rows=(64, 256, 1024), dim=(256,)),
+    ]
+    yield "quick", 7, quick
+    narrow = _sweep("logits", "plain *, * fused*", dtype=("bfloat16", "float16"), std=both_stds)
+    yield "logits", 7, [_sweep("logits", "plain *, * fused", 64, 100_000, std=both_stds), narrow]
+    yield "head", 3, [_sweep("head", "plain eager, plif-64 fused", mode=both_modes, rows=(2048,), std=both_stds)]
+    yield "head_8192", 1, [_sweep("head", "plif-64 fused", rows=(8192,))]
+    yield "head_280", 3, [_sweep("head", "plif-64 fused, mos-15 *", rows=(2048,), dim=(280,), std=both_stds)]
+
+    def on_gpu(group: Group, patterns: str, *pieces: int, **axes: Any) -> _Sweep:
+        return _sweep(group, patterns, *pieces, on_gpu=True, **axes)
+
+    # Each shape costs a GPU seconds for each contestant: those that say most, in the order of what they decide.
+    backends = "plain eager, identity cuda, identity triton, plif-64 cuda, plif-64 triton"
+    functions = ("temperature", "sigsoftmax", "gss", "soft_cap", "sigmoid_cap", "monotonic_mlp", "spline", "plif-*")
+    peers = "plain eager, plain compiled, plain linear_cross_entropy, plain liger, plain * kernels, identity triton"
+    methods = "plain eager, plif-64 cuda, plif-64 triton chunked, plif-64 triton recompute"
+    heads = "plain eager, identity cuda, plif-64 cuda, plif-64 triton"
+    wide = (50_304, 128_256)
+    gpu = [
+        on_gpu("logits", f"plain *, {backends}", mode=both_modes),
+        on_gpu("logits", ", ".join(f"{each} cuda, {each} triton" for each in functions), 1000),
+        on_gpu("logits", f"plain liger, {backends}", rows=(64,), classes=(4096,)),
+        on_gpu("head", peers, dim=(2048,)),
+        on_gpu("head", methods, mode=("no-grad",), classes=wide, dim=(1024, 2048)),
+        on_gpu("head", heads, classes=wide, dim=(1024, 2048, 4096)),
+        on_gpu("logits", "plain compiled", classes=(128_256,)),
+        on_gpu("logits", "plain liger", mode=both_modes, classes=(32_000, 128_256)),
+        on_gpu("logits", backends, mode=both_modes, classes=(32_000, 50_257, 128_256, 151_936)),
+        on_gpu("logits", backends, mode=both_modes, rows=(4096,), classes=(262_144,)),
+        on_gpu("logits", backends, rows=(4096,), dtype=("float32",)),
+    ]
+    yield "gpu", 3, gpu
 
 
 def timings() -> Iterator[tuple[str, Timing]]:
@@ -113,16 +92,13 @@ def timings() -> Iterator[tuple[str, Timing]]:
 
     ``dry`` is ``gpu`` on the CPU, at shapes of its own.
     """
-    for preset, sweeps in _PRESETS.items():
-        on_gpu = preset == "gpu"
+    for preset, rounds, sweeps in _presets():
         planned: dict[Case, dict[str, None]] = {}
-        for sweep in sweeps:
-            for case in sweep.cases():
-                found = names(case.group, case.dtype, sweep.pieces, sweep.contestants, on_gpu)
-                planned.setdefault(case, {}).update(dict.fromkeys(found))
+        for case, found in itertools.chain(*sweeps):
+            planned.setdefault(case, {}).update(dict.fromkeys(found))
         for case, wanted in planned.items():
-            yield f"{preset}/{case}", Timing(case, tuple(wanted), _ROUNDS[preset], "cuda" if on_gpu else "cpu")
-            if on_gpu:
+            yield f"{preset}/{case}", Timing(case, tuple(wanted), rounds, "cuda" if preset == "gpu" else "cpu")
+            if preset == "gpu":
                 yield f"dry/{shrunk(case)}", Timing(shrunk(case), tuple(wanted), 1, "emulated")
 
 

@@ -28,8 +28,7 @@ def figure(results: Results, unit: str, name: str, what: str = "median_ms") -> f
     """A figure of a case.
 
     Args:
-        results: of the experiment.
-        unit: name of the case, such as :data:`HEAD`.
+        results, unit: of the experiment, and the name of the case, such as :data:`HEAD`.
         name: a contestant, such as ``plif-64 fused``; or ``products`` for the time of the bare matrix products,
             ``memory`` for that of a copy of the bytes that must be moved, ``floor`` for the longer of both.
         what: ``median_ms``, or ``peak_bytes`` beyond operands, parameters and gradients.

@@ -1,8 +1,7 @@
 """The cases as pytest-benchmark tests: ``pytest benchmarks/overhead --benchmark-only -k 'quick and plif-64'``.
 
-pytest-benchmark finishes one contestant before the next begins: compare runs of one contestant over time with it
-(``--benchmark-autosave``, ``--benchmark-compare``). Contestants with each other compare best in turns, as
-``python -m benchmarks run overhead`` runs them.
+It finishes one contestant before the next begins: compare runs over time with it (``--benchmark-compare``). Contestants
+with each other compare best in turns, as ``python -m benchmarks run overhead`` runs them.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _inputs = lru_cache(1)(make_inputs)
     [
         pytest.param(timing.case, timing.device, name, id=f"{unit}, {name}")
         for unit, timing in timings()
-        if timing.device == "cpu" or (timing.device == "cuda" and torch.cuda.is_available())
+        if timing.device in ("cpu", "cuda" if torch.cuda.is_available() else "")
         for name in timing.contestants
     ],
 )

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import random
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +27,7 @@ Action = Callable[[], object]
 _TURN = 0.02
 #: Bytes of each of the two buffers of the copy, by the type of the device: many times its last-level cache.
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**29}
+_TESTS = Path(__file__).parents[2] / "tests"
 
 
 def measure(timing: Timing, prepare: Callable[[str, Case, Inputs], Contestant]) -> dict[str, Any]:
@@ -34,7 +39,7 @@ def measure(timing: Timing, prepare: Callable[[str, Case, Inputs], Contestant]) 
     if kind.type == "cuda" and not torch.cuda.is_available():
         raise LookupError(f"torch {torch.__version__} finds no CUDA device here")
     rows: dict[str, dict[str, Any]] = {name: {} for name in timing.contestants}
-    with memory.limited(kind):
+    with memory.limited(kind), emulating() if timing.device == "emulated" else nullcontext():
         inputs = make_inputs(case, kind)
         actions = probes(case, inputs)
         known: dict[str, tuple[str, tuple[float, ...]]] = {}
@@ -66,6 +71,21 @@ def measure(timing: Timing, prepare: Callable[[str, Case, Inputs], Contestant]) 
     clock = "triton.testing" if kind.type == "cuda" else "torch.utils.benchmark"
     model = torch.cuda.get_device_name() if kind.type == "cuda" else timing.device
     return {"device": model, "clock": clock, **floors(case, kind, medians), "contestants": rows}
+
+
+@contextmanager
+def emulating() -> Iterator[None]:
+    """While it lasts, the triton and the cuda backend take CPU tensors, as in the tests: to see that a program runs."""
+    # The kernels must be loaded before they are interpreted: else they would stay so.
+    for module in ("operators", "recompute_head"):
+        importlib.import_module(f"monosoftmax.triton_kernels.{module}")
+    sys.path.insert(0, str(_TESTS))
+    try:
+        interpreter, host = (importlib.import_module(name) for name in ("triton_interpreter", "cuda_host"))
+    finally:
+        sys.path.remove(str(_TESTS))
+    with interpreter.interpreting(), host.executing():
+        yield
 
 
 def take_turns(actions: Mapping[str, Action], device: torch.device, rounds: int) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ pytest.importorskip("pandas", reason="the experiments need requirements/dev.txt"
 
 from benchmarks.engine.experiment import Record, Results, Unit
 from benchmarks.engine.store import Store
-from benchmarks.overhead import contestants, emulation, memory, peers, presets, results, timing, variants
+from benchmarks.overhead import contestants, memory, peers, presets, results, timing, variants
 from benchmarks.overhead.cases import Case, make_inputs
 from benchmarks.overhead.experiment import Overhead
 from benchmarks.overhead.presets import Timing
@@ -139,7 +139,7 @@ def test_what_liger_overwrites_is_its_own(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.delitem(sys.modules, name)
     inputs = make_inputs(LOGITS, CPU)
     before = inputs.operands[0].detach().clone()
-    with emulation.emulating():
+    with timing.emulating():
         found = contestants.fingerprint(contestants.prepare("plain liger", LOGITS, inputs))
     assert contestants.disagreement(LOGITS, found, _result("plain eager", LOGITS)[1]) is None
     assert torch.equal(inputs.operands[0], before)

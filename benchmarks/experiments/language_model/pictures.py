@@ -128,14 +128,7 @@ def transforms(trainers: Sequence[Trainer], path: Path) -> None:
     """f of each output layer that has one, with the histogram of its logits beneath."""
     shown = [trainer for trainer in trainers if transform(trainer) is not None]
     columns = min(3, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    width, height = 3.6 * columns, 3.6 * rows
-    with picture(path, rows, columns, (3.6, 3.6)) as grid:
-        # By hand: the histograms lie outside of the axes that they belong to, where a layout engine does not look.
-        grid[0, 0].figure.set_layout_engine("none")
-        grid[0, 0].figure.subplots_adjust(
-            left=0.7 / width, right=1 - 0.1 / width, top=1 - 0.3 / height, bottom=1.1 / height, wspace=0.28, hspace=0.65
-        )
+    with picture(path, math.ceil(len(shown) / columns), columns, (3.4, 3.4)) as grid:
         for axes, trainer in zip(grid.flat, shown, strict=False):
             function = transform(trainer)
             assert function is not None

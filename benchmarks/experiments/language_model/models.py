@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ def transform_of(name: str) -> ms.transforms.MonotonicTransform | None:
     return None if name in _MIXTURES else _TRANSFORMS[name]()
 
 
+@cache
 def learns_transform(name: str) -> bool:
     """Whether f of the output layer ``name`` has parameters that are trained."""
     transform = transform_of(name)

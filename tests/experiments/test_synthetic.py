@@ -57,8 +57,8 @@ def test_the_loss_is_the_exact_cross_entropy(method):
     # All methods of a seed start with the same vectors, and those with equal parameters have the closest dimension.
     assert torch.equal(model.context, build("linear", 10, 7, model.context.shape[1], 0).context)
     if (other := METHODS[method].as_many_as) is not None:
-        wanted = size(other, 400, 300, 10)[1]
-        assert size(method, 400, 300, 10)[0] == min(range(99), key=lambda d: abs(700 * d + 300 - wanted)) > 10
+        wanted = size(other, 40, 300, 10)[1]
+        assert size(method, 40, 300, 10)[0] == min(range(99), key=lambda d: abs(340 * d + 300 - wanted)) > 10
 
 
 def test_parameters_of_f_are_trained_as_the_method_says():
@@ -67,6 +67,8 @@ def test_parameters_of_f_are_trained_as_the_method_says():
         groups = [(type(each).__name__, group) for each in trainer.optimizers for group in each.param_groups]
         found = {group["name"]: (kind, pytest.approx(group["lr"])) for kind, group in groups}
         assert found == {"model": ("Adam", 0.3)} | ({"transform": of_f} if of_f else {})
+    trainer.train_step()
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * 0.3)
     assert [trainer.rate(step) for step in (0, 19, 20, 30, 40)] == pytest.approx([0.05, 1, 1, 0.5, 0])
 
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ...engine.checkpoint import Checkpoint
 from ...engine.experiment import Experiment, Measured, Results, Unit
 from ..synthetic.settings import Training
 from . import measures
-from .settings import LANGUAGE_MODEL, LARGE, NOISE, RANDOM, SEEDS, SHOWN, SYNTHETIC, LanguageModelHead, Large, Noise
+from .settings import LANGUAGE_MODEL, LARGE, NOISE, RANDOM, SYNTHETIC, LanguageModelHead, Large, Noise, Random
 
+_MEASURES: dict[type, Callable[[Any], dict[str, Any]]] = {
+    Random: measures.random_factors,
+    Large: measures.large,
+    Noise: measures.noise,
+    Training: measures.synthetic,
+    LanguageModelHead: measures.language_model,
+}
 _QUICK = ("random-d16/plif-20/seed0", "random-d16/sigsoftmax/seed1", "noise/c1e-24", "synthetic/plif/seed0")
 
 
@@ -25,17 +33,7 @@ class Rank(Experiment):
             yield Unit(name, settings)
 
     def run(self, unit: Unit, checkpoint: Checkpoint) -> Measured:
-        settings = unit.settings
-        if isinstance(settings, Noise):
-            return Measured(measures.noise(settings))
-        if isinstance(settings, Large):
-            return Measured(measures.large(settings))
-        if isinstance(settings, Training):
-            return Measured(measures.synthetic(settings))
-        if isinstance(settings, LanguageModelHead):
-            return Measured(measures.language_model(settings))
-        shown = settings.transform in SHOWN and settings.seed == SEEDS[0]
-        return Measured(measures.describe(measures.random_log_p(settings), shown))
+        return Measured(_MEASURES[type(unit.settings)](unit.settings))
 
     def to_verify(self, results: Results) -> list[str]:
         return [name for name in _QUICK if name in results]

@@ -13,7 +13,7 @@ import monosoftmax as ms
 from ..language_model import training as language_models
 from ..synthetic.settings import Training
 from ..synthetic.training import Trainer, dirichlet, figures, training_targets
-from .settings import HEAD_SEEDS, TOLERANCES, TRANSFORMS, LanguageModelHead, Large, Noise, Random
+from .settings import HEAD_SEEDS, SEEDS, SHOWN, TOLERANCES, TRANSFORMS, LanguageModelHead, Large, Noise, Random
 
 #: Singular values below this share of the largest are seen by no tolerance, and are not kept.
 SMALLEST = 1e-6
@@ -60,6 +60,12 @@ def random_log_p(settings: Random) -> Tensor:
     transform = TRANSFORMS[settings.transform](torch.Generator().manual_seed(settings.seed + 1000))
     with torch.no_grad():
         return torch.log_softmax(transform.double()(hidden @ weight.t()), -1)
+
+
+def random_factors(settings: Random) -> dict[str, Any]:
+    """What :func:`describe` finds; with the singular values where they are shown."""
+    shown = settings.transform in SHOWN and settings.seed == SEEDS[0]
+    return describe(random_log_p(settings), shown)
 
 
 def large(settings: Large) -> dict[str, Any]:

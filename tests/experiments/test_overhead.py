@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,8 +52,7 @@ def test_least_work() -> None:
     assert LOGITS.minimum_bytes == 2 * 6 * 90 * 4 + 6 * 8
     assert replace(LOGITS, mode="no-grad", dtype="bfloat16").minimum_bytes == 6 * 90 * 2 + 6 * 8
     assert HEAD.minimum_bytes == 2 * (6 * 8 + 90 * 8) * 4 + 6 * 8
-    copied = timing.floors(LOGITS, CPU, {"copy": 2.0})
-    assert copied == {"memory_ms": pytest.approx(2.0 * LOGITS.minimum_bytes / 2**17), "products_ms": None}
+    assert timing.floors(LOGITS, CPU, {"copy": 2.0})["memory_ms"] == pytest.approx(LOGITS.minimum_bytes / 2**16)
 
 
 @pytest.mark.parametrize("dim", [None, 64])
@@ -60,25 +60,20 @@ def test_logits_have_the_standard_deviation_of_the_case(dim: int | None) -> None
     case = Case("logits" if dim is None else "head", "no-grad", 100, 2000, dim, "float32", 20.0)
     inputs = make_inputs(case, CPU)
     logits = inputs.operands[0] if dim is None else F.linear(*inputs.operands)
-    assert logits.shape == (100, 2000)
     assert logits.std().item() == pytest.approx(20.0, rel=0.05)
 
 
 @pytest.mark.parametrize("mode", ["train", "no-grad"])
 def test_the_products_are_those_of_the_case(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = replace(HEAD, mode=mode)
-    done: list[tuple[Tensor, Tensor]] = []
+    inputs = make_inputs(replace(HEAD, mode=mode), CPU)
+    done: list[Tensor] = []
     multiply = torch.mm
-
-    def record(one: Tensor, other: Tensor, *, out: Tensor) -> Tensor:
-        done.append((multiply(one, other, out=out), multiply(one.double(), other.double())))
-        return out
-
-    monkeypatch.setattr(torch, "mm", record)
-    timing.probes(case, make_inputs(case, CPU))["products"]()
-    assert [tuple(out.shape) for out, _ in done] == [(6, 90), (6, 8), (90, 8)][: 3 if mode == "train" else 1]
-    for out, exact in done:
-        torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(torch, "mm", lambda one, other, out: done.append(multiply(one, other, out=out)))
+    timing.probes(replace(HEAD, mode=mode), inputs)["products"]()
+    x, weight = (operand.detach() for operand in inputs.operands)
+    logits = x @ weight.T
+    for out, wanted in zip(done, [logits, logits @ weight, logits.T @ x][: 3 if mode == "train" else 1], strict=True):
+        torch.testing.assert_close(out, wanted)
 
 
 def _result(name: str, case: Case) -> tuple[contestants.Contestant, tuple[float, ...]]:
@@ -114,7 +109,8 @@ def test_compiled_forms_agree() -> None:
 def test_disagreement_names_what_differs() -> None:
     assert contestants.disagreement(LOGITS, (1.0, 2.0), (1.0001, 2.0)) is None
     assert contestants.disagreement(LOGITS, (1.0, 2.0), (1.0, 2.1)) == "norm of gradient 0 2 instead of 2.1"
-    assert "loss" in str(contestants.disagreement(LOGITS, (math.nan,), (1.0,)))
+    for value in (math.nan, math.inf):
+        assert "loss" in str(contestants.disagreement(LOGITS, (value,), (value,)))
 
 
 def test_a_step_returns_every_gradient_and_leaves_none_behind() -> None:
@@ -173,18 +169,21 @@ def test_plans_and_launches_are_as_before_after_an_exception(monkeypatch: pytest
     assert launch.tile_arguments(logits)["LANES"] == 256
 
 
-def test_contestants_take_turns_and_who_fails_takes_no_more() -> None:
+def test_contestants_take_turns_and_who_fails_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_on_cpu", lambda action: {"ms": action()})
     calls: list[str] = []
+    ms = iter([5.0, 1.0, 2.0, 4.0, 3.0])
 
-    def fail() -> None:
-        raise ValueError("enough")
+    def call(name: str) -> float:
+        calls.append(name)
+        return next(ms) if name == "a" else 1 / (name != "bad")
 
-    actions: dict[str, Any] = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    found = timing.take_turns(actions | {"bad": fail}, CPU, 4)
-    assert found["bad"] == {"status": "failed: ValueError: enough"}
-    assert all(0 < row["first_quartile_ms"] <= row["median_ms"] for name, row in found.items() if name != "bad")
-    runs = [name for name, before in zip(calls, ["", *calls], strict=False) if name != before]
-    assert len(runs) >= 9  # in turns, not one after the other
+    found = timing.take_turns({name: partial(call, name) for name in ("a", "b", "c", "bad")}, CPU, 5)
+    assert found["bad"] == {"status": "failed: ZeroDivisionError: division by zero"} and calls.count("bad") == 1
+    assert found["a"] == {"median_ms": 3.0, "first_quartile_ms": 2.0, "third_quartile_ms": 4.0}
+    calls.remove("bad")
+    rounds = [calls[start : start + 3] for start in range(0, 15, 3)]
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds) and len(set(map(tuple, rounds))) > 1
 
 
 def test_a_whole_unit_and_its_rows() -> None:
@@ -196,15 +195,18 @@ def test_a_whole_unit_and_its_rows() -> None:
     assert rows["plif-64 cuda"]["status"].startswith("not available:") and "median_ms" not in rows["plif-64 cuda"]
 
 
-@pytest.mark.parametrize(("factor", "why"), [(1.01, "disagrees with plain eager: loss"), (math.nan, "disagrees")])
-def test_what_is_wrong_is_not_timed(factor: float, why: str) -> None:
+@pytest.mark.parametrize("factor", [1.01, math.nan])
+def test_what_is_wrong_is_not_timed(factor: float) -> None:
     def wrong(name: str, case: Case, inputs: Any) -> contestants.Contestant:
         found = contestants.prepare(name, case, inputs)
         right = name == "plain eager"
         return found if right else replace(found, step=lambda: (factor * found.step()[0], *found.step()[1:]))
 
     rows = timing.measure(Timing(LOGITS, ("plain eager", "identity fused"), 2), wrong)["contestants"]
-    assert why in rows["identity fused"]["status"] and "median_ms" not in rows["identity fused"]
+    assert (
+        "disagrees with plain eager: loss" in rows["identity fused"]["status"]
+        and "median_ms" not in rows["identity fused"]
+    )
     assert rows["plain eager"]["median_ms"] > 0
 
 
@@ -218,17 +220,17 @@ def test_without_a_gpu_its_units_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_peaks_are_those_beyond_inputs_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     case = replace(LOGITS, rows=100, classes=20_000)
-    logits = 100 * 20_000 * 4
     eager, fused, wrong = memory.peaks(case, ["plain eager", "plif-64 fused", "none such"]).values()
-    # Eager holds log p and a copy of its gradient.
-    assert isinstance(eager, int) and 0.9 * logits < eager < 2.5 * logits
-    assert isinstance(fused, int) and fused < 0.2 * logits
+    # The logits have 8 MB. Eager holds log p and a copy of its gradient.
+    assert isinstance(eager, int) and 7.2e6 < eager < 20e6
+    assert isinstance(fused, int) and fused < 1.6e6
     assert wrong == "failed: KeyError: 'none'"
 
 
 def test_too_large_an_allocation_is_an_error() -> None:
+    free = 1024 * memory._kib("/proc/meminfo", "MemAvailable")
     with pytest.raises(RuntimeError) as caught, memory.limited(CPU):
-        torch.empty(2**45, dtype=torch.uint8)
+        torch.empty(free + 2**29, dtype=torch.uint8)
     assert memory.describe(caught.value) == "out of memory"
     assert memory.describe(ValueError("first\nsecond")) == "failed: ValueError: first"
 

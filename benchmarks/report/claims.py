@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..engine.statistics import SIGNIFICANCE
+from ..experiments.rank.settings import METHODS
 from .missing import better, count_better, of_all
 from .models import ModelEvidence
 from .others import CostEvidence, PosthocEvidence, RankEvidence, spearman
@@ -43,7 +44,7 @@ class Evidence:
     @cached_property
     def ranks_and_kl(self) -> dict[str, tuple[float, float]]:
         """Effective rank and KL by layer, of the main synthetic cell."""
-        return self.synthetic.ranks_and_kl(self.ranks.TRAINED)
+        return {name: (self.synthetic.rank(name), self.synthetic.mean(name, "kl")) for name in METHODS}
 
 
 def claims(evidence: Evidence) -> list[Claim]:
@@ -52,7 +53,7 @@ def claims(evidence: Evidence) -> list[Claim]:
     Raises:
         NotRun: a figure is missing.
     """
-    return [Claim(text, source, verdict(evidence)) for text, source, verdict in _CLAIMS]
+    return [Claim(text, source, verdict(evidence)) for text, (source, verdict) in _CLAIMS.items()]
 
 
 def _rank_is_raised(evidence: Evidence) -> str:
@@ -143,38 +144,23 @@ def _helps_after_the_fact(evidence: Evidence) -> str:
     )
 
 
-_CLAIMS: tuple[tuple[str, str, Callable[[Evidence], str]], ...] = (
-    (
-        "Increasing pointwise functions raise the rank of the log-probability matrix.",
-        _GANEA,
-        _rank_is_raised,
-    ),
-    (
-        "In synthetic experiments cross entropy and mode matching improve.",
-        _GANEA,
-        _synthetic_improves,
-    ),
-    ("Real language models improve.", _GANEA, _language_models_improve),
-    ("A learned f costs little.", _GANEA, _costs_little),
-    ("It comes close to Mixture of Softmaxes.", _GANEA, _close_to_mixtures),
-    (
-        "A frozen random PLIF is as good as a trained one, so that the gain is regularisation.",
+_CLAIMS: dict[str, tuple[str, Callable[[Evidence], str]]] = {
+    "Increasing pointwise functions raise the rank of the log-probability matrix.": (_GANEA, _rank_is_raised),
+    "In synthetic experiments cross entropy and mode matching improve.": (_GANEA, _synthetic_improves),
+    "Real language models improve.": (_GANEA, _language_models_improve),
+    "A learned f costs little.": (_GANEA, _costs_little),
+    "It comes close to Mixture of Softmaxes.": (_GANEA, _close_to_mixtures),
+    "A frozen random PLIF is as good as a trained one, so that the gain is regularisation.": (
         _PARTHIBAN,
         _frozen_is_as_good,
     ),
-    (
-        "The published setting (100,000 pieces, SGD at 0.02 on the slopes) does not learn f; Adam does.",
+    "The published setting (100,000 pieces, SGD at 0.02 on the slopes) does not learn f; Adam does.": (
         "pilot of this project",
         _published_optimiser,
     ),
-    (
-        "A higher rank is not what makes the gain: rank and loss hardly correlate.",
-        _PARTHIBAN,
-        _rank_is_not_the_reason,
-    ),
-    (
-        "Put on a trained model, a learned f improves its loss beyond what a temperature does.",
+    "A higher rank is not what makes the gain: rank and loss hardly correlate.": (_PARTHIBAN, _rank_is_not_the_reason),
+    "Put on a trained model, a learned f improves its loss beyond what a temperature does.": (
         "question of this project",
         _helps_after_the_fact,
     ),
-)
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
@@ -13,12 +14,13 @@ from ..engine.document import count, template
 from ..engine.store import Store
 from ..experiments import EXPERIMENTS
 from ..experiments.language_model.results import Comparison
+from ..experiments.rank.report import span as span_of_ranks
 from ..experiments.synthetic.methods import TRANSFORM_RATE_RATIO
 from ..experiments.synthetic.settings import MAIN
 from .claims import Claim, Evidence, claims
 from .missing import NotRun, better, count_better, gain, nats, span
 from .models import ModelEvidence
-from .others import CostEvidence, PosthocEvidence, RankEvidence, correlation, rank_span
+from .others import CostEvidence, PosthocEvidence, RankEvidence, correlation
 from .synthetic import SyntheticEvidence
 
 _SECTIONS = ("synthetic", "rank", "language_model", "posthoc", "overhead")
@@ -53,8 +55,9 @@ def _verdicts(evidence: Evidence) -> str:
         "gain": gain,
         "gains": lambda found: _both(found, gain, f"over {count(found.seeds.pairs, 'seed')}"),
         "nats": nats,
+        "mean": statistics.mean,
         "percent": lambda share: f"{100 * share:.0f} %",
-        "rank_span": rank_span,
+        "rank_span": span_of_ranks,
         "span": span,
     }
     page = template(Path(__file__).with_name("verdicts.md.jinja"), filters=filters, tests={"better": better})

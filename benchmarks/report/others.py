@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, ClassVar
 
@@ -12,7 +11,8 @@ from scipy import stats
 from ..engine.experiment import Results
 from ..engine.statistics import SIGNIFICANCE, Difference, p_value
 from ..experiments.posthoc import results as fitted
-from ..experiments.rank.settings import METHODS as TRAINED_METHODS
+from ..experiments.rank.report import of_seeds
+from ..experiments.rank.settings import METHODS
 from ..overhead import results as measured
 from .missing import NotRun
 
@@ -24,13 +24,12 @@ class RankEvidence:
 
     DIMS = (16, 64)
     RANDOM = ("linear", "sigsoftmax", "sigmoidcap", "plif-20", "plif-50", "plif-1000", "plif-100000")
-    TRAINED = TRAINED_METHODS
 
     def __init__(self, results: Results) -> None:
         self._results = results
 
-    def _runs(self, group: str, name: str) -> list[dict[str, Any]]:
-        found = [record.figures for record in self._results.matching(f"{group}/{name}/seed*")]
+    def _runs(self, group: str, name: str) -> list[Any]:
+        found = of_seeds(self._results, group, name)
         if not found:
             raise NotRun(f"python -m benchmarks run rank --only '{group}/*'")
         return found
@@ -39,28 +38,17 @@ class RankEvidence:
         """Of random factors of ``dim`` features, by seed."""
         return [run["ranks"][_TOLERANCE] for run in self._runs(f"random-d{dim}", name)]
 
-    def mean_random(self, dim: int, name: str) -> float:
-        """The mean of :meth:`random`."""
-        return statistics.mean(self.random(dim, name))
-
     def press(self, name: str) -> list[int]:
         """The numerical rank that published tables have, of random factors of the first of ``DIMS``."""
         return [run["press"]["float64"] for run in self._runs(f"random-d{self.DIMS[0]}", name)]
 
     def trained(self) -> Iterator[tuple[str, list[int], list[int]]]:
         """Trained heads of the synthetic experiment: the method, ranks before and after f by seed. Not of mixtures."""
-        for name in self.TRAINED:
+        for name in METHODS:
             runs = self._runs("synthetic", name)
             if runs[0]["before"] is not None:
                 before, after = ([run[when]["ranks"][_TOLERANCE] for run in runs] for when in ("before", "after"))
                 yield name, before, after
-
-
-def rank_span(ranks: Sequence[int]) -> str:
-    """``17``, or ``mean (least-most)`` where ranks differ."""
-    if min(ranks) == max(ranks):
-        return str(ranks[0])
-    return f"{statistics.mean(ranks):.0f} ({min(ranks)}-{max(ranks)})"
 
 
 class PosthocEvidence:

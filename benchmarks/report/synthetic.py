@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 
-from ..engine.experiment import Record, Results
-from ..engine.statistics import SIGNIFICANCE, Difference, holm, over_seeds
+from ..engine.experiment import Results
+from ..engine.statistics import SIGNIFICANCE, Difference, holm
 from ..experiments.synthetic import Synthetic
 from ..experiments.synthetic.methods import METHODS
+from ..experiments.synthetic.report import Found
 from ..experiments.synthetic.settings import GRID, MAIN, Cell
 from .missing import NotRun, better
 
@@ -32,32 +34,29 @@ class SyntheticEvidence:
 
     def __init__(self, results: Results) -> None:
         self._results = results
-        self.runs = cache(self._runs)
         self.difference = cache(self._difference)
 
-    def _runs(self, method: str, cell: Cell = MAIN) -> dict[int, Record]:
-        """The trainings that did not diverge, by seed."""
-        found = self._results.matching(f"{cell.name}/{method}/seed*")
-        there = {record.settings["seed"]: record for record in found if "kl" in record.figures}
-        if not there:
+    def values(self, method: str, figure: str, cell: Cell = MAIN) -> list[Any]:
+        """A figure of the trainings that did not diverge, by seed."""
+        found = Found(self._results, cell, METHODS).values(method, figure)
+        if not found:
             raise NotRun(Synthetic().command(f"{cell.name}/{method}/*"))
-        return there
+        return found
 
     def mean(self, method: str, figure: str, cell: Cell = MAIN) -> float:
         """Mean over seeds of ``kl``, ``modes`` or ``top5``."""
-        return statistics.mean(record.figures[figure] for record in self.runs(method, cell).values())
+        return statistics.mean(self.values(method, figure, cell))
 
-    def rank(self, method: str, tolerance: str = "0.0001") -> float:
-        """Mean over seeds of the effective rank of log Q."""
-        return statistics.mean(record.figures["ranks"][tolerance] for record in self.runs(method).values())
+    def rank(self, method: str) -> float:
+        """Mean over seeds of the effective rank of log Q at 0.0001."""
+        return statistics.mean(ranks["0.0001"] for ranks in self.values(method, "ranks"))
 
     def _difference(self, one: str, other: str, cell: Cell = MAIN) -> Difference:
         """KL of ``one`` minus that of ``other``, paired by seeds."""
-        first, second = (self.runs(method, cell) for method in (one, other))
-        seeds = sorted(first.keys() & second.keys())
-        if len(seeds) < 2:
+        found = Found(self._results, cell, METHODS).difference(one, other)
+        if found is None:
             raise NotRun(Synthetic().command(f"{cell.name}/*"))
-        return over_seeds(*([of[seed].figures["kl"] for seed in seeds] for of in (first, second)))
+        return found
 
     def learned(self) -> list[str]:
         """The methods with a learned f."""
@@ -71,13 +70,10 @@ class SyntheticEvidence:
     def best_learned(self) -> str:
         """The learned f with the lowest KL of its search, on a problem that no reported figure is from."""
 
-        def searched(method: str) -> float:
-            found = self._results.matching(f"{MAIN.name}/{method}/search-*")
-            if not found:
-                raise NotRun(Synthetic().command(f"{MAIN.name}/*"))
-            return min(record.figures["kl"] for record in found if "kl" in record.figures)
-
-        return min(self.learned(), key=searched)
+        tried = {name: self._results.matching(f"{MAIN.name}/{name}/search-*") for name in self.learned()}
+        if not all(tried.values()):
+            raise NotRun(Synthetic().command(f"{MAIN.name}/*"))
+        return min(tried, key=lambda name: min(each.figures.get("kl", math.inf) for each in tried[name]))
 
     def by_kl(self) -> list[str]:
         """The learned functions, the lowest KL first."""
@@ -128,9 +124,5 @@ class SyntheticEvidence:
 
     def logit_range(self, method: str) -> tuple[float, float]:
         """Between which values 99.8 % of the trained logits lie, in the first seed."""
-        quantiles = {share: value for share, value in self.runs(method)[0].figures["shape"]["quantiles"]}
+        quantiles = dict(self.values(method, "shape")[0]["quantiles"])
         return quantiles[0.001], quantiles[0.999]
-
-    def ranks_and_kl(self, methods: Sequence[str]) -> dict[str, tuple[float, float]]:
-        """Effective rank and KL of each method."""
-        return {name: (self.rank(name), self.mean(name, "kl")) for name in methods}

@@ -8,8 +8,8 @@ A unit is a training. Their names, with cells like ``n400-m300-d10-alpha0.1`` (N
 
 Figures of a training: ``kl``, the mean KL(P || Q) in nats; ``modes`` and ``top5``, shares of the most probable words
 that are matched; ``ranks``, effective ranks of log Q by tolerance; or ``diverged_at`` alone, the step whose loss was no
-number. Searches have ``kl`` only. The first seed of the main cell has ``shape``, its learned f. Times: ``step_seconds``,
-the median processor time of a step, and ``backend``, that of the loss.
+number. Searches have ``kl`` only; the first seed of the main cell has ``shape``, its learned f. Times: ``step_seconds``
+(median processor time of a step) and ``backend``, that of the loss.
 """
 
 from .demonstration import demonstration

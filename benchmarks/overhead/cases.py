@@ -15,7 +15,6 @@ Group = Literal["logits", "head"]
 #: ``train``: loss and all gradients. ``no-grad``: loss only, as in an evaluation.
 Mode = Literal["train", "no-grad"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     The same on every call with the same arguments. For the head, input ~ N(0, 1) and weight ~ N(0, std^2 / d), so that
     the variance of a logit, a sum of d products, is std^2.
     """
-    generator = torch.Generator(device).manual_seed(_SEED)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(rows: int, columns: int, std: float) -> Tensor:
         values = torch.empty(rows, columns, dtype=DTYPES[case.dtype], device=device)

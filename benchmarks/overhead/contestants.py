@@ -125,7 +125,9 @@ def explain(
 
 
 def _plain(form: str, case: Case, inputs: Inputs) -> Contestant:
-    loss: Loss = F.cross_entropy if case.group == "logits" else _linear_then_cross_entropy
+    loss: Loss = F.cross_entropy
+    if case.group == "head":
+        loss = lambda input, weight, target: F.cross_entropy(F.linear(input, weight), target)  # noqa: E731
     backend = "torch"
     if form == "compiled":
         loss, backend = _compiled(loss), "inductor"
@@ -196,10 +198,6 @@ def _contestant(loss: Loss, inputs: Inputs, parameters: tuple[Tensor, ...], back
         return (found.detach(), *(torch.autograd.grad(found, (*inputs.operands, *parameters)) if train else ()))
 
     return Contestant(step, backend, "plain", len(inputs.operands))
-
-
-def _linear_then_cross_entropy(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(input, weight), target)
 
 
 def _compiled(loss: Loss) -> Loss:

@@ -32,7 +32,7 @@ VERSIONS = {
 }
 
 #: Other packages for the build and the tests.
-TOOLS = ("setuptools", "ninja", "hypothesis", "pytest", "matplotlib", "tabulate", "tqdm")
+TOOLS = ("setuptools", "ninja", "hypothesis", "pytest", "filelock", "jinja2", "pandas", "tabulate")
 
 #: The test files, and an expression that selects from each.
 TESTS = (

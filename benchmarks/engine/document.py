@@ -1,17 +1,23 @@
-"""Markdown from results: templates for prose, tables, and the way in which figures are written."""
+"""Markdown from results: templates for prose, tables, and the way in which figures are written.
+
+Needs pandas and jinja2 only when it writes: a machine that only runs units may lack them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-from jinja2 import Environment, StrictUndefined, Template
+if TYPE_CHECKING:
+    import pandas as pd
+    from jinja2 import Template
 
 
 def template(path: Path, filters: Mapping[str, Any] | None = None, tests: Mapping[str, Any] | None = None) -> Template:
     """A Jinja template with the filters ``table`` and ``count`` beside; a name that has no value is an error."""
+    from jinja2 import Environment, StrictUndefined
+
     jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     jinja.filters.update({"table": table, "count": count, **(filters or {})})
     jinja.tests.update(tests or {})
@@ -28,6 +34,8 @@ def table(rows: Sequence[Mapping[str, Any]] | pd.DataFrame, style: str = "github
 
     Strings and numbers are written as they are; a cell that a row has not is empty.
     """
+    import pandas as pd
+
     frame = pd.DataFrame(rows, dtype=object).fillna("")
     if frame.empty:
         return "Nothing has been run yet."

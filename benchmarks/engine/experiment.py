@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, ClassVar
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .checkpoint import Checkpoint
 from .json_lines import plain
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class ExperimentError(Exception):
@@ -83,6 +84,8 @@ class Results(Mapping[str, Record]):
 
     def frame(self, pattern: str = "*") -> pd.DataFrame:
         """The matching records as a table with columns like ``unit``, ``settings.cell.dim``, ``figures.kl``."""
+        import pandas as pd  # a machine that only runs units may lack it
+
         return pd.json_normalize([{**vars(record), "environment": None} for record in self.matching(pattern)])
 
 

@@ -163,6 +163,7 @@ def check_cell(column: str, layout: str, backend: str, dtype: torch.dtype, one_b
             torch.testing.assert_close(a.double(), b, **close, msg=lambda text, where=where: f"{where}: {text}")
 
 
+@pytest.mark.slow
 def test_table() -> None:
     cells: dict[str, dict[str, str]] = {layout: {} for layout in LAYOUTS}
     for backend in BACKENDS:

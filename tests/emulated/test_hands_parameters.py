@@ -192,6 +192,7 @@ def compare(entered: Hand, column: str, name: str, input: Tensor, target: Tensor
 FORWARD_ONLY = ("functional_call", "loaded by hooks")
 
 
+@pytest.mark.slow
 def test_table():
     torch.set_num_threads(1)  # there is nothing to share
     columns = [f"{column} {backend}" for column in COLUMNS for backend in BACKENDS]

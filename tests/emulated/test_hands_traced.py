@@ -282,6 +282,7 @@ def cell(hand: Callable[[Case], None], column: Column, backend: str) -> str:
     )
 
 
+@pytest.mark.slow
 def test_table() -> None:
     cells: dict[str, dict[str, str]] = {name: {} for name in HANDS}
     for backend in BACKENDS:

@@ -119,7 +119,7 @@ def test_refused_options_of_the_head(options: dict[str, Any], message: str) -> N
         ms.linear_cross_entropy(torch.randn(4, 5), torch.randn(9, 5), torch.tensor([0, 8, 1, 3]), **options)
 
 
-@pytest.mark.grid
+@pytest.mark.slow
 @pytest.mark.parametrize("all_options", [False, True])
 @pytest.mark.parametrize("name", ["identity", "plif", "gss"])
 def test_opcheck(name: str, all_options: bool) -> None:
@@ -154,6 +154,7 @@ def test_opcheck(name: str, all_options: bool) -> None:
         opcheck(ops.LogSoftmaxBackward("triton", upstream[0][:, None] * input, input, f, row_stats, output_mask=both))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["chunked", "recompute"])
 def test_opcheck_of_the_head(method: str) -> None:
     _, target = _batch()

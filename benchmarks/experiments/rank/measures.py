@@ -12,7 +12,7 @@ import monosoftmax as ms
 
 from ..language_model import training as language_models
 from ..synthetic.settings import Training
-from ..synthetic.training import Trainer, dirichlet, figures, training_targets
+from ..synthetic.training import Trainer, figures
 from .settings import HEAD_SEEDS, SEEDS, SHOWN, TOLERANCES, TRANSFORMS, LanguageModelHead, Large, Noise, Random
 
 #: Singular values below this share of the largest are seen by no tolerance, and are not kept.
@@ -20,21 +20,12 @@ SMALLEST = 1e-6
 
 
 def describe(log_p: Tensor, keep_spectrum: bool = False) -> dict[str, Any]:
-    """Effective ranks by tolerance, numerical ranks by dtype and, if asked for, the singular values.
-
-    Args:
-        log_p: (N, V), float64.
-        keep_spectrum: whether to keep the singular values that are not below ``SMALLEST``.
-    """
+    """Effective ranks, numerical ranks and, if asked for, the singular values of log_p (N, V), float64."""
     values = ms.analysis.spectrum(log_p)
-    result: dict[str, Any] = {
-        "ranks": ranks(values),
-        # The same matrix: rounding it to float32 is the least that computing it in float32 would do.
-        "press": {"float64": ms.analysis.press_rank(log_p), "float32": ms.analysis.press_rank(log_p.float())},
-    }
-    if keep_spectrum:
-        result["singular_values"] = values[values >= SMALLEST * values[0]].tolist()
-    return result
+    # The same matrix: rounding it to float32 is the least that computing it in float32 would do.
+    press = {"float64": ms.analysis.press_rank(log_p), "float32": ms.analysis.press_rank(log_p.float())}
+    kept = {"singular_values": values[values >= SMALLEST * values[0]].tolist()} if keep_spectrum else {}
+    return {"ranks": ranks(values), "press": press, **kept}
 
 
 def ranks(singular_values: Tensor) -> dict[str, int]:
@@ -50,22 +41,19 @@ def centred(log_p: Tensor) -> dict[str, int]:
     return ranks(ms.analysis.spectrum(log_p - log_p.mean(1, keepdim=True) - log_p.mean(0) + log_p.mean()))
 
 
+@torch.no_grad()
 def random_log_p(settings: Random) -> Tensor:
     """log softmax f(H W^T), in float64. H and W are the same for every f, which has random numbers of its own."""
     generator = torch.Generator().manual_seed(settings.seed)
-    hidden, weight = (
-        torch.randn(rows, settings.dim, generator=generator, dtype=torch.float64)
-        for rows in (settings.contexts, settings.words)
-    )
+    hidden = torch.randn(settings.contexts, settings.dim, generator=generator, dtype=torch.float64)
+    weight = torch.randn(settings.words, settings.dim, generator=generator, dtype=torch.float64)
     transform = TRANSFORMS[settings.transform](torch.Generator().manual_seed(settings.seed + 1000))
-    with torch.no_grad():
-        return torch.log_softmax(transform.double()(hidden @ weight.t()), -1)
+    return torch.log_softmax(transform.double()(hidden @ weight.t()), -1)
 
 
 def random_factors(settings: Random) -> dict[str, Any]:
     """What :func:`describe` finds; with the singular values where they are shown."""
-    shown = settings.transform in SHOWN and settings.seed == SEEDS[0]
-    return describe(random_log_p(settings), shown)
+    return describe(random_log_p(settings), settings.transform in SHOWN and settings.seed == SEEDS[0])
 
 
 def large(settings: Large) -> dict[str, Any]:
@@ -75,15 +63,13 @@ def large(settings: Large) -> dict[str, Any]:
     ``exact.largest_errors`` are the largest relative errors of the first half of the leading values, and of all.
     """
     log_p, leading = random_log_p(settings), settings.leading
-    squared_norm = log_p.square().sum().item()
+    norm = log_p.square().sum().item()
     values = ms.analysis.leading_spectrum(log_p, leading, seed=settings.seed)
-    left_out = 1 - values.square().sum().item() / squared_norm
-    found: dict[str, int | None] = {
-        f"{tolerance:g}": ms.analysis.effective_rank(values, tolerance, squared_norm=squared_norm)
-        if left_out <= tolerance
-        else None
-        for tolerance in TOLERANCES
-    }
+    left_out = 1 - values.square().sum().item() / norm
+    found: dict[str, int | None] = {f"{tolerance:g}": None for tolerance in TOLERANCES}
+    for tolerance in TOLERANCES:
+        if left_out <= tolerance:
+            found[f"{tolerance:g}"] = ms.analysis.effective_rank(values, tolerance, squared_norm=norm)
     result: dict[str, Any] = {"ranks": found, "left_out": left_out}
     if settings.exact:
         exact = ms.analysis.spectrum(log_p)
@@ -110,10 +96,10 @@ def noise(settings: Noise) -> dict[str, Any]:
     clean = torch.zeros(settings.rows, dtype=torch.float64)
     clean[: settings.rank] = torch.arange(1, settings.rank + 1).reciprocal()
     found = {}
-    for dtype in (torch.float64, torch.float32):
+    for name, dtype in (("float64", torch.float64), ("float32", torch.float32)):
         std = settings.c**0.5 / settings.published_rows * (torch.finfo(dtype).eps / torch.finfo(torch.float64).eps)
         matrix = (torch.diag(clean) + std * normal).to(dtype)
-        found[str(dtype).removeprefix("torch.")] = {
+        found[name] = {
             "std": std,
             "share_of_squared_norm": ((std * normal).square().sum() / clean.square().sum()).item(),
             "press": ms.analysis.press_rank(matrix),
@@ -122,39 +108,31 @@ def noise(settings: Noise) -> dict[str, Any]:
     return found
 
 
-@torch.no_grad()
 def synthetic(settings: Training) -> dict[str, Any]:
     """Train a method and describe log Q before and after f; with the singular values for the first seed."""
-    cell, keep = settings.cell, settings.seed == HEAD_SEEDS[0]
-    probabilities = dirichlet(cell.contexts, cell.words, cell.alpha, settings.seed)
-    with torch.enable_grad():
-        model = Trainer(settings, training_targets(probabilities)).trained_model()
-    after = model.log_prob()
-    before = None if model.transform is None else torch.log_softmax(model.logits(), -1)
-    found = figures(probabilities, after)
-    return {
-        "kl": found["kl"],
-        "modes": found["modes"],
-        "before": None if before is None else describe(before, keep),
-        "after": describe(after, keep),
-    }
+    trainer, keep = Trainer(settings), settings.seed == HEAD_SEEDS[0]
+    trainer.train()
+    model = copy.deepcopy(trainer.model).double()
+    with torch.no_grad():
+        after = model.log_prob()
+        before = None if model.transform is None else describe(torch.log_softmax(model.logits(), -1), keep)
+        found = figures(trainer.probabilities, after)
+    return {"kl": found["kl"], "modes": found["modes"], "before": before, "after": describe(after, keep)}
 
 
-@torch.no_grad()
 def language_model(settings: LanguageModelHead) -> dict[str, Any]:
     """Train an LSTM and describe log P of validation contexts before and after f."""
     trained = settings.training
-    corpus = language_models.prepared(trained)
-    trainer = language_models.Trainer(corpus, trained, settings.steps)
-    with torch.enable_grad():
-        trainer.train()
-    states = trainer.hidden_states(trained.rank_contexts)[0].double()
-    layer = copy.deepcopy(trainer.model.output).double()
-    after = layer.log_prob(states)
-    before = torch.log_softmax(layer.logits(states), -1) if isinstance(layer, ms.MonotonicSoftmax) else None
-    return {
-        "tokens": settings.steps * trained.batch_size * trained.length,
-        "valid_perplexity": trainer.perplexity("valid"),
-        "before": None if before is None else {**describe(before, True), "centred": centred(before)},
-        "after": {**describe(after, True), "centred": centred(after)},
-    }
+    trainer = language_models.Trainer(language_models.prepared(trained), trained, settings.steps)
+    trainer.train()
+    with torch.no_grad():
+        states = trainer.hidden_states(trained.rank_contexts)[0].double()
+        layer = copy.deepcopy(trainer.model.output).double()
+        log_p = {"before": None, "after": layer.log_prob(states)}
+        if isinstance(layer, ms.MonotonicSoftmax):
+            log_p["before"] = torch.log_softmax(layer.logits(states), -1)
+        return {
+            "tokens": settings.steps * trained.batch_size * trained.length,
+            "valid_perplexity": trainer.perplexity("valid"),
+            **{k: p if p is None else {**describe(p, True), "centred": centred(p)} for k, p in log_p.items()},
+        }

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -58,12 +57,8 @@ class LanguageModelHead:
 
 
 _T = ms.transforms
-
-
-def _random_plif(pieces: int) -> Callable[[torch.Generator], MonotonicTransform]:
-    """With the random slopes of the published initialisation."""
-    kind: dict[str, Any] = {"min_slope": 1e-6, "init": "random", "dtype": torch.float64}
-    return lambda generator: _T.PLIF(pieces, 20.0, generator=generator, **kind)
+#: The published initialisation of a PLIF, up to the number of its pieces.
+_RANDOM_PLIF = partial(_T.PLIF, bound=20.0, min_slope=1e-6, init="random", dtype=torch.float64)
 
 
 def _perturbed(transform: MonotonicTransform, generator: torch.Generator) -> MonotonicTransform:
@@ -80,11 +75,11 @@ _SAME = (*_COMMON, "gss-published", "softcap", "sigmoidcap", "mlp", "spline")
 #: Pieces of the random PLIFs, in the picture of ranks by pieces.
 PLIF_PIECES = (10, 20, 50, 200, 1000, 10_000, 100_000)
 #: f of the random factors, made from a source of random numbers; everything not called random is at its defaults.
-TRANSFORMS: dict[str, Callable[[torch.Generator], MonotonicTransform]] = {
-    **{name: make for name in _SAME if (make := SYNTHETIC_METHODS[name].transform)},
+TRANSFORMS = {
+    **{name: SYNTHETIC_METHODS[name].transform for name in _SAME},
     "mlp-random": lambda generator: _perturbed(_T.MonotonicMLP(), generator),
     "spline-random": lambda generator: _perturbed(_T.RationalQuadraticSpline(), generator),
-    **{f"plif-{pieces}": _random_plif(pieces) for pieces in PLIF_PIECES},
+    **{f"plif-{n}": lambda generator, n=n: _RANDOM_PLIF(n, generator=generator) for n in PLIF_PIECES},
 }
 #: f whose spectra are shown.
 SHOWN = ("linear", "plif-20", "plif-1000", "plif-100000", "sigsoftmax", "softcap", "sigmoidcap")
@@ -105,19 +100,10 @@ METHODS = ("linear", "temperature", *_OF_PLIF, "sigsoftmax", "gss", *_LEARNED, "
 SYNTHETIC = {f"synthetic/{m}/seed{seed}": Training(CELL, m, seed, LR) for m in METHODS for seed in HEAD_SEEDS}
 
 #: An LSTM, too small and trained too shortly to rank output layers by their perplexity.
-SMALL_MODEL = Settings(
-    corpus="wiki",
-    text_style="ptb",
-    vocabulary_size=4000,
-    dim=32,
-    hidden=64,
-    layers=1,
-    experts=3,
-    dropout=0.1,
-    lr=0.003,
-    validations=1,
-    evaluation_tokens=10_000,
-    rank_contexts=800,
-)
+_SIZES = {"vocabulary_size": 4000, "dim": 32, "hidden": 64, "layers": 1, "experts": 3, "dropout": 0.1, "lr": 0.003}
+_MEASURED = {"validations": 1, "evaluation_tokens": 10_000, "rank_contexts": 800}
+SMALL_MODEL = Settings(corpus="wiki", text_style="ptb", **_SIZES, **_MEASURED)
 OUTPUTS = (*_COMMON, *_LEARNED, "mos")
 LANGUAGE_MODEL = {f"language_model/{f}": LanguageModelHead(replace(SMALL_MODEL, output=f), 400) for f in OUTPUTS}
+
+UNITS = RANDOM | NOISE | SYNTHETIC | LANGUAGE_MODEL | LARGE

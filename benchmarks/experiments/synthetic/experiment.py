@@ -1,4 +1,15 @@
-"""The experiment: a search of the learning rate for every method and cell, then trainings at the rate it found."""
+"""The experiment: a search of the learning rate for every method and cell, then trainings at the rate it found.
+
+Units, with cells like ``n400-m300-d10-alpha0.1`` (N contexts, M words, dimension d, alpha):
+
+- ``CELL/METHOD/search-lr0.03``: a training on the problem of a seed of its own, one for each learning rate;
+- ``CELL/METHOD/seed0``: at the rate with the lowest KL of the search, one for each seed;
+- ``timing/CELL``: the losses and the steps of all methods in turn. It has ``times`` only.
+
+Figures of a training are those of ``training.figures``, or ``diverged_at`` alone, the step whose loss was no number.
+Searches have ``kl`` only; the first seed of the main cell has ``shape``, its learned f. Times: ``step_seconds`` (median
+processor time of a step) and ``backend``, that of the loss.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +18,8 @@ from pathlib import Path
 
 from ...engine.checkpoint import Checkpoint
 from ...engine.experiment import Experiment, Measured, Results, Unit
-from . import timing
-from .settings import GRID, LEARNING_RATES, MAIN, SEARCH_SEED, SEEDS, TIMINGS, Cell, Timing, Training, seeds_of, study
-from .training import train
+from .settings import GRID, LEARNING_RATES, MAIN, SEARCH_SEED, SEEDS, STUDY, TIMINGS, Cell, Timing, Training
+from .training import time_steps, train
 
 
 class Synthetic(Experiment):
@@ -19,12 +29,12 @@ class Synthetic(Experiment):
     title = "random distributions, matched by output layers of small dimension"
 
     def units(self, results: Results) -> Iterator[Unit]:
-        for cell, method in study():
-            for lr in LEARNING_RATES:
-                yield Unit(search_name(cell, method, lr), Training(cell, method, SEARCH_SEED, lr))
-            best = best_rate(results, cell, method)
-            if best is not None:
-                for seed in seeds_of(cell):
+        for cell, (methods, seeds) in STUDY.items():
+            for method in methods:
+                for lr in LEARNING_RATES:
+                    yield Unit(_search(cell, method, lr), Training(cell, method, SEARCH_SEED, lr))
+                best = best_rate(results, cell, method)
+                for seed in seeds if best is not None else ():
                     yield Unit(f"{cell.name}/{method}/seed{seed}", Training(cell, method, seed, best))
         for each in TIMINGS:
             yield Unit(f"timing/{each.cell.name}", each)
@@ -32,17 +42,16 @@ class Synthetic(Experiment):
     def run(self, unit: Unit, checkpoint: Checkpoint) -> Measured:
         settings = unit.settings
         if isinstance(settings, Timing):
-            return timing.measure(settings)
+            return time_steps(settings)
+        found = train(settings, keep_shape=settings.cell == MAIN and settings.seed == SEEDS[0])
         if settings.seed == SEARCH_SEED:
             # The choice needs no more, and the file has hundreds of them.
-            found = train(settings)
             return Measured({k: v for k, v in found.figures.items() if k in ("kl", "diverged_at")}, found.times)
-        return train(settings, keep_shape=settings.cell == MAIN and settings.seed == SEEDS[0])
+        return found
 
     def to_verify(self, results: Results) -> list[str]:
-        main, mixture = MAIN.name, f"{GRID[0].name}/mos4/seed0"
-        wanted = [f"{main}/linear/search-lr0.3", f"{main}/plif/seed0", f"{main}/published-sgd/seed0", mixture]
-        return [name for name in wanted if name in results]
+        main = [f"{MAIN.name}/{unit}" for unit in ("linear/search-lr0.3", "plif/seed0", "published-sgd/seed0")]
+        return [name for name in (*main, f"{GRID[0].name}/mos4/seed0") if name in results]
 
     def section(self, results: Results, pictures: Path) -> str:
         from .report import section
@@ -50,15 +59,14 @@ class Synthetic(Experiment):
         return section(self, results, pictures)
 
 
-def search_name(cell: Cell, method: str, lr: float) -> str:
-    """The unit that tries a learning rate."""
+def _search(cell: Cell, method: str, lr: float) -> str:
     return f"{cell.name}/{method}/search-lr{lr:g}"
 
 
 def best_rate(results: Results, cell: Cell, method: str) -> float | None:
     """The learning rate with the lowest KL; None until all were tried, and where the loss diverged at all of them."""
-    tried = [results.get(search_name(cell, method, lr)) for lr in LEARNING_RATES]
-    if None in tried:
+    names = {lr: _search(cell, method, lr) for lr in LEARNING_RATES}
+    if not all(name in results for name in names.values()):
         return None
-    found = [(each.figures["kl"], each.settings["lr"]) for each in tried if each is not None and "kl" in each.figures]
-    return float(min(found)[1]) if found else None
+    found = [(results[name].figures["kl"], lr) for lr, name in names.items() if "kl" in results[name].figures]
+    return min(found)[1] if found else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,7 @@ from torch import Tensor, nn
 import monosoftmax as ms
 from monosoftmax.transforms import MonotonicTransform
 
-#: The learning rate that the published code gives the slopes, whatever that of the rest.
-PUBLISHED_SLOPE_RATE = 0.02
-#: Rate of f's parameters as a share of that of the rest, for every other method: no search of its own.
+#: Rate of f's parameters as a share of that of the rest: no search of its own.
 TRANSFORM_RATE_RATIO = 0.1
 
 _T = ms.transforms
@@ -28,41 +27,34 @@ class Method:
         description: for the report.
         transform: f, made from a source of random numbers for its initial values; None for mixtures.
         frozen: f keeps its initial values.
-        published_rate: f's parameters have ``PUBLISHED_SLOPE_RATE`` instead of a share of the searched rate.
+        transform_lr: the rate of f's parameters, instead of a share of the searched rate.
         sgd: f's parameters are trained by SGD; everything else is by Adam.
-        mixture, experts: a mixture instead of f.
+        mixture: made from its dimension and the number of words, instead of f.
         as_many_as: a Linear-Softmax whose dimension gives it about as many parameters as this method has.
     """
 
     description: str
     transform: Callable[[torch.Generator], MonotonicTransform] | None = None
     frozen: bool = False
-    published_rate: bool = False
+    transform_lr: float | None = None
     sgd: bool = False
-    mixture: Callable[..., ms.MixtureOfSoftmaxes | ms.MixtureOfContexts] | None = None
-    experts: int = 0
+    mixture: Callable[[int, int], ms.MixtureOfSoftmaxes | ms.MixtureOfContexts] | None = None
     as_many_as: str | None = None
-
-    def transform_rate(self, lr: float) -> float:
-        """The peak learning rate of f's parameters where that of the rest is ``lr``."""
-        return PUBLISHED_SLOPE_RATE if self.published_rate else TRANSFORM_RATE_RATIO * lr
 
 
 def _linear(_: torch.Generator) -> MonotonicTransform:
     return _T.Identity()
 
 
-def _published(generator: torch.Generator) -> MonotonicTransform:
-    return _T.PLIF(100_000, 20, min_slope=1e-6, init="random", generator=generator)
-
-
 def _random(generator: torch.Generator) -> MonotonicTransform:
     return _T.PLIF(init="random", generator=generator)
 
 
+def _published(generator: torch.Generator) -> MonotonicTransform:
+    return _T.PLIF(100_000, 20, min_slope=1e-6, init="random", generator=generator)
+
+
 _PUBLISHED = "PLIF as published: 100,000 pieces on [-20, 20], random slopes, SGD at 0.02"
-_RANDOM = "PLIF, 50 pieces on [-20, 20], random slopes, never trained"
-_SPLINE = "RationalQuadraticSpline, 16 bins, starts as the identity"
 _MOS, _MOC = ms.MixtureOfSoftmaxes, ms.MixtureOfContexts
 
 METHODS: dict[str, Method] = {
@@ -73,7 +65,9 @@ METHODS: dict[str, Method] = {
         "SigmoidCap, a, b, c learned from 23, 5, 7.5", lambda _: _T.SigmoidCap(learnable=True)
     ),
     "mlp": Method("MonotonicMLP, 8 units, starts as the identity", lambda _: _T.MonotonicMLP()),
-    "spline": Method(_SPLINE, lambda _: _T.RationalQuadraticSpline()),
+    "spline": Method(
+        "RationalQuadraticSpline, 16 bins, starts as the identity", lambda _: _T.RationalQuadraticSpline()
+    ),
     "gss": Method("GSS, k and c learned, starts as the identity", lambda _: _T.GSS()),
     "sigsoftmax": Method("SigSoftmax, nothing learned", lambda _: _T.SigSoftmax()),
     "softcap-learned": Method("SoftCap, c learned from 30", lambda _: _T.SoftCap(learnable=True)),
@@ -82,14 +76,14 @@ METHODS: dict[str, Method] = {
     "gss-published": Method("GSS, k = 2.5, c = -1.5 fixed, as published", lambda _: _T.GSS(2.5, -1.5, learnable=False)),
     "plif-20-10": Method("PLIF, 20 pieces on [-10, 10], starts as the identity", lambda _: _T.PLIF(20, 10)),
     "plif-200": Method("PLIF, 200 pieces on [-20, 20], starts as the identity", lambda _: _T.PLIF(200)),
-    "plif-frozen": Method(_RANDOM, _random, frozen=True),
+    "plif-frozen": Method("PLIF, 50 pieces on [-20, 20], random slopes, never trained", _random, frozen=True),
     "mlp-1": Method("MonotonicMLP, 1 unit, starts as the identity", lambda _: _T.MonotonicMLP(1)),
-    "published-sgd": Method(_PUBLISHED, _published, published_rate=True, sgd=True),
-    "published-adam": Method("PLIF as published, but Adam at 0.02 for the slopes", _published, published_rate=True),
+    "published-sgd": Method(_PUBLISHED, _published, transform_lr=0.02, sgd=True),
+    "published-adam": Method("PLIF as published, but Adam at 0.02 for the slopes", _published, transform_lr=0.02),
     "published-frozen": Method("PLIF as published, slopes never trained", _published, frozen=True),
-    "mos4": Method("Mixture of Softmaxes, 4 components", mixture=_MOS, experts=4),
-    "mos15": Method("Mixture of Softmaxes, 15 components", mixture=_MOS, experts=15),
-    "moc4": Method("Mixture of Contexts, 4 components", mixture=_MOC, experts=4),
+    "mos4": Method("Mixture of Softmaxes, 4 components", mixture=partial(_MOS, n_experts=4)),
+    "mos15": Method("Mixture of Softmaxes, 15 components", mixture=partial(_MOS, n_experts=15)),
+    "moc4": Method("Mixture of Contexts, 4 components", mixture=partial(_MOC, n_experts=4)),
     "linear-eq-mos4": Method("Linear-Softmax with as many parameters as mos4", _linear, as_many_as="mos4"),
     "linear-eq-mos15": Method("Linear-Softmax with as many parameters as mos15", _linear, as_many_as="mos15"),
 }
@@ -108,19 +102,18 @@ class FreeContexts(nn.Module):
         self.context = nn.Parameter(torch.randn(contexts, dim, generator=generator))
         decoder_weight = torch.randn(words, dim, generator=generator) / math.sqrt(dim)
         self.output: ms.MonotonicSoftmax | ms.MixtureOfSoftmaxes | ms.MixtureOfContexts
-        if method.transform is not None:
+        if method.mixture is None:
+            assert method.transform is not None  # every method is one or the other
             self.output = decoder = ms.MonotonicSoftmax(dim, words, method.transform(generator))
             decoder.transform.requires_grad_(not method.frozen)
         else:
-            assert method.mixture is not None  # every method is one or the other
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                self.output = method.mixture(dim, words, method.experts)
+                self.output = method.mixture(dim, words)
             decoder = self.output.decoder
         with torch.no_grad():
             decoder.weight.copy_(decoder_weight)
-            assert decoder.bias is not None  # bias=True
-            decoder.bias.zero_()
+        nn.init.zeros_(decoder.bias)
 
     @property
     def transform(self) -> MonotonicTransform | None:
@@ -128,15 +121,18 @@ class FreeContexts(nn.Module):
         return self.output.transform if isinstance(self.output, ms.MonotonicSoftmax) else None
 
     def logits(self) -> Tensor:
-        """The logits, (N, M)."""
-        assert not isinstance(self.output, ms.MixtureOfSoftmaxes)  # it has those of its components
+        """The logits, (N, M); there are none of a Mixture of Softmaxes, which has those of its components."""
         return self.output.logits(self.context)
 
+    def loss_of(self, logits: Tensor, probabilities: Tensor) -> Tensor:
+        """Mean cross entropy of f's softmax with the target distributions, both (N, M)."""
+        return ms.cross_entropy(logits, probabilities, self.transform)
+
     def loss(self, probabilities: Tensor) -> Tensor:
-        """Mean cross entropy with the target distributions (N, M)."""
+        """Mean cross entropy with the target distributions, (N, M)."""
         if isinstance(self.output, ms.MixtureOfSoftmaxes):
             return -(probabilities * self.log_prob()).sum(1).mean()
-        return ms.cross_entropy(self.logits(), probabilities, self.transform)
+        return self.loss_of(self.logits(), probabilities)
 
     def log_prob(self) -> Tensor:
         """log Q, (N, M)."""
@@ -155,7 +151,7 @@ def build(name: str, contexts: int, words: int, dim: int, seed: int) -> FreeCont
     method = METHODS[name]
     if method.as_many_as is not None:
         # N d + M d + M numbers are closest to those of the other method.
-        _, wanted = size(method.as_many_as, contexts, words, dim)
+        wanted = size(method.as_many_as, contexts, words, dim)[1]
         dim = max(1, round((wanted - words) / (contexts + words)))
     return FreeContexts(method, contexts, words, dim, seed)
 
@@ -163,5 +159,4 @@ def build(name: str, contexts: int, words: int, dim: int, seed: int) -> FreeCont
 def size(name: str, contexts: int, words: int, dim: int) -> tuple[int, int]:
     """The dimension of the method's contexts, and how many numbers are trained, context vectors included."""
     model = build(name, contexts, words, dim, 0)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return model.context.shape[1], trained
+    return model.context.shape[1], sum(each.numel() for each in model.parameters() if each.requires_grad)

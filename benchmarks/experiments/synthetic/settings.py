@@ -1,4 +1,4 @@
-"""The settings: sizes of problems, which methods run in them and in what order, and how they are trained."""
+"""The settings: sizes of problems, which methods run in them, and how they are trained."""
 
 from __future__ import annotations
 
@@ -56,25 +56,17 @@ GRID = tuple(Cell(MAIN.contexts, MAIN.words, dim, alpha, 500) for dim, alpha in 
 LARGER = {Cell(1000, 1000, 20, 0.1, 500): (0, 1, 2), Cell(1000, 10_000, 50, 0.1, 200): (0,)}
 
 _CORE = ("linear", "temperature", "plif", "sigmoidcap-learned", "mlp", "mlp-1")
-_SECOND = ("mos4", "linear-eq-mos4", "sigsoftmax", "softcap-learned", "gss", "plif-frozen", "spline")
-_THIRD = ("softcap", "sigmoidcap", "gss-published")
-GRID_METHODS = (*_CORE, *_SECOND, *_THIRD)
+_FURTHER = ("sigsoftmax", "softcap-learned", "gss", "plif-frozen", "spline", "softcap", "sigmoidcap", "gss-published")
+GRID_METHODS = (*_CORE, "mos4", "linear-eq-mos4", *_FURTHER)
 LARGER_METHODS = (*_CORE, "mos4")
+#: The methods of each cell, and the seeds of its trainings at the rate that the search found.
+STUDY = {
+    MAIN: (tuple(METHODS), SEEDS),
+    **{cell: (GRID_METHODS, SEEDS) for cell in GRID},
+    **{cell: (LARGER_METHODS, seeds) for cell, seeds in LARGER.items()},
+}
 
 #: Linear-Softmax with PyTorch's own loss, for times.
 EAGER = "eager"
 #: In the first cell logits fit in the cache, in the second they do not.
 TIMINGS = (Timing(MAIN, (EAGER, *METHODS), rounds=201), Timing([*LARGER][-1], (EAGER, *_CORE), rounds=9))
-
-
-def study() -> list[tuple[Cell, str]]:
-    """Cells and methods, the most wanted first."""
-    first, second, third = ([(cell, m) for m in methods for cell in GRID] for methods in (_CORE, _SECOND, _THIRD))
-    small, large = ([(cell, method) for method in _CORE] for cell in LARGER)
-    slow = [(cell, "mos4") for cell in LARGER]
-    return [*((MAIN, method) for method in METHODS), *first, *small, *second, *large, *third, *slow]
-
-
-def seeds_of(cell: Cell) -> tuple[int, ...]:
-    """The seeds of the trainings at the rate that the search found."""
-    return LARGER.get(cell, SEEDS)

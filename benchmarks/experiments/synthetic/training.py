@@ -1,4 +1,4 @@
-"""The problem, the training of one method on it, and how closely the result matches the targets."""
+"""The problem, the training of one method on it, how closely the result matches the targets, and the time it takes."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import copy
 import math
 import statistics
 import time
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.special import logsumexp
 from torch import Tensor
+from torch.nn import functional as F
 
 import monosoftmax as ms
 
-from ...engine.experiment import ExperimentError, Measured
-from .methods import METHODS, FreeContexts, build
-from .settings import Training
+from ...engine.experiment import Measured
+from .methods import METHODS, TRANSFORM_RATE_RATIO, FreeContexts, build
+from .settings import EAGER, LEARNING_RATES, Cell, Timing, Training
 
 TOLERANCES = (1e-3, 1e-4, 1e-5)
-_TOP = 5
 #: Raw parameters of f up to this number are kept themselves, beyond it points of f.
-_MOST_PARAMETERS = 1000
-_POINTS = 201
+_MOST_PARAMETERS, _POINTS = 1000, 201
 _QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
 
 
@@ -44,17 +45,16 @@ def dirichlet(contexts: int, words: int, alpha: float, seed: int) -> Tensor:
     return torch.from_numpy(np.exp(log_gamma - logsumexp(log_gamma, axis=1, keepdims=True)))
 
 
-def training_targets(probabilities: Tensor) -> Tensor:
-    """P in float32, for the loss. What is not a normal number there is 0: arithmetic on the others is slow."""
+@lru_cache(maxsize=1)
+def problem(cell: Cell, seed: int) -> tuple[Tensor, Tensor]:
+    """P in float64, and in float32 for the loss. What is not a normal number there is 0: others are slow."""
+    probabilities = dirichlet(cell.contexts, cell.words, cell.alpha, seed)
     single = probabilities.float()
-    return torch.where(single >= torch.finfo(torch.float32).tiny, single, 0.0)
+    return probabilities, torch.where(single >= torch.finfo(torch.float32).tiny, single, 0.0)
 
 
 def figures(probabilities: Tensor, log_q: Tensor) -> dict[str, Any]:
-    """How closely Q matches P.
-
-    Args:
-        probabilities, log_q: P and log Q, (N, M), float64.
+    """How closely Q matches P, from P and log Q, (N, M), float64.
 
     Returns:
         ``kl``, the mean KL(P || Q) in nats; ``modes``, the share of contexts whose most probable word is that of P;
@@ -64,7 +64,7 @@ def figures(probabilities: Tensor, log_q: Tensor) -> dict[str, Any]:
     # A word with p = 0 adds nothing, even where log q is -inf.
     cross = torch.where(probabilities > 0, probabilities * log_q, 0.0).sum(1)
     gap = torch.xlogy(probabilities, probabilities).sum(1) - cross
-    top = min(_TOP, probabilities.shape[1])
+    top = min(5, probabilities.shape[1])
     wanted, found = probabilities.topk(top).indices, log_q.topk(top).indices
     shared = (wanted.unsqueeze(2) == found.unsqueeze(1)).sum((1, 2))
     spectrum = ms.analysis.spectrum(log_q)
@@ -76,31 +76,21 @@ def figures(probabilities: Tensor, log_q: Tensor) -> dict[str, Any]:
     }
 
 
-class Diverged(ExperimentError):
-    """The loss of ``step`` is infinite or NaN."""
-
-    def __init__(self, method: str, step: int) -> None:
-        super().__init__(f"{method}: the loss of step {step} is not finite")
-        self.step = step
-
-
 class Trainer:
-    """A model, its optimisers, and single steps. Nothing in it is random once it is there."""
+    """A model, its problem and optimisers, and single steps. Nothing in it is random once it is there."""
 
-    def __init__(self, settings: Training, targets: Tensor) -> None:
-        self.settings, self.targets = settings, targets
-        cell, how = settings.cell, METHODS[settings.method]
+    def __init__(self, settings: Training) -> None:
+        self.settings, cell, how = settings, settings.cell, METHODS[settings.method]
+        self.probabilities, self.targets = problem(cell, settings.seed)
         self.model = build(settings.method, cell.contexts, cell.words, cell.dim, settings.seed)
-        groups = ms.parameter_groups(self.model, lr=settings.lr, transform_lr=how.transform_rate(settings.lr))
-        by_sgd = [group for group in groups if group["name"] == "transform" and how.sgd]
-        by_adam = [group for group in groups if group["name"] != "transform" or not how.sgd]
+        rate = how.transform_lr or TRANSFORM_RATE_RATIO * settings.lr
+        groups = ms.parameter_groups(self.model, lr=settings.lr, transform_lr=rate)
+        by_sgd = [group for group in groups if how.sgd and group["name"] == "transform"]
+        by_adam = [group for group in groups if not how.sgd or group["name"] != "transform"]
         self.optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(by_adam, betas=settings.betas, fused=True)]
-        if by_sgd:
-            self.optimizers.append(torch.optim.SGD(by_sgd))
-        self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.optimizers += [torch.optim.SGD([group]) for group in by_sgd]
+        self._peaks = [(group, group["lr"]) for optimizer in self.optimizers for group in optimizer.param_groups]
         self.step = 0
-        #: Processor time of each step of :meth:`trained_model`.
-        self.seconds: list[float] = []
 
     def rate(self, step: int) -> float:
         """The share of the peak learning rate: a linear rise, then a cosine to 0."""
@@ -111,11 +101,9 @@ class Trainer:
 
     def train_step(self) -> float:
         """One step over all contexts; returns the loss before it."""
-        share = self.rate(self.step)
-        for optimizer, peaks in zip(self.optimizers, self._peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * share
-            optimizer.zero_grad()
+        for group, peak in self._peaks:
+            group["lr"] = peak * self.rate(self.step)
+        self.model.zero_grad()
         loss = self.model.loss(self.targets)
         loss.backward()
         for optimizer in self.optimizers:
@@ -123,58 +111,88 @@ class Trainer:
         self.step += 1
         return loss.item()
 
-    def trained_model(self) -> FreeContexts:
-        """The model in float64 after all steps.
-
-        Raises:
-            Diverged: the loss became infinite or NaN.
-        """
-        while self.step < self.settings.cell.steps:
+    def train(self) -> list[float]:
+        """All steps, or those until the loss is no number; returns the processor seconds of each."""
+        seconds, loss = [], 0.0
+        while self.step < self.settings.cell.steps and math.isfinite(loss):
             started = time.process_time()
             loss = self.train_step()
-            self.seconds.append(time.process_time() - started)
-            if not math.isfinite(loss):
-                raise Diverged(self.settings.method, self.step - 1)
-        return copy.deepcopy(self.model).double()
+            seconds.append(time.process_time() - started)
+        self.diverged = not math.isfinite(loss)
+        return seconds
 
 
 def train(settings: Training, keep_shape: bool = False) -> Measured:
     """Train and measure; with the learned f, if asked for."""
-    cell = settings.cell
-    probabilities = dirichlet(cell.contexts, cell.words, cell.alpha, settings.seed)
-    trainer = Trainer(settings, training_targets(probabilities))
-    backend = trainer.model.backend(trainer.targets)
-    try:
-        model = trainer.trained_model()
-    except Diverged as error:
-        found: dict[str, Any] = {"diverged_at": error.step}
-    else:
-        with torch.no_grad():
-            found = figures(probabilities, model.log_prob())
-        kept = shape(trainer.model) if keep_shape else None
-        if kept is not None:
-            found["shape"] = kept
-    return Measured(found, {"step_seconds": statistics.median(trainer.seconds), "backend": backend})
+    trainer = Trainer(settings)
+    model, backend = trainer.model, trainer.model.backend(trainer.targets)
+    times = {"step_seconds": statistics.median(trainer.train()), "backend": backend}
+    if trainer.diverged:
+        return Measured({"diverged_at": trainer.step - 1}, times)
+    with torch.no_grad():
+        found = figures(trainer.probabilities, copy.deepcopy(model).double().log_prob())
+    if keep_shape and model.transform is not None:
+        found["shape"] = shape(model)
+    return Measured(found, times)
 
 
 @torch.no_grad()
-def shape(model: FreeContexts) -> dict[str, Any] | None:
-    """f and the quantiles of its logits, for pictures; None for a mixture."""
+def shape(model: FreeContexts) -> dict[str, Any]:
+    """f and the quantiles of its logits, to as many digits as a picture shows; not for mixtures."""
+
+    def rounded(values: Tensor) -> Any:
+        return torch.round(values.double(), decimals=6).tolist()
+
     function = model.transform
-    if function is None:
-        return None
-    logits = model.logits().double().flatten()
-    quantiles = np.quantile(logits.numpy(), _QUANTILES).tolist()
+    assert function is not None
+    quantiles = np.quantile(model.logits().double().numpy(), _QUANTILES).tolist()
     kept: dict[str, Any] = {"quantiles": [[q, round(z, 4)] for q, z in zip(_QUANTILES, quantiles, strict=True)]}
     state = function.state_dict()
     if sum(value.numel() for value in state.values()) <= _MOST_PARAMETERS:
-        kept["state"] = {name: _rounded(value) for name, value in state.items()}
-    else:
-        z = torch.linspace(quantiles[0], quantiles[-1], _POINTS, dtype=torch.float64)
-        kept["curve"] = {"z": _rounded(z), "f": _rounded(function(z) - function(z.new_zeros(1)))}
-    return kept
+        return kept | {"state": {name: rounded(value) for name, value in state.items()}}
+    z = torch.linspace(quantiles[0], quantiles[-1], _POINTS, dtype=torch.float64)
+    return kept | {"curve": {"z": rounded(z), "f": rounded(function(z) - function(z.new_zeros(1)))}}
 
 
-def _rounded(values: Tensor) -> Any:
-    """As nested lists, to as many digits as a picture shows."""
-    return torch.round(values.double(), decimals=6).tolist()
+def time_steps(settings: Timing) -> Measured:
+    """Processor seconds of the loss and of training steps: all methods in turn, so that a busy machine is so for all.
+
+    The loss is forward and backward with all gradients, logits and targets given.
+
+    Returns:
+        Times: ``seconds``, by method and ``loss`` or ``step``, quartiles over the rounds, and ``backends`` by method.
+        Mixtures have no ``loss``: theirs is not one function of logits.
+    """
+    actions: dict[tuple[str, str], Callable[[], Any]] = {}
+    backends = {}
+    for method in settings.methods:
+        eager = method == EAGER
+        trainer = Trainer(Training(settings.cell, "linear" if eager else method, 0, LEARNING_RATES[0]))
+        backends[method] = "torch" if eager else trainer.model.backend(trainer.targets)
+        if eager:
+            trainer.model.loss_of = F.cross_entropy  # type: ignore[assignment]
+        if trainer.model.transform is not None:
+            actions[method, "loss"] = _loss(trainer)
+        actions[method, "step"] = trainer.train_step
+    taken: dict[tuple[str, str], list[float]] = {key: [] for key in actions}
+    for _ in range(settings.rounds + 1):
+        for key, action in actions.items():
+            started = time.process_time()
+            action()
+            taken[key].append(time.process_time() - started)
+    seconds: dict[str, dict[str, list[float]]] = {method: {} for method in settings.methods}
+    for (method, what), values in taken.items():
+        # The first round warms up.
+        seconds[method][what] = np.quantile(values[1:], (0.25, 0.5, 0.75)).round(9).tolist()
+    return Measured({}, {"seconds": seconds, "backends": backends})
+
+
+def _loss(trainer: Trainer) -> Callable[[], None]:
+    logits = trainer.model.logits().detach().requires_grad_()
+
+    def loss() -> None:
+        logits.grad = None
+        trainer.model.zero_grad()
+        trainer.model.loss_of(logits, trainer.targets).backward()
+
+    return loss

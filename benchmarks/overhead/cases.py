@@ -25,11 +25,9 @@ class Case:
     mode: Mode
     rows: int
     classes: int
-    #: d of the head; None for given logits.
-    dim: int | None
+    dim: int | None  # d of the head; None for given logits
     dtype: str
-    #: Standard deviation of the logits.
-    std: float
+    std: float  # standard deviation of the logits
 
     def __str__(self) -> str:
         dim = "" if self.dim is None else f" d={self.dim}"
@@ -47,8 +45,7 @@ class Case:
 class Inputs:
     """What a contestant gets. The operands are leaves that require a gradient in the mode ``train``."""
 
-    #: (logits,) or (input, weight).
-    operands: tuple[Tensor, ...]
+    operands: tuple[Tensor, ...]  # (logits,) or (input, weight)
     target: Tensor
 
     @cached_property
@@ -58,17 +55,12 @@ class Inputs:
 
     def copy(self, dtype: torch.dtype | None = None) -> Inputs:
         """The same values as leaves of their own, which a contestant may overwrite: it takes the same time on any."""
-        copies = (each.detach().to(dtype or each.dtype, copy=True) for each in self.operands)
-        grads = (each.requires_grad for each in self.operands)
-        return Inputs(tuple(map(Tensor.requires_grad_, copies, grads)), self.target)
+        copies = [each.detach().to(dtype or each.dtype, copy=True) for each in self.operands]
+        return Inputs(tuple(each.requires_grad_(self.operands[0].requires_grad) for each in copies), self.target)
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """Normal logits of the case's standard deviation, or a normal input and a weight that make such logits.
-
-    The same on every call with the same arguments. For the head, input ~ N(0, 1) and weight ~ N(0, std^2 / d), so that
-    the variance of a logit, a sum of d products, is std^2.
-    """
+    """Logits ~ N(0, std^2); or input ~ N(0, 1) and weight ~ N(0, std^2 / d), which make logits of variance std^2."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(rows: int, columns: int, std: float) -> Tensor:
@@ -76,7 +68,8 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         return values.normal_(0, std, generator=generator).requires_grad_(case.mode == "train")
 
     if case.dim is None:
-        operands: tuple[Tensor, ...] = (normal(case.rows, case.classes, case.std),)
+        sizes = [(case.rows, case.classes, case.std)]
     else:
-        operands = normal(case.rows, case.dim, 1.0), normal(case.classes, case.dim, case.std / math.sqrt(case.dim))
+        sizes = [(case.rows, case.dim, 1.0), (case.classes, case.dim, case.std / math.sqrt(case.dim))]
+    operands = tuple(normal(*each) for each in sizes)
     return Inputs(operands, torch.randint(case.classes, (case.rows,), device=device, generator=generator))

@@ -8,11 +8,13 @@ its gradient is part of the work. ``fused`` takes the backend that is best here;
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,38 +23,40 @@ from torch.nn import functional as F
 import monosoftmax as ms
 from monosoftmax.backends import Operation
 
-from . import peers
 from .cases import DTYPES, Case, Group, Inputs
-from .peers import Loss
 
+Loss = Callable[..., Any]
 _TRANSFORMS: dict[str, Callable[[], ms.transforms.MonotonicTransform]] = {
     "identity": ms.transforms.Identity,
     "temperature": ms.transforms.Temperature,
     "sigsoftmax": ms.transforms.SigSoftmax,
     "gss": ms.transforms.GSS,
-    "soft_cap": lambda: ms.transforms.SoftCap(learnable=True),
-    "sigmoid_cap": lambda: ms.transforms.SigmoidCap(learnable=True),
-    "monotonic_mlp": lambda: ms.transforms.MonotonicMLP(8),
-    "spline": lambda: ms.transforms.RationalQuadraticSpline(16),
+    "soft_cap": partial(ms.transforms.SoftCap, learnable=True),
+    "sigmoid_cap": partial(ms.transforms.SigmoidCap, learnable=True),
+    "monotonic_mlp": partial(ms.transforms.MonotonicMLP, 8),
+    "spline": partial(ms.transforms.RationalQuadraticSpline, 16),
 }
-#: Forms by backend and, for the head, method: those of a GPU.
-_ON_GPU = {"logits": ("cuda", "triton"), "head": ("cuda", "triton", "triton chunked", "triton recompute")}
+_PLAIN: dict[Group, tuple[str, ...]] = {"logits": ("eager", "compiled")}
+_PLAIN["head"] = *_PLAIN["logits"], "linear_cross_entropy", "linear_cross_entropy chunked", "cut-cross-entropy"
+_PLAIN_ON_GPU = {"logits": ("liger",), "head": ("liger", "cut-cross-entropy kernels")}
+_BACKENDS = {"logits": ("cuda", "triton"), "head": ("cuda", "triton", "triton chunked", "triton recompute")}
+_MIXTURES = ("mos-4 published", "mos-4 fair", "mos-15 published", "mos-15 fair", "moc-4 fused", "moc-15 fused")
 #: Relative distance up to which losses and norms of gradients of the same function agree.
 _TOLERANCES = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.05, "float16": 0.05}
+
+
+class Unavailable(Exception):
+    """A contestant cannot run here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Contestant:
     """A contestant with its inputs."""
 
-    #: One call; returns the loss and its gradients.
-    step: Callable[[], tuple[Tensor, ...]]
-    #: What computes it, in a word.
+    step: Callable[[], tuple[Tensor, ...]]  # one call; returns the loss and its gradients
     backend: str
-    #: What it computes: those with the same function must have the same loss and gradients.
-    function: str
-    #: How many of the gradients are compared; the rest are parameters'.
-    compared: int
+    function: str  # those with the same must have the same loss and gradients
+    compared: int  # so many of the gradients are; the rest are parameters'
 
 
 def names(
@@ -62,19 +66,14 @@ def names(
 
     ``on_gpu`` adds what only a GPU runs: the forms by backend, and the kernels of other packages.
     """
-    functions = [*_TRANSFORMS, *(f"plif-{count}" for count in pieces)]
     forms = ["reference", "reference compiled", "fused"]
     if dtype in ("bfloat16", "float16") and group == "logits":
         forms.append("fused float32")  # the same logits in float32
-    found = ["plain eager", "plain compiled"]
-    if group == "head":
-        found += ["plain linear_cross_entropy", "plain linear_cross_entropy chunked", "plain cut-cross-entropy"]
-    if on_gpu:
-        forms += _ON_GPU[group]
-        found += ["plain liger", *(["plain cut-cross-entropy kernels"] if group == "head" else [])]
+    forms += _BACKENDS[group] if on_gpu else ()
+    functions = *_TRANSFORMS, *(f"plif-{count}" for count in pieces)
+    found = [f"plain {form}" for form in _PLAIN[group] + (_PLAIN_ON_GPU[group] if on_gpu else ())]
     found += [f"{function} {form}" for function in functions for form in forms]
-    if group == "head":
-        found += ["mos-4 published", "mos-4 fair", "mos-15 published", "mos-15 fair", "moc-4 fused", "moc-15 fused"]
+    found += _MIXTURES if group == "head" else ()
     return [name for name in found if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
@@ -85,12 +84,23 @@ def prepare(name: str, case: Case, inputs: Inputs) -> Contestant:
     published form of a mixture adds 1e-8 to the probabilities, so that its forms differ.
     """
     function, form = name.split(" ", 1)
-    if function == "plain":
-        return _plain(form, case, inputs)
-    if function.startswith(("mos-", "moc-")):
-        return replace(_mixture(function, form, case, inputs), function=name)
-    found = _transformed(function, form, case, inputs)
-    return found if function == "identity" else replace(found, function=function)
+    kind = function.partition("-")[0]
+    make = {"plain": _plain, "mos": _mixture, "moc": _mixture}.get(kind, _transformed)
+    loss, inputs, parameters, backend = make(function, form, case, inputs)
+    if form.endswith("compiled"):
+        # By default torch.compile gives up on the function that all transforms share after 8 of them.
+        torch._dynamo.config.recompile_limit = 256
+        loss, backend = torch.compile(loss, fullgraph=True, dynamic=False), "inductor"
+
+    def step() -> tuple[Tensor, ...]:
+        with torch.set_grad_enabled(case.mode == "train"):
+            found = loss(*inputs.operands, inputs.target)
+        # Gradients are returned: to accumulate them would be one more pass over memory.
+        wanted = (*inputs.operands, *parameters)
+        return (found.detach(), *(torch.autograd.grad(found, wanted) if case.mode == "train" else ()))
+
+    computes = {"identity": "plain", "mos": name, "moc": name}.get(kind, function)
+    return Contestant(step, backend, computes, len(inputs.operands))
 
 
 def fingerprint(contestant: Contestant) -> tuple[float, ...]:
@@ -121,87 +131,79 @@ def explain(
     try:
         return ms.backends.explain(operation, input, transform, **given)
     except ValueError as error:
-        raise peers.Unavailable(str(error)) from None
+        raise Unavailable(str(error)) from None
 
 
-def _plain(form: str, case: Case, inputs: Inputs) -> Contestant:
-    loss: Loss = F.cross_entropy
-    if case.group == "head":
-        loss = lambda input, weight, target: F.cross_entropy(F.linear(input, weight), target)  # noqa: E731
-    backend = "torch"
-    if form == "compiled":
-        loss, backend = _compiled(loss), "inductor"
-    elif form == "liger":
-        loss, backend = peers.liger(case.group), "liger"
-        inputs = inputs if case.group == "head" else inputs.copy()
-    elif form.startswith("cut-cross-entropy"):
-        loss, backend = peers.cut_cross_entropy(form.endswith("kernels"), inputs.target.device), "cut-cross-entropy"
-    elif form != "eager":
-        loss = peers.linear_cross_entropy(chunked=form.endswith("chunked"))
-    return _contestant(loss, inputs, (), backend)
+#: A loss of operands and target, the operands, parameters of its own, and what computes it.
+_Made = tuple[Loss, Inputs, tuple[Tensor, ...], str]
 
 
-def _transformed(function: str, form: str, case: Case, inputs: Inputs) -> Contestant:
-    transform = make_transform(function)
-    transform = transform.to(inputs.target.device, torch.float64 if case.dtype == "float64" else torch.float32)
-    operation: Operation = "cross_entropy" if case.group == "logits" else "linear_cross_entropy"
+def _plain(_: str, form: str, case: Case, inputs: Inputs) -> _Made:
+    if form in ("eager", "compiled"):
+        return F.cross_entropy if case.dim is None else linear_then_cross_entropy, inputs, (), "torch"
+    if form == "cut-cross-entropy":  # Wijmans et al., ICLR 2025
+        return _peer("cut_cross_entropy.torch_compile").torch_compile_linear_cross_entropy, inputs, (), form
+    if form == "cut-cross-entropy kernels":
+        if inputs.target.device.type != "cuda":
+            raise Unavailable(f"the kernels of cut-cross-entropy need a GPU, inputs are on {inputs.target.device}")
+        # By default they count tiles whose gradients are all small as zero.
+        kernels = partial(_peer("cut_cross_entropy").linear_cross_entropy, impl="cce")
+        return kernels, inputs, (), "cut-cross-entropy"
+    if form == "liger" and case.dim is None:
+        loss = _peer("liger_kernel.ops.cross_entropy").LigerCrossEntropyFunction
+        # Its gradient overwrites the logits.
+        return lambda logits, target: loss.apply(logits, target, None)[0], inputs.copy(), (), form
+    if form == "liger":
+        head = _peer("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
+        return lambda *given: head.apply(*given)[0], inputs, (), form
+    if not (hasattr(F, "linear_cross_entropy") and hasattr(nn, "LinearCrossEntropyOptions")):
+        raise Unavailable(f"torch {torch.__version__} has no such function, or no options for it")
+    options = {"options": nn.LinearCrossEntropyOptions()} if form.endswith("chunked") else {}
+    return partial(F.linear_cross_entropy, **options), inputs, (), "torch"
+
+
+def linear_then_cross_entropy(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(input, weight), target)
+
+
+def _peer(module: str) -> Any:
+    """A module of a package of requirements/peers.txt; :class:`Unavailable` where it, or triton, is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in (module.partition(".")[0], "triton"):
+            raise
+        raise Unavailable(f"{error.name} is not installed: pip install --no-deps -r requirements/peers.txt") from None
+
+
+def _transformed(function: str, form: str, case: Case, inputs: Inputs) -> _Made:
+    transform = make_transform(function).to(
+        inputs.target.device, torch.float64 if case.dtype == "float64" else torch.float32
+    )
+    operation: Operation = "cross_entropy" if case.dim is None else "linear_cross_entropy"
     word, _, method = form.partition(" ")
     given: dict[str, Any] = {"backend": "auto" if word == "fused" else word}
-    if case.group == "head":
+    if case.dim is not None:
         given["method"] = method if word == "triton" and method else "auto"
-
-    def loss(*operands_and_target: Tensor) -> Tensor:
-        if case.group == "logits":
-            return ms.cross_entropy(*operands_and_target, transform, **given)
-        return ms.linear_cross_entropy(*operands_and_target, transform, **given)
-
     inputs = inputs.wide if form == "fused float32" else inputs
-    parameters = tuple(transform.parameters())
-    if form == "reference compiled":
-        return _contestant(_compiled(loss), inputs, parameters, "inductor")
-    chosen = explain(operation, inputs.operands[0], transform, **given)
-    return _contestant(loss, inputs, parameters, chosen.backend)
+    backend = explain(operation, inputs.operands[0], transform, **given).backend
+    call = getattr(ms, operation)
+    return lambda *operands: call(*operands, transform, **given), inputs, tuple(transform.parameters()), backend
 
 
-def _mixture(function: str, form: str, case: Case, inputs: Inputs) -> Contestant:
+def _mixture(function: str, form: str, case: Case, inputs: Inputs) -> _Made:
     kind, components = function.split("-")
-    assert case.dim is not None
     input, weight = inputs.operands
-    layer: ms.MixtureOfSoftmaxes | ms.MixtureOfContexts
-    sizes = case.dim, case.classes, int(components)
     # On the CPU first, so that the parameters are the same whatever the device.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if kind == "mos":
-            layer = ms.MixtureOfSoftmaxes(*sizes, bias=False, published=form == "published")
-        else:
-            layer = ms.MixtureOfContexts(*sizes, bias=False)
-    layer = layer.tie_weights(nn.Embedding.from_pretrained(weight.detach(), freeze=False))
-    layer = layer.to(input.device, DTYPES[case.dtype])
+        kinds = {"mos": partial(ms.MixtureOfSoftmaxes, published=form == "published"), "moc": ms.MixtureOfContexts}
+        layer = kinds[kind](case.dim, case.classes, int(components), bias=False)
+    layer.tie_weights(nn.Embedding.from_pretrained(weight.detach(), freeze=False))
+    layer.to(input.device, DTYPES[case.dtype])
+    # The decoder's parameter shares the memory of the case's weight, and stands in for it.
     decoder = layer.decoder.weight
     own = tuple(parameter for parameter in layer.parameters() if parameter is not decoder)
-
-    # The decoder's parameter shares the memory of the case's weight, and stands in for it.
-    tied = Inputs((input, decoder), inputs.target)
     operation: Operation = "cross_entropy" if kind == "mos" else "linear_cross_entropy"
     backend = "torch" if form == "published" else ms.backends.explain(operation, input).backend
-    return _contestant(lambda input, _, target: cast(Tensor, layer(input, target).loss), tied, own, backend)
-
-
-def _contestant(loss: Loss, inputs: Inputs, parameters: tuple[Tensor, ...], backend: str) -> Contestant:
-    train = inputs.operands[0].requires_grad
-
-    def step() -> tuple[Tensor, ...]:
-        with torch.set_grad_enabled(train):
-            found = loss(*inputs.operands, inputs.target)
-        # Gradients are returned: to accumulate them would be one more pass over memory.
-        return (found.detach(), *(torch.autograd.grad(found, (*inputs.operands, *parameters)) if train else ()))
-
-    return Contestant(step, backend, "plain", len(inputs.operands))
-
-
-def _compiled(loss: Loss) -> Loss:
-    """``loss`` in one graph for exactly its shapes."""
-    # By default torch.compile gives up on the function that all transforms share after 8 of them.
-    torch._dynamo.config.recompile_limit = 256
-    return cast(Loss, torch.compile(loss, fullgraph=True, dynamic=False))
+    return lambda input, _, target: layer(input, target).loss, Inputs((input, decoder), inputs.target), own, backend

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from ..engine.checkpoint import Checkpoint
@@ -17,7 +16,7 @@ from ..engine.document import environments, render
 from ..engine.experiment import Experiment, Measured, Results, Unit
 from . import contestants, host, variants
 from .presets import Timing, shrunk, timings
-from .results import frame
+from .results import NotMeasured, ratio
 from .timing import measure
 
 #: The tables of the section: heading, units, contestants.
@@ -27,6 +26,8 @@ _TABLES = (
     ("More shapes", "quick/*", "plif-64 fused"),
     ("On a GPU", "gpu/*", "*"),
 )
+#: Columns: what a time is relative to.
+_OTHERS = {"without f": "identity fused", "eager": "plain eager", "compiled": "plain compiled", "floor": "floor"}
 
 
 @dataclass(frozen=True)
@@ -65,31 +66,40 @@ class Overhead(Experiment):
         return Measured({}, measure(timing, prepare))
 
     def section(self, results: Results, pictures: Path) -> str:
-        tables = [(heading, units, _table(frame(results, units, names))) for heading, units, names in _TABLES]
-        narrow = frame(results, "logits/*float16*", "* fused")["to_wide"]
-        calls = [
-            {"call": name, **{key: f"{value:.0f}" for key, value in pair.items()}}
-            for record in results.matching("host/*")
-            for name, pair in record.times["microseconds"].items()
-        ]
-        machines = environments(list(results.values()))
-        template = Path(__file__).with_name("report.md.jinja")
-        return render(template, command=self.command, tables=tables, narrow=narrow, calls=calls, machines=machines)
+        wide = (_ratio(*row, f"{row[-1]} float32") for row in _rows(results, "logits/*float16*", "* fused"))
+        calls = (record.times["microseconds"].items() for record in results.matching("host/*"))
+        return render(
+            Path(__file__).with_name("report.md.jinja"),
+            command=self.command,
+            tables=[(*table, [_cells(*row) for row in _rows(results, *table[1:])]) for table in _TABLES],
+            narrow=[each for each in wide if each is not None],
+            calls=[{"call": name} | {key: f"{pair[key]:.0f}" for key in pair} for each in calls for name, pair in each],
+            machines=environments(list(results.values())),
+        )
 
 
-def _table(found: pd.DataFrame) -> list[dict[str, str]]:
-    rows = []
-    for row in found.to_dict("records"):
-        ms = row.get("median_ms", math.nan)
-        cells = {"case": row["unit"].partition("/")[2], "contestant": row["contestant"], "ms": row["status"]}
-        if row["status"] == "measured":
-            cells["ms"] = f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
-            ratios = {"without f": "identity", "eager": "eager", "compiled": "compiled", "floor": "floor"}
-            cells |= {f"/ {head}": _cell(row[f"to_{key}"], ".2f") for head, key in ratios.items()}
-            cells["peak MiB"] = _cell(row["peak_mib"], ",.1f")
-        rows.append(cells)
-    return rows
+def _rows(results: Results, units: str, names: str) -> Iterator[tuple[Results, str, str]]:
+    """The results, the unit and the contestant of all that match."""
+    for record in results.matching(units):
+        yield from ((results, record.unit, name) for name in record.times["contestants"] if fnmatchcase(name, names))
 
 
-def _cell(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)
+def _cells(results: Results, unit: str, name: str) -> dict[str, str]:
+    row = results[unit].times["contestants"][name]
+    cells = {"case": unit.partition("/")[2], "contestant": name, "ms": row.get("status", "")}
+    if "status" in row:
+        return cells
+    ms, peak = row["median_ms"], row.get("peak_bytes")
+    cells["ms"] = f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+    for head, other in _OTHERS.items():
+        relative = _ratio(results, unit, name, other)
+        cells[f"/ {head}"] = "-" if relative is None else f"{relative:.2f}"
+    cells["peak MiB"] = "-" if peak is None else f"{peak / 2**20:,.1f}"
+    return cells
+
+
+def _ratio(*given: Any) -> float | None:
+    try:
+        return ratio(*given)
+    except NotMeasured:
+        return None

@@ -6,16 +6,18 @@ autograd. Every call is timed in turn with the others in one run, and beside the
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections import defaultdict
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
 import monosoftmax as ms
+
+from .contestants import linear_then_cross_entropy
 
 
 def measure(rounds: int = 15, calls: int = 200) -> dict[str, dict[str, float]]:
@@ -25,27 +27,19 @@ def measure(rounds: int = 15, calls: int = 200) -> dict[str, dict[str, float]]:
         torch.randn(size, generator=generator).requires_grad_() for size in ((6, 40), (6, 8), (40, 8))
     )
     target = torch.randint(40, (6,), generator=generator)
-    plif = ms.transforms.PLIF()
-
-    def plain(from_hidden: bool) -> Tensor:
-        return F.cross_entropy(F.linear(hidden, weight) if from_hidden else logits, target)
-
-    calls_of: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
-        "cross_entropy": (lambda: ms.cross_entropy(logits, target), lambda: plain(False)),
-        "cross_entropy, PLIF": (lambda: ms.cross_entropy(logits, target, plif), lambda: plain(False)),
-        "linear_cross_entropy": (lambda: ms.linear_cross_entropy(hidden, weight, target), lambda: plain(True)),
-        "linear_cross_entropy, PLIF": (
-            lambda: ms.linear_cross_entropy(hidden, weight, target, plif),
-            lambda: plain(True),
-        ),
-    }
-    timers: dict[tuple[str, str], Timer] = {}
-    for name, pair in calls_of.items():
-        for key, loss in zip(("call", "torch"), pair, strict=True):
-            for suffix, statement in (("", "loss()"), (", backward", "loss().backward()")):
-                timers[name + suffix, key] = Timer(statement, globals={"loss": loss}, timer=time.process_time)
-    found: dict[str, dict[str, list[float]]] = {}
+    losses = (
+        (ms.cross_entropy, F.cross_entropy, (logits, target)),
+        (ms.linear_cross_entropy, linear_then_cross_entropy, (hidden, weight, target)),
+    )
+    transforms = ("", ()), (", PLIF", (ms.transforms.PLIF(),))
+    timers = {}
+    for (ours, plain, given), (f, transform), backward in itertools.product(losses, transforms, (False, True)):
+        name = ours.__name__ + f + ", backward" * backward
+        for key, loss, arguments in (("call", ours, given + transform), ("torch", plain, given)):
+            names = {"loss": loss, "given": arguments}
+            timers[name, key] = Timer("loss(*given)" + ".backward()" * backward, globals=names, timer=time.process_time)
+    found: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     for _ in range(rounds):
-        for (name, key), timer in timers.items():
-            found.setdefault(name, {}).setdefault(key, []).append(1e6 * timer.timeit(calls).median)
-    return {name: {key: statistics.median(each) for key, each in pair.items()} for name, pair in found.items()}
+        for key, timer in timers.items():
+            found[key].append(1e6 * timer.timeit(calls).median)
+    return {name: {key: statistics.median(found[name, key]) for key in ("call", "torch")} for name, _ in timers}

@@ -7,7 +7,7 @@ import os
 import resource
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -15,39 +15,34 @@ from unittest import mock
 import torch
 
 from .cases import Case, make_inputs
-from .contestants import Contestant, prepare
-from .peers import Unavailable
+from .contestants import Contestant, Unavailable, prepare
 
 #: glibc keeps freed blocks in its arenas unless they were mapped, and it raises that threshold as a program runs: with
 #: a fixed one, every large tensor is mapped when it is made and gone when it is freed.
 _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
-def peaks(case: Case, names: Sequence[str]) -> dict[str, int | str]:
-    """The extra bytes of a step of each contestant on the CPU; or, in its place, why they are not known.
+def peaks(case: Case, names: Sequence[str]) -> dict[str, int | None]:
+    """The extra bytes of a step of each contestant on the CPU; None where it ends in an error.
 
     They are the growth of the resident set, in a process of its own, to its peak, which Linux lets a process reset.
     """
     # Forked from a process that has loaded torch, but has neither threads nor tensors.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    found: dict[str, int | str] = {}
+    found: dict[str, int | None] = dict.fromkeys(names)
     for name in names:
-        with mock.patch.dict(os.environ, _ENVIRONMENT), ProcessPoolExecutor(1, mp_context=context) as pool:
-            try:
-                found[name] = pool.submit(_peak, case, name, torch.get_num_threads()).result()
-            except Exception as error:
-                found[name] = describe(error)
+        pool = ProcessPoolExecutor(1, mp_context=context)
+        with suppress(Exception), mock.patch.dict(os.environ, _ENVIRONMENT), pool:
+            found[name] = pool.submit(_peak, case, name, torch.get_num_threads()).result()
     return found
 
 
 def cuda_peak(contestant: Contestant) -> int:
     """The extra bytes of a step of a warmed-up contestant on the current CUDA device."""
-    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     results = contestant.step()
-    torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before - _bytes_of(results[1:])
 
 
@@ -82,11 +77,9 @@ def _peak(case: Case, name: str, threads: int) -> int:
         contestant = prepare(name, case, make_inputs(case, device))
         # A first step loads the code. Compiled code is for one shape, so that it runs on the shape to be measured; all
         # else runs on two rows, so that a workspace which is kept from call to call is counted.
-        if name.endswith(("compiled", "cut-cross-entropy")):
-            contestant.step()
-        else:
-            small = replace(case, rows=min(case.rows, 2))
-            prepare(name, small, make_inputs(small, device)).step()
+        small = replace(case, rows=min(case.rows, 2))
+        compiled = name.endswith(("compiled", "cut-cross-entropy"))
+        (contestant if compiled else prepare(name, small, make_inputs(small, device))).step()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
         before = _kib("/proc/self/status", "VmHWM")
         results = contestant.step()

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.benchmark import Timer
 
+from ..engine.experiment import ExperimentError
 from . import memory
 from .cases import Case, Inputs, make_inputs
 from .contestants import Contestant, disagreement, fingerprint
@@ -31,46 +33,49 @@ _TESTS = Path(__file__).parents[2] / "tests"
 
 
 def measure(timing: Timing, prepare: Callable[[str, Case, Inputs], Contestant]) -> dict[str, Any]:
-    """The times of a unit: floors, and for each contestant its figures, or its ``status`` where it has none.
+    """The times of a unit: for each contestant its figures, or its ``status`` where it has none, and floors.
 
-    ``prepare`` makes a contestant of its name, the case, and the inputs.
+    A floor is the longer of ``memory_ms``, of the least bytes at the bandwidth of a copy, and ``products_ms``, of bare
+    matrix products. Data that fits in a cache can be faster than memory.
     """
     case, kind = timing.case, torch.device("cpu" if timing.device == "emulated" else timing.device)
-    if kind.type == "cuda" and not torch.cuda.is_available():
-        raise LookupError(f"torch {torch.__version__} finds no CUDA device here")
+    on_gpu = kind.type == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise ExperimentError(f"torch {torch.__version__} finds no CUDA device here")
     rows: dict[str, dict[str, Any]] = {name: {} for name in timing.contestants}
     with memory.limited(kind), emulating() if timing.device == "emulated" else nullcontext():
         inputs = make_inputs(case, kind)
         actions = probes(case, inputs)
         known: dict[str, tuple[str, tuple[float, ...]]] = {}
-        for name in rows:
+        for name, row in rows.items():
             try:
                 contestant = prepare(name, case, inputs)
                 found = fingerprint(contestant)
                 first, expected = known.setdefault(contestant.function, (name, found))
                 if difference := disagreement(case, found, expected):
                     raise ArithmeticError(f"disagrees with {first}: {difference}")
-                rows[name]["backend"] = contestant.backend
-                if kind.type == "cuda":
-                    rows[name]["peak_bytes"] = memory.cuda_peak(contestant)
-            except Exception as error:
-                rows[name]["status"] = memory.describe(error)
-            else:
+                row["backend"] = contestant.backend
+                if on_gpu:
+                    row["peak_bytes"] = memory.cuda_peak(contestant)
                 actions[name] = contestant.step
-        medians = {}
-        for name, summary in take_turns(actions, kind, timing.rounds).items():
-            medians[name] = summary.get("median_ms")
-            if name in rows:
-                rows[name] |= summary
+            except Exception as error:
+                row["status"] = memory.describe(error)
+        times = take_turns(actions, kind, timing.rounds)
         del inputs, actions
     torch.compiler.reset()
     gc.collect()
+    for name, row in rows.items():
+        row |= times.get(name, {})
     if timing.device == "cpu":
         for name, peak in memory.peaks(case, [name for name, row in rows.items() if "status" not in row]).items():
-            rows[name]["peak_bytes"] = peak if isinstance(peak, int) else None
-    clock = "triton.testing" if kind.type == "cuda" else "torch.utils.benchmark"
-    model = torch.cuda.get_device_name() if kind.type == "cuda" else timing.device
-    return {"device": model, "clock": clock, **floors(case, kind, medians), "contestants": rows}
+            rows[name]["peak_bytes"] = peak
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else timing.device,
+        "clock": "triton.testing" if on_gpu else "torch.utils.benchmark",
+        "memory_ms": times["copy"]["median_ms"] / (2 * COPY_BYTES[kind.type]) * case.minimum_bytes,
+        "products_ms": times.get("products", {}).get("median_ms"),
+        "contestants": rows,
+    }
 
 
 @contextmanager
@@ -79,11 +84,8 @@ def emulating() -> Iterator[None]:
     # The kernels must be loaded before they are interpreted: else they would stay so.
     for module in ("operators", "recompute_head"):
         importlib.import_module(f"monosoftmax.triton_kernels.{module}")
-    sys.path.insert(0, str(_TESTS))
-    try:
+    with mock.patch.object(sys, "path", [str(_TESTS), *sys.path]):
         interpreter, host = (importlib.import_module(name) for name in ("triton_interpreter", "cuda_host"))
-    finally:
-        sys.path.remove(str(_TESTS))
     with interpreter.interpreting(), host.executing():
         yield
 
@@ -106,8 +108,7 @@ def take_turns(actions: Mapping[str, Action], device: torch.device, rounds: int)
                 del samples[name]
                 found[name] = {"status": memory.describe(error)}
     for name, turns in samples.items():
-        times = [turn["ms"] for turn in turns]
-        low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else 3 * times
+        low, median, high = np.quantile([turn["ms"] for turn in turns], (0.25, 0.5, 0.75)).tolist()
         found[name] = {"median_ms": median, "first_quartile_ms": low, "third_quartile_ms": high}
         if "host_ms" in turns[0]:
             found[name]["host_ms"] = statistics.median(turn["host_ms"] for turn in turns)
@@ -115,37 +116,24 @@ def take_turns(actions: Mapping[str, Action], device: torch.device, rounds: int)
 
 
 def probes(case: Case, inputs: Inputs) -> dict[str, Action]:
-    """The copy, and for the head the products at the case's own shape. Their buffers are written to here, once."""
-    device = inputs.target.device
-    source, copied = (torch.ones(COPY_BYTES[device.type] // 4, device=device) for _ in range(2))
-    found: dict[str, Action] = {"copy": lambda: copied.copy_(source)}
-    if case.dim is not None:
-        found["products"] = _products(case, *(operand.detach() for operand in inputs.operands))
-    return found
+    """The copy, and for the head the products at the case's own shape. Their buffers are written to here, once.
 
-
-def floors(case: Case, device: torch.device, ms: Mapping[str, float]) -> dict[str, float | None]:
-    """Milliseconds that the least bytes take at the bandwidth of the copy, and those of the products.
-
-    The longer of the two is the floor of a case. Data that fits in a cache can be faster than memory.
+    Logits = x W^T and, in ``train``, dx = g W and dW = g^T x with the logits in the place of g.
     """
-    per_byte = ms["copy"] / (2 * COPY_BYTES[device.type])
-    return {"memory_ms": per_byte * case.minimum_bytes, "products_ms": ms.get("products")}
-
-
-def _products(case: Case, input: Tensor, weight: Tensor) -> Action:
-    """logits = x W^T and, in ``train``, dx = g W and dW = g^T x with the logits in the place of g."""
-    logits = input.new_zeros(case.rows, case.classes)
-    if case.mode == "no-grad":
-        return lambda: torch.mm(input, weight.T, out=logits)
-    grad_input, grad_weight = torch.zeros_like(input), torch.zeros_like(weight)
+    source, copied = (torch.ones(COPY_BYTES[inputs.target.device.type] // 4, device=inputs.target.device) for _ in "ab")
+    found: dict[str, Action] = {"copy": lambda: copied.copy_(source)}
+    if case.dim is None:
+        return found
+    input, weight = (operand.detach() for operand in inputs.operands)
+    logits, grad_input, grad_weight = input.new_zeros(case.rows, case.classes), input.clone(), weight.clone()
 
     def products() -> None:
         torch.mm(input, weight.T, out=logits)
-        torch.mm(logits, weight, out=grad_input)
-        torch.mm(logits.T, input, out=grad_weight)
+        if case.mode == "train":
+            torch.mm(logits, weight, out=grad_input)
+            torch.mm(logits.T, input, out=grad_weight)
 
-    return products
+    return found | {"products": products}
 
 
 def _timer(action: Action, **options: Any) -> Timer:

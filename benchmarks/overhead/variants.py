@@ -23,7 +23,6 @@ from monosoftmax.groups import Head, HeadOptions, LossOptions, Transform
 
 from .cases import Case, Inputs
 from .contestants import Contestant, explain, make_transform
-from .peers import Unavailable
 
 #: The variant that users get.
 USUAL = "as it is"
@@ -41,8 +40,7 @@ class Operator:
 
     backend: str
     function: str
-    #: loss, dz or all.
-    work: str
+    work: str  # loss, dz or all
     case: Case
     variants: tuple[str, ...]
 
@@ -81,45 +79,37 @@ def _each(name: str, *values: int) -> tuple[str, ...]:
 
 
 @contextmanager
-def tuned(backend: str, wishes: dict[str, int]) -> Iterator[None]:
+def tuned(backend: str, block: int = 0, addmm: int = 0, **wishes: int) -> Iterator[None]:
     """While it lasts, the kernels are planned (``csrc/cuda/plan.h``, Tuning) or launched with ``wishes``."""
-    wishes = dict(wishes)
     with ExitStack() as stack:
-        if "block" in wishes:
-            stack.enter_context(mock.patch.object(chunked_head, "_BLOCK", wishes.pop("block")))
-        if wishes.pop("addmm", 0):
-            add = mock.patch.object(chunked_head._Head, "_add_grad_weight", _accumulate_in_the_product)
-            stack.enter_context(add)
+        if block:
+            stack.enter_context(mock.patch.object(chunked_head, "_BLOCK", block))
+        if addmm:
+            stack.enter_context(mock.patch.object(chunked_head._Head, "_add_grad_weight", _accumulate_in_the_product))
         if wishes and backend == "triton":
             from monosoftmax.triton_kernels import launch
 
             stack.enter_context(launch.tuned(**wishes))
         elif wishes:
-            tune = getattr(ms.backends.extension, "tune_plans", None)
             if "monosoftmax_cuda_host" in sys.modules:  # emulated
                 host = sys.modules["cuda_host"]
                 tune = partial(host.module().set_device, 90, 2, host.DEVICES[90])
-            if tune is None:
-                raise Unavailable("the extension has no CUDA kernels")
+            else:
+                tune = ms.backends.extension.tune_plans
             stack.callback(tune)
             tune(**wishes)
         yield
 
 
 def _accumulate_in_the_product(head: Any, dz: Tensor, x: Tensor, first: bool) -> None:
-    """Gradient of the head's weight, in float32, which the product itself adds to."""
-    if x.device.type != "cuda":
-        raise Unavailable("torch multiplies half precision into float32 on CUDA only")
+    """Gradient of the head's weight, in float32, which the product itself adds to: in torch on CUDA only."""
     options: dict[str, Any] = {"out_dtype": torch.float32, "out": head.grad_weight}
-    try:
-        torch.mm(dz.t(), x, **options) if first else torch.addmm(head.grad_weight, dz.t(), x, **options)
-    except (NotImplementedError, TypeError) as error:
-        raise Unavailable(f"torch {torch.__version__}: {error}") from None
+    torch.mm(dz.t(), x, **options) if first else torch.addmm(head.grad_weight, dz.t(), x, **options)
 
 
 def prepare(operator: Operator, variant: str, case: Case, inputs: Inputs) -> Contestant:
     """The operator under the variant on the inputs of ``case``; :class:`Unavailable` where its backend cannot run."""
-    pairs = [] if variant == USUAL else [each.split("=") for each in variant.split()]
+    pairs = (each.split("=") for each in variant.split() if variant != USUAL)
     wishes = {key: int(value) for key, value in pairs}
     chunk_rows = wishes.pop("chunk_rows", 0)
     operands = [operand.detach() for operand in inputs.operands]
@@ -143,7 +133,7 @@ def prepare(operator: Operator, variant: str, case: Case, inputs: Inputs) -> Con
 
     def step() -> tuple[Tensor, ...]:
         # What nothing differentiates is not seen by autograd, nor by torch's dispatcher.
-        with tuned(operator.backend, wishes), torch.no_grad():
+        with tuned(operator.backend, **wishes), torch.no_grad():
             loss, *others = function(arguments)
             return loss, *(each for each in others[-len(mask) :] if each.numel())
 

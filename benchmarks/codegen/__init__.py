@@ -1,1 +1,1 @@
-"""What the GPU kernels compile to, for GPUs that need not be there: registers, spills, access widths, instructions."""
+"""What the Triton and CUDA kernels compile to: registers, local memory, accesses, matrix instructions, occupancy."""

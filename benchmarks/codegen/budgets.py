@@ -1,277 +1,191 @@
-"""All budgets of the compiled kernels, each with its reason, and what keeps or breaks them.
+"""All budgets of the compiled kernels, each with its reason, and what breaks them.
 
-None is about time: no kernel is run. They are about what takes time on every GPU that the kernels are compiled for:
-registers that went to memory, narrow accesses, instructions. A budget that is broken is work to do on the kernels: it
-is not moved to what they happen to need.
+A broken budget is work to do on the kernels: the limit does not move to what they happen to need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from .configurations import (
-    ALIGNED,
-    BACKWARD,
-    HEAD_BACKWARD,
-    HEAD_LOSS,
-    LOG_SOFTMAX,
-    LOG_SOFTMAX_BACKWARD,
-    LOSS,
-    LOSS_ALL,
-    LOSS_IN_PLACE,
-    LOSS_INPUT,
-    SHIFTED,
-    STATISTICS,
-    Configuration,
-)
-from .measure import MAIN_TARGET, Measurement
-from .peers import Peer
-from .verdict import Verdict
-
-_CLOSED_FORMS = ("temperature", "sigsoftmax", "gss", "soft_cap", "sigmoid_cap")
-_PLIF = ("plif-4", "plif-50", "plif-64")
-_BUT_THE_SPLINE = ("identity", *_CLOSED_FORMS, *_PLIF, "plif-1000", "mlp-8")
-_GRADIENTS = (LOSS_INPUT, LOSS_ALL, LOSS_IN_PLACE, BACKWARD)
-_TRAINING = (LOSS, *_GRADIENTS)
+from .cuda_compiler import static_bytes
+from .figures import AMD, AMD_SHARED, DEVICES, Measurement
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The most (or least) that a figure of some configurations may be."""
+    """The most, or the least, that a figure of some kernels may be. Of what is left empty every value counts."""
 
-    name: str
+    figure: str
     limit: float
     reason: str
-    figure: Callable[[Measurement], float | None]
+    compiler: str = ""
     operators: tuple[str, ...] = ()
     transforms: tuple[str, ...] = ()
-    classes: tuple[int, ...] = (ALIGNED,)
-    dtypes: tuple[str, ...] = ("bf16",)
-    #: None: all, of which the worst counts.
-    target: str | None = MAIN_TARGET
-    with_options: bool = False
-    #: Those of sliced logits among them.
-    sliced: bool = True
+    dtypes: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    #: Words that a variant has, and words that it does not have.
+    having: str = ""
+    lacking: tuple[str, ...] = ()
     at_least: bool = False
 
-    def takes(self, measurement: Measurement) -> bool:
-        """Whether the budget is one of this measurement. What it does not name may be anything."""
-        one = measurement.configuration
-        return isinstance(one, Configuration) and all(
+    def takes(self, each: Measurement) -> bool:
+        """Whether the budget is one of this measurement."""
+        kernel = each.kernel
+        return all(
             (
-                not self.operators or one.operator in self.operators,
-                not self.transforms or one.transform in self.transforms,
-                not self.classes or one.classes in self.classes,
-                not self.dtypes or one.dtype in self.dtypes,
-                self.target in (None, measurement.target),
-                self.with_options or not (one.all_options or one.deterministic),
-                self.sliced or not one.sliced,
+                self.compiler in ("", kernel.compiler),
+                not self.operators or kernel.operator in self.operators,
+                not self.transforms or kernel.transform in self.transforms,
+                not self.dtypes or kernel.dtype in self.dtypes,
+                not self.targets or each.target in self.targets,
+                self.having in kernel.variant,
+                not any(word in kernel.variant for word in self.lacking),
+                # AMD's compiler gives no number of blocks.
+                getattr(each.figures, self.figure) is not None,
             )
         )
 
-    def verdicts(self, measurements: Sequence[Measurement]) -> Iterator[Verdict]:
-        """One for each configuration."""
-        groups: dict[Configuration | Peer, list[tuple[float, Measurement]]] = {}
-        for each in measurements:
-            value = self.figure(each) if self.takes(each) else None
-            if value is not None:
-                groups.setdefault(each.configuration, []).append((value, each))
-        choose = min if self.at_least else max
-        for group in groups.values():
-            value, worst = choose(group, key=lambda each: each[0])
-            yield Verdict(self.name, _subject(worst, group), value, self.limit, self.reason, self.at_least)
+
+@dataclass(frozen=True)
+class Verdict:
+    """A figure held against its budget."""
+
+    budget: Budget
+    measurement: Measurement
+
+    @property
+    def value(self) -> float:
+        """The figure."""
+        return float(getattr(self.measurement.figures, self.budget.figure))
+
+    @property
+    def kept(self) -> bool:
+        """Whether the budget is kept."""
+        return self.value >= self.budget.limit if self.budget.at_least else self.value <= self.budget.limit
+
+    def __str__(self) -> str:
+        relation = "at least" if self.budget.at_least else "at most"
+        what = f"{self.budget.figure.replace('_', ' ')} {self.value:g}, {relation} {self.budget.limit:g}"
+        return f"{self.measurement.kernel} for {self.measurement.target}: {what} ({self.budget.reason})"
 
 
-def _main(measurement: Measurement) -> float | None:
-    return measurement.main
-
-
-def _whole(measurement: Measurement) -> float | None:
-    return measurement.whole
-
-
-def _registers(measurement: Measurement) -> float:
-    return measurement.registers
-
-
-_SPILLS = Budget(
-    "spilled bytes",
-    0,
-    "a spilled register is a store and a load for each tile; nothing is spilled anywhere, for any target",
-    lambda each: each.spills,
-    classes=(),
-    dtypes=(),
-    target=None,
-    with_options=True,
+_ALL = (
+    Budget("local", 0, "a spilled register is a store and a load, and no array is in a thread's own memory"),
+    Budget("local_accesses", 0, "as no byte of local memory"),
+    Budget("blocks", 1, "a block has the shared memory and the registers that it asks for", at_least=True),
 )
 
-_LOADS = Budget(
-    "bytes loaded at once by the loops over full tiles",
-    16,
-    "an eighth of the load instructions of 2-byte loads, in rows of any alignment",
-    lambda each: each.main_load_bytes,
-    operators=(*_TRAINING, LOG_SOFTMAX),
-    classes=(),
-    dtypes=(),
-    at_least=True,
+# The Triton kernels: a transform, an operator of triton_calls.py, a type of logits, a variant.
+
+_SWEEP_ONCE = ("loss", "backward")
+_GRADIENTS = ("loss, d logits", "loss, d logits, d coefficients", "loss, d logits in place, d coefficients")
+_SWEEP_TWICE = (*_GRADIENTS, "token statistics", "log_softmax", "log_softmax backward")
+_HEADS = ("recomputed head: loss", "recomputed head: gradients")
+_ANY_PLACE = ("V=50257", "sliced")
+_HALF = ("bf16", "fp16")
+_EVERY = (*_HALF, "fp32")
+_NVIDIA = tuple(DEVICES)
+_MAIN = ("sm_90",)
+_PLAIN = ("all options", "deterministic")
+_BUT_THE_SPLINE = (
+    *("identity", "temperature", "sigsoftmax", "gss", "soft_cap", "sigmoid_cap"),
+    *("plif-4", "plif-64", "plif-1000", "mlp-8"),
 )
 
-#: By arithmetic, issued instructions bound a loss before memory does from about 17 per element on (bf16, H100: 132
-#: multiprocessors of 128 lanes at 1.755 GHz against 3.35 TB/s). The limits are the project's contract.
-_INSTRUCTIONS = (
-    Budget("instructions per element", 11, "the plain loss: far from that bound", _main, (LOSS,), ("identity",)),
-    Budget("instructions per element", 16, "a closed form: below that bound", _main, (LOSS,), _CLOSED_FORMS),
-    Budget("instructions per element", 20, "PLIF, up to 64 pieces: next to that bound", _main, (LOSS,), _PLIF),
-    Budget(
-        "instructions per element",
-        48,
-        "PLIF: two sweeps of a row, with a look-up each, and the sums of two tables",
-        _main,
-        (LOSS_ALL, LOSS_IN_PLACE),
-        _PLIF,
-    ),
-    # Where the whole row keeps the limit of the main loops too, that is held; of rows that begin anywhere see below.
-    Budget(
-        "instructions per element of the row",
-        11,
-        "as of the main loops",
-        _whole,
-        (LOSS,),
-        ("identity",),
-        sliced=False,
-    ),
-    Budget(
-        "instructions per element of the row",
-        16,
-        "as of the main loops",
-        _whole,
-        (LOSS,),
-        ("temperature", "sigsoftmax", "soft_cap", "sigmoid_cap"),
-        sliced=False,
-    ),
-    Budget("instructions per element of the row", 20, "as of the main loops", _whole, (LOSS,), _PLIF, sliced=False),
-    Budget("instructions per element of the row", 48, "as of the main loops", _whole, (LOSS_ALL,), _PLIF, sliced=False),
+
+def _triton_accesses() -> Iterator[Budget]:
+    """16 bytes at once in every sweep of a row: an eighth of the instructions of accesses of 2 bytes."""
+    for sweeps, operators in ((1, _SWEEP_ONCE), (2, _SWEEP_TWICE)):
+        loads = partial(Budget, compiler="triton", operators=operators, targets=_NVIDIA)
+        reason = "full tiles and the masked one of aligned rows, in each sweep"
+        yield loads("wide_loads", 2 * sweeps, reason, lacking=(*_ANY_PLACE, "deterministic"), at_least=True)
+        yield loads("single_loads", 1, "the target's logit", dtypes=_HALF, lacking=_ANY_PLACE)
+        for word in _ANY_PLACE:
+            reason = "full tiles of rows that begin anywhere, in each sweep"
+            yield loads("wide_loads", sweeps, reason, having=word, at_least=True)
+            reason = "the target's logit, and masked tiles by elements"
+            yield loads("single_loads", 1 + 8 * sweeps, reason, dtypes=_HALF, having=word)
+    reason = "the sweep that adds up what the launch before has written"
+    yield Budget("wide_loads", 2, reason, "triton", targets=_NVIDIA, having="deterministic", at_least=True)
+    writing = (*_GRADIENTS, "backward", "log_softmax", "log_softmax backward")
+    stores = partial(Budget, compiler="triton", operators=writing, targets=_NVIDIA)
+    reason = "full tiles and the masked one of aligned rows"
+    yield stores("wide_stores", 2, reason, lacking=(*_ANY_PLACE, "deterministic"), at_least=True)
+    yield stores("single_stores", 0, "as wide stores", dtypes=_HALF, lacking=_ANY_PLACE)
+    reason = "full tiles of rows that begin anywhere, as their gradient does"
+    yield stores("wide_stores", 1, reason, having="V=50257", at_least=True)
+    yield stores("single_stores", 8, "masked tiles by elements", dtypes=_HALF, having="V=50257")
+
+
+def _triton_registers() -> Iterator[Budget]:
+    """Up to 64 registers leave 1024 threads to a multiprocessor, up to 128 leave 512."""
+    losses = ("loss",)
+    without = ("loss", "token statistics", "log_softmax")
+    gradients = (*_GRADIENTS, "backward", "log_softmax backward")
+    for limit, reason, operators, transforms in (
+        (48, "loss of the identity", losses, ("identity",)),
+        (64, "without gradients: the limit that the launcher sets for losses", without, _BUT_THE_SPLINE),
+        (96, "the spline without gradients: six numbers a piece", without, ("spline-16",)),
+        (128, "gradients of all but the spline: the limit that the launcher sets", gradients, _BUT_THE_SPLINE),
+        (232, "gradients of the spline: six rows of a table", gradients, ("spline-16",)),
+    ):
+        yield Budget("registers", limit, reason, "triton", operators, transforms, ("bf16",), _MAIN, lacking=_PLAIN)
+
+
+_TRITON_HEADS = (
+    Budget("products", 1, "products by the matrix unit", "triton", _HEADS, dtypes=_HALF, at_least=True),
+    Budget("shared", AMD_SHARED, "what a block may have", "triton", targets=(AMD,)),
 )
 
-#: A little above what is there: what needs more has lost something. Up to 64 registers leave 1024 threads to each
-#: multiprocessor, up to 128 leave 512.
-_REGISTERS = (
-    Budget("registers", 48, "loss of the identity", _registers, (LOSS,), ("identity",), ()),
-    Budget("registers", 64, "every loss: the limit that the launcher sets", _registers, (LOSS,), _BUT_THE_SPLINE, ()),
-    Budget(
-        "registers",
-        64,
-        "log_softmax, statistics: as a loss",
-        _registers,
-        (STATISTICS, LOG_SOFTMAX),
-        _BUT_THE_SPLINE,
-        (),
-    ),
-    Budget(
-        "registers",
-        96,
-        "the spline without gradients: six numbers a piece",
-        _registers,
-        (LOSS, STATISTICS, LOG_SOFTMAX),
-        ("spline-16",),
-        (),
-    ),
-    Budget(
-        "registers",
-        128,
-        "gradients of all but the spline: the limit that the launcher sets",
-        _registers,
-        (*_GRADIENTS, LOG_SOFTMAX_BACKWARD),
-        _BUT_THE_SPLINE,
-        (),
-    ),
-    Budget(
-        "registers",
-        232,
-        "gradients of the spline, six rows of a table: below the 255 that there are",
-        _registers,
-        (*_GRADIENTS, LOG_SOFTMAX_BACKWARD),
-        ("spline-16",),
-        (),
-    ),
+# The CUDA kernels: a transform's class, a kernel, a type of logits, how rows are kept and sums are made.
+
+_GRADIENT = ("cross entropy gradient",)
+
+
+def _cuda_accesses() -> Iterator[Budget]:
+    """Loads and stores of chunks of 16 bytes, at least, and of single elements of two bytes, at most, by kernel."""
+    for operator, having, dtypes, loads, stores, single_loads, single_stores in (
+        ("cross entropy", "", _EVERY, 2, 0, 4, 0),
+        ("cross entropy gradient", "resident", _EVERY, 4, 2, 1, 18),
+        ("cross entropy gradient", "reread", _EVERY, 3, 2, 5, 18),
+        ("token statistics", "", _EVERY, 2, 0, 4, 0),
+        ("log softmax", "", _HALF, 2, 4, 4, 20),
+        ("log softmax", "", ("fp32",), 2, 1, 0, 12),
+        ("log softmax backward", "", _HALF, 9, 1, 37, 9),
+        ("log softmax backward", "", ("fp32",), 3, 1, 10, 0),
+        ("scale", "", _EVERY, 1, 1, 1, 1),
+    ):
+        budget = partial(Budget, compiler="cuda", operators=(operator,), dtypes=dtypes, having=having)
+        reason = "chunks of 16 bytes, in each sweep and for each type that other rows may have"
+        yield budget("wide_loads", loads, reason, at_least=True)
+        yield budget("wide_stores", stores, reason, at_least=True)
+        reason = "edges of rows, and rows that begin at another place than their logits"
+        yield budget("single_loads", single_loads, reason)
+        yield budget("single_stores", single_stores, reason)
+
+
+def _cuda() -> Iterator[Budget]:
+    yield Budget("registers", 128, "two blocks of 256 threads to a multiprocessor", "cuda")
+    reason = "csrc/cuda/plan.cpp leaves it to kernels whose rows or sums fill the shared memory"
+    for operators in (_GRADIENT, ("log softmax backward",)):
+        yield Budget("shared", static_bytes(), reason, "cuda", operators)
+    targets = tuple(each for each in _NVIDIA if each != "sm_75")
+    reason = "no thread waits for what it copies"
+    yield Budget("async_copies", 1, reason, "cuda", _GRADIENT, targets=targets, having="resident", at_least=True)
+
+
+BUDGETS: tuple[Budget, ...] = (
+    *_ALL,
+    *_triton_accesses(),
+    *_triton_registers(),
+    *_TRITON_HEADS,
+    *_cuda_accesses(),
+    *_cuda(),
 )
-
-BUDGETS: tuple[Budget, ...] = (_SPILLS, _LOADS, *_INSTRUCTIONS, *_REGISTERS)
-
-#: Rows of any alignment against aligned ones, whole rows: the edges of a shifted row are two masked tiles, not one.
-SHIFTED_RATIO = 1.10
-#: The same where the gradient has memory of its own, and its rows begin elsewhere than those of the logits: the threads
-#: change places by way of shared memory, and store 4 or 8 bytes at once.
-SLICED_RATIO = 1.20
-
-#: The instructions of each target's matrix units: mma.sync, wgmma and tcgen05 in PTX, MFMA.
-PRODUCTS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "v_mfma"}
-
-#: Shared memory that a program may have.
-SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
-
-#: Ours beside a peer's: the transform, by whether there is a soft cap.
-_BESIDE = {None: "identity", 30.0: "soft_cap"}
 
 
 def judge(measurements: Sequence[Measurement]) -> list[Verdict]:
-    """Every budget that there are measurements for, held against each configuration that it is one of."""
-    found = [verdict for budget in BUDGETS for verdict in budget.verdicts(measurements)]
-    return [*found, *_heads(measurements), *_shifted(measurements), *_beside_peers(measurements)]
-
-
-def _heads(measurements: Sequence[Measurement]) -> Iterator[Verdict]:
-    for each in measurements:
-        one = each.configuration
-        if isinstance(one, Configuration) and one.operator in (HEAD_LOSS, HEAD_BACKWARD):
-            wanted = PRODUCTS[each.target]
-            found = sum(wanted in name for name in each.matrix)
-            yield Verdict(f"{wanted} instructions", _subject(each), found, 1, "products by the matrix units", True)
-            limit = SHARED_KIB[each.target]
-            yield Verdict("KiB of shared memory", _subject(each), each.shared / 1024, limit, "what a program may have")
-
-
-def _shifted(measurements: Sequence[Measurement]) -> Iterator[Verdict]:
-    known = {
-        (each.configuration, each.target): each
-        for each in measurements
-        if isinstance(each.configuration, Configuration)
-    }
-    for (one, target), shifted in known.items():
-        of_interest = one.sliced or (one.classes == SHIFTED and one.operator in (LOSS, LOSS_ALL))
-        if not of_interest or target != MAIN_TARGET or one.all_options:
-            continue
-        # In place nothing else is compiled, where rows are aligned.
-        operator = LOSS_ALL if one.operator == LOSS_IN_PLACE else one.operator
-        aligned = known.get((Configuration(one.transform, operator, ALIGNED, one.dtype), target))
-        if aligned is None or shifted.whole is None or aligned.whole is None:
-            continue
-        yield Verdict(
-            "instructions per element of the row, to those of aligned rows",
-            _subject(shifted),
-            shifted.whole / aligned.whole,
-            SLICED_RATIO if one.sliced and one.operator == LOSS_ALL else SHIFTED_RATIO,
-            "logits that lie anywhere" if one.sliced else "vocabularies of any size",
-        )
-
-
-def _beside_peers(measurements: Sequence[Measurement]) -> Iterator[Verdict]:
-    known = {(each.configuration, each.target): each for each in measurements}
-    for (peer, target), theirs in known.items():
-        if not isinstance(peer, Peer) or theirs.main is None or theirs.whole is None:
-            continue
-        transform = _BESIDE[peer.softcap]
-        operator = LOSS if not peer.gradient else LOSS_ALL if transform == "identity" else LOSS_INPUT
-        ours = known.get((Configuration(transform, operator, peer.classes), target))
-        if ours is None or ours.main is None or ours.whole is None:
-            continue
-        reason = f"as {peer}"
-        yield Verdict("instructions per element", _subject(ours), ours.main, theirs.main, reason)
-        yield Verdict("instructions per element of the row", _subject(ours), ours.whole, theirs.whole, reason)
-        yield Verdict("registers", _subject(ours), ours.registers, theirs.registers, reason)
-
-
-def _subject(worst: Measurement, group: Sequence[object] = ()) -> str:
-    where = worst.target if len(group) < 2 else f"{len(group)} targets, worst of them {worst.target}"
-    return f"{worst.configuration} for {where}"
+    """Every budget, held against each measurement that it takes."""
+    return [Verdict(budget, each) for budget in BUDGETS for each in measurements if budget.takes(each)]

@@ -1,240 +1,202 @@
-"""Instructions per element, from a kernel's machine code and what its loops are known to do.
+"""What is compiled and what it takes: the same description and the same figures for every compiler.
 
-A kernel passes over a row in sweeps, each a loop over tiles. Two figures, both thread instructions per element:
-
-- *main loops*: those of the loops over full tiles, summed over the sweeps: threads * instructions of a pass / elements
-  of a tile. It is what long rows tend to.
-- *whole row*: all that the threads of a program issue for a row of V elements, divided by V: full tiles, masked tiles,
-  and what is before, between and after the loops. A kernel that takes several rows (a loop over rows) sets sums up
-  before them and adds those up after them; that is once a program, not once a row, and left out.
-
-How often a loop is passed follows from the bound that it has in the source, where :mod:`.source_loops` finds it; a
-bound that is not known here is an error, not a guess. A loop that the compiler has unrolled has as many 16-byte loads
-of the row more (one over the units of a transform, exponentials), and is followed by the same loop for what is left.
-Branches count with both sides, predicated instructions as issued. Loops over the units of a transform count as often as
-there are units.
+All figures are facts of machine code. None is a time: nothing is run.
 """
 
 from __future__ import annotations
 
-import math
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from . import sass
-from .launches import Launch
-from .source_loops import SourceLoop, enclosing
-from .triton_targets import CodegenError, Compiled
+from .cubin import MATRIX, Instruction, Program
 
-#: Where look-ups of tables lie: their loads are not the row's.
-_TABLES = "/transforms/"
+_KIB = 1024
+_WARP = 32
+#: A multiprocessor's registers, and its parts, each of which has its own.
+_REGISTERS, _PARTS = 64 * _KIB, 4
 
-#: The bound of the loops over the units of an MLP. A unit takes an exponential for each element.
-_UNITS = "(size - 1) // 3"
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a program does with a row: its length, its tile, and how often it passes the loops, by their bounds.
-
-    ``sweeps`` are the bounds of the loops over tiles, that over full tiles first; ``rows`` that of a loop over rows.
-    Full tiles are loaded by code in files whose path ends in ``full_tiles_in``. ``with_upstream``: where p is formed,
-    by exponentials, a tile of upstream gradients is loaded beside that of logits.
-    """
-
-    classes: int
-    tile: int
-    itemsize: int
-    trips: Mapping[str, float]
-    sweeps: tuple[str, ...]
-    rows: str | None = None
-    full_tiles_in: str = "/tiles.py"
-    with_upstream: bool = False
+#: A histogram of accesses: bytes that a thread accesses at once, and the instructions that do; the widest first.
+Accesses = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Counts:
-    """The two figures, and the bytes that the narrowest of the main loops loads of the row at once."""
+class Device:
+    """Limits of a multiprocessor, from the table "Technical Specifications per Compute Capability" of the CUDA guide.
 
-    main: float
-    whole: float
-    load_bytes: int
-
-
-def row_of(launch: Launch) -> Row | None:
-    """What one of the package's kernels over rows does with a row; None of the head's, which have tiles of products.
-
-    The names are those of ``triton_kernels``.
+    Shared memory is in bytes. ``reserved`` is the driver's part of each block.
     """
-    values = launch.values
-    if "EDGES" not in values:
-        return None
-    classes, lanes, width, edges, size = (values[each] for each in ("classes", "LANES", "WIDTH", "EDGES", "size"))
-    tile = lanes * width
-    trips = {
-        "full": float(max(classes // tile - (edges - 1), 0)),
-        "EDGES": float(edges),
-        "program, end, step": 1.0,
-        # Units of the MLP; steps of a bisection.
-        _UNITS: (size - 1) // 3,
-        "step > 0": math.ceil(math.log2(size)) if size > 1 else 0,
-        # Once a program.
-        "entries": float(size * values.get("table_rows", 0) // 2),
-        "size": float(size),
-    }
-    return Row(
-        classes,
-        tile,
-        values["input"].element_size(),
-        trips,
-        ("full",),
-        "program, end, step",
-        with_upstream="grad_output" in values,
+
+    product: str
+    threads: int
+    blocks: int
+    shared: int
+    reserved: int = _KIB
+    matrix: str = "HMMA"
+
+
+#: The targets, by the compilers' names for them.
+DEVICES = {
+    "sm_75": Device("T4", 1024, 16, 64 * _KIB, reserved=0),
+    "sm_80": Device("A100", 2048, 32, 164 * _KIB),
+    "sm_86": Device("RTX 3090", 1536, 16, 100 * _KIB),
+    "sm_89": Device("RTX 4090", 1536, 24, 100 * _KIB),
+    "sm_90": Device("H100", 2048, 32, 228 * _KIB, matrix="HGMMA"),
+    "sm_100": Device("B200", 2048, 32, 228 * _KIB, matrix="UTCHMMA"),
+    "sm_103": Device("B300", 2048, 32, 228 * _KIB, matrix="UTCHMMA"),
+    "sm_120": Device("RTX 5090", 1536, 24, 100 * _KIB),
+}
+AMD = "gfx942"
+AMD_SHARED = 64 * _KIB
+
+_AMD_ACCESS = re.compile(r"^\s+(?:global|buffer|flat)_(load|store|atomic)_(\w+)", re.M)
+_AMD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "sshort": 2, "short": 2}
+_AMD_CODE = re.compile(r"^\s+[a-z]+_\w+", re.M)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What is compiled. ``operator`` and ``variant`` are the words of the report."""
+
+    compiler: str
+    transform: str
+    operator: str
+    dtype: str = "bf16"
+    variant: str = ""
+
+    def __str__(self) -> str:
+        what = ", ".join(each for each in (self.operator, self.variant) if each)
+        return f"{self.transform + ': ' if self.transform else ''}{what}{f' ({self.dtype})' if self.dtype else ''}"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a kernel takes on a target."""
+
+    registers: int
+    #: Bytes of a thread's own memory, for spilled registers and arrays, and the instructions that access it.
+    local: int
+    local_accesses: int
+    #: Bytes of a block. Without the dynamic part of CUDA kernels, which csrc/cuda/plan.cpp chooses.
+    shared: int
+    threads: int
+    #: Blocks that a multiprocessor has room for at once, by registers, shared memory and threads; None for AMD.
+    blocks: int | None
+    #: Of global memory; copies to shared memory are loads.
+    loads: Accesses
+    stores: Accesses
+    async_copies: int
+    atomics: int
+    #: Names of the matrix instructions, and how many are those of the target's own matrix unit.
+    matrix: tuple[str, ...]
+    products: int
+    #: Instructions of the code, each once however often it is executed.
+    code: int
+
+    @property
+    def wide_loads(self) -> int:
+        """Loads of 16 bytes."""
+        return dict(self.loads).get(16, 0)
+
+    @property
+    def wide_stores(self) -> int:
+        """Stores of 16 bytes."""
+        return dict(self.stores).get(16, 0)
+
+    @property
+    def single_loads(self) -> int:
+        """Loads of one element of two bytes."""
+        return dict(self.loads).get(2, 0)
+
+    @property
+    def single_stores(self) -> int:
+        """Stores of one element of two bytes."""
+        return dict(self.stores).get(2, 0)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A kernel as it was compiled for a target."""
+
+    kernel: Kernel
+    target: str
+    figures: Figures
+
+
+def of_nvidia(program: Program, target: str, threads: int, shared: int | None = None) -> Figures:
+    """The figures of a kernel for NVIDIA, in blocks of ``threads`` with ``shared`` bytes, or what the code has."""
+    if shared is None:
+        # From sm_90 on cuobjdump adds the driver's part, where there is any.
+        shared = program.shared - (DEVICES[target].reserved if program.shared and int(target[3:]) >= 90 else 0)
+    # Before asynchronous copies ptxas writes loads that no thread executes.
+    code = [each for each in program.instructions if each.predicate != "@!PT"]
+    return Figures(
+        registers=program.registers,
+        local=program.stack + program.local,
+        local_accesses=sum(each.name in ("LDL", "STL") for each in code),
+        shared=shared,
+        threads=threads,
+        blocks=blocks_at_once(DEVICES[target], program.registers, shared, threads),
+        loads=_histogram(each for each in code if each.name in ("LDG", "LDGSTS")),
+        stores=_histogram(each for each in code if each.name == "STG"),
+        async_copies=sum(each.name == "LDGSTS" for each in code),
+        atomics=sum(each.name in ("ATOMG", "ATOM", "REDG", "RED") for each in code),
+        matrix=tuple(sorted({each.name for each in code} & MATRIX)),
+        products=sum(each.name == DEVICES[target].matrix for each in code),
+        code=sum(each.name != "NOP" for each in code),
     )
 
 
-def counts_of(compiled: Compiled, row: Row) -> Counts:
-    """The figures of a kernel that was compiled for NVIDIA."""
-    if compiled.function is None:
-        raise CodegenError(f"{compiled.kernel} for {compiled.target}: no machine code to count")
-    return _Counter(compiled, compiled.function, row).counts()
+def of_amd(assembly: str, threads: int, shared: int) -> Figures:
+    """The figures of a kernel for AMD, from its assembly."""
+
+    def number(name: str) -> int:
+        found = re.search(rf"^\s+\.{name}:\s+(\d+)", assembly, re.M)
+        if found is None:
+            raise ValueError(f"the assembly has no .{name}")
+        return int(found[1])
+
+    accesses: dict[str, Counter[int]] = {"load": Counter(), "store": Counter(), "atomic": Counter()}
+    for kind, width in _AMD_ACCESS.findall(assembly):
+        accesses[kind][_AMD_BYTES.get(width, 1)] += 1
+    products = len(re.findall(r"^\s+v_mfma_", assembly, re.M))
+    return Figures(
+        registers=number("vgpr_count"),
+        local=max(number("private_segment_fixed_size"), 4 * number("vgpr_spill_count")),
+        local_accesses=len(re.findall(r"^\s+scratch_(?:load|store)_", assembly, re.M)),
+        shared=shared,
+        threads=threads,
+        blocks=None,
+        loads=_sorted(accesses["load"]),
+        stores=_sorted(accesses["store"]),
+        async_copies=0,
+        atomics=accesses["atomic"].total(),
+        matrix=("v_mfma",) if products else (),
+        products=products,
+        code=len(_AMD_CODE.findall(assembly)),
+    )
 
 
-class _Counter:
-    def __init__(self, compiled: Compiled, function: sass.Function, row: Row) -> None:
-        self._compiled, self._function, self._row = compiled, function, row
-        self._bounds: dict[sass.Loop, str] = {}
-        self._unrolled: dict[sass.Loop, int] = {}
-        for loop in function.loops():
-            self._find_bounds(loop)
-        for loop, bound in self._bounds.items():
-            self._unrolled[loop] = self._times_unrolled(loop, bound)
-
-    def counts(self) -> Counts:
-        """See :class:`Counts`."""
-        sweeps = [loop for loop, bound in self._bounds.items() if bound in self._row.sweeps and self._loads(loop)]
-        if not sweeps:
-            raise CodegenError(f"{self._name}: no loop over tiles was found")
-        main = [loop for loop in sweeps if not self._is_remainder(loop)]
-        per_tile = sum(self._function.expected(self._trips, loop) / self._unrolled[loop] for loop in main)
-        widths = []
-        for loop in main:
-            widest = sass.widest(self._loads(loop))
-            widths.append(0 if widest is None else widest.access_bytes)
-        within = [loop for loop, bound in self._bounds.items() if bound == self._row.rows]
-        if len(within) > 1:
-            raise CodegenError(f"{self._name}: {len(within)} loops over rows")
-        whole = self._function.expected(self._trips, within[0] if within else None)
-        threads = self._compiled.threads
-        return Counts(per_tile * threads / self._row.tile, whole * threads / self._row.classes, min(widths))
-
-    @property
-    def _name(self) -> str:
-        return f"{self._compiled.kernel} for {self._compiled.target}"
-
-    def _find_bounds(self, loop: sass.Loop) -> None:
-        for inner in loop.inner:
-            self._find_bounds(inner)
-        bound = self._bound(loop)
-        if bound is None or bound not in self._row.trips:
-            raise CodegenError(f"{self._name}: how often is the loop at {loop.location} passed? Its bound is {bound}")
-        self._bounds[loop] = bound
-
-    def _bound(self, loop: sass.Loop) -> str | None:
-        """As the branch's line has it, as a rule; else what loads a full tile, or what most instructions lie in."""
-        at_branch = _at(loop)
-        if at_branch is not None:
-            return at_branch.bound
-        if self._wide_loads(loop):
-            return self._row.sweeps[0]
-        # A loop that loads from the row, or has such loops in it, is not one of a transform.
-        over_rows = any(self._bounds[each] in self._row.sweeps for each in _flat(loop.inner))
-        of_row = over_rows or bool(self._loads(loop))
-        votes: Counter[str] = Counter()
-        for each, count in self._votes(loop).items():
-            if (_TABLES not in each.path) == of_row and (each.bound == self._row.rows) == over_rows:
-                votes[each.bound] += count
-        return votes.most_common(1)[0][0] if votes else None
-
-    def _source_loop(self, loop: sass.Loop) -> SourceLoop | None:
-        """The loop of the source, of those that have the bound; None where no instruction says."""
-        at_branch = _at(loop)
-        if at_branch is not None:
-            return at_branch
-        votes = self._votes(loop)
-        found = [each for each in votes if each.bound == self._bounds[loop]]
-        return max(found, key=lambda each: votes[each], default=None)
-
-    def _votes(self, loop: sass.Loop) -> Counter[SourceLoop]:
-        """How many instructions of a loop lie in each loop of the source."""
-        return Counter(each for instruction in self._own(loop) for each in enclosing(instruction.location))
-
-    def _own(self, loop: sass.Loop) -> list[sass.Instruction]:
-        """The instructions of a loop that lie in no loop in it."""
-        places = set(range(loop.begin, loop.end))
-        for inner in loop.inner:
-            places -= set(range(inner.begin, inner.end))
-        return [self._function.instructions[place] for place in sorted(places)]
-
-    def _loads(self, loop: sass.Loop) -> list[sass.Instruction]:
-        """The loads of the row in a loop, without those of the loops in it."""
-        return [each for each in self._own(loop) if self._is_load(each)]
-
-    @staticmethod
-    def _is_load(instruction: sass.Instruction) -> bool:
-        return (
-            sass.is_global_load(instruction)
-            and instruction.location is not None
-            and _TABLES not in instruction.location[0]
-        )
-
-    def _wide_loads(self, loop: sass.Loop) -> int:
-        """How many 16-byte loads of full tiles are in a loop, those of the loops in it aside."""
-        return sum(
-            each.access_bytes == 16 and each.location is not None and each.location[0].endswith(self._row.full_tiles_in)
-            for each in self._loads(loop)
-        )
-
-    def _times_unrolled(self, loop: sass.Loop, bound: str) -> int:
-        elements = self._row.tile // self._compiled.threads
-        exponentials = sum(each.opcode == "MUFU.EX2" for each in self._own(loop))
-        if bound == _UNITS:
-            return max(1, exponentials // elements)
-        if bound not in self._row.sweeps:
-            return 1
-        once = elements * self._row.itemsize / 16
-        if self._row.with_upstream and exponentials > 0:
-            once *= 2
-        return max(1, round(self._wide_loads(loop) / once))
-
-    def _unrolled_before(self, loop: sass.Loop) -> int:
-        """How many passes each pass of the loop before makes, where that is ``loop`` itself, unrolled; else 1."""
-        bound = self._bounds[loop]
-        before = [each for each, other in self._bounds.items() if other == bound and each.end <= loop.begin]
-        if not before or self._unrolled[loop] > 1:
-            return 1
-        last = max(before, key=lambda each: each.begin)
-        same = {self._source_loop(each) for each in (last, loop)} - {None}
-        return self._unrolled[last] if len(same) < 2 else 1
-
-    def _is_remainder(self, loop: sass.Loop) -> bool:
-        """Whether it does what an unrolled loop has left."""
-        return self._unrolled_before(loop) > 1
-
-    def _trips(self, loop: sass.Loop) -> float:
-        if self._bounds[loop] in self._row.sweeps and not self._loads(loop):
-            return 0.0  # It fills the row of an ignored target, on the other side of a branch.
-        trips = self._row.trips[self._bounds[loop]]
-        times = self._unrolled_before(loop)
-        return trips % times if times > 1 else float(trips // self._unrolled[loop])
+def blocks_at_once(device: Device, registers: int, shared: int, threads: int) -> int:
+    """How many blocks a multiprocessor has room for, as NVIDIA's ``cuda_occupancy.h`` computes it."""
+    warps = _round_up(threads, _WARP) // _WARP
+    of_warp = _round_up(registers * _WARP, 256)
+    of_block = _round_up(shared + device.reserved, 128 if device.reserved else 256)
+    if of_block > device.shared or of_warp * _round_up(warps, _PARTS) > _REGISTERS:
+        return 0
+    by_registers = _PARTS * (_REGISTERS // _PARTS // of_warp) // warps
+    by_shared = device.shared // of_block if of_block else device.blocks
+    return min(device.blocks, device.threads // (warps * _WARP), by_registers, by_shared)
 
 
-def _at(loop: sass.Loop) -> SourceLoop | None:
-    """The loop of the source that begins at the line of the branch."""
-    found = enclosing(loop.location)
-    return found[-1] if found and loop.location is not None and found[-1].line == loop.location[1] else None
+def _round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
 
 
-def _flat(loops: tuple[sass.Loop, ...]) -> list[sass.Loop]:
-    return [each for loop in loops for each in (loop, *_flat(loop.inner))]
+def _histogram(accesses: Iterable[Instruction]) -> Accesses:
+    return _sorted(Counter(each.access_bytes for each in accesses))
+
+
+def _sorted(widths: Counter[int]) -> Accesses:
+    return tuple(sorted(widths.items(), reverse=True))

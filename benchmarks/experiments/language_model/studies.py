@@ -183,7 +183,7 @@ DEMO = Study(
             "wiki-lstm-96",
             replace(_SMALL, vocabulary_size=6000, epochs=0.6, rank_contexts=500),
             0,
-            Search((0.008, 0.016, 0.032), (0.01, 0.003), 2, 0.2),
+            Search((0.008, 0.016, 0.032), (0.01, 0.003), 3, 0.2),
             (*_FIRST, "sigsoftmax", "softcap", "mos"),
         ),
     ),

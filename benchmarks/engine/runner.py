@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from .environment import environment, machine_changes
-from .experiment import Experiment, ExperimentError, Record, Results, Unit
+from .experiment import Experiment, ExperimentError, Results, Unit
 from .store import Store
 
 #: Relative difference from stored figures that another machine may have.
@@ -66,13 +66,10 @@ def run(experiment: Experiment, store: Store, selection: Selection) -> list[Unit
                 time.sleep(_SECONDS_BETWEEN_POLLS)
 
 
-def _do(experiment: Experiment, store: Store, unit: Unit) -> Record:
-    checkpoint = store.checkpoint(unit)
-    started = time.monotonic()
-    measured = experiment.run(unit, checkpoint)
-    record = store.append(unit, measured, time.monotonic() - started)
+def _do(experiment: Experiment, store: Store, unit: Unit) -> None:
+    checkpoint, started = store.checkpoint(unit), time.monotonic()
+    store.append(unit, experiment.run(unit, checkpoint), time.monotonic() - started)
     checkpoint.remove()
-    return record
 
 
 def _missing(experiment: Experiment, store: Store, selection: Selection, bar: Any) -> list[Unit]:

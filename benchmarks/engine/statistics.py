@@ -48,9 +48,6 @@ def over_seeds(one: Sequence[float], other: Sequence[float]) -> Difference:
     """``one`` minus ``other``, both by the same seeds: Student's interval and the paired t test.
 
     Where all differences are equal there is nothing to test with: p is 1 for 0, else 0.
-
-    Raises:
-        ValueError: the lengths differ, or there are fewer than two pairs.
     """
     differences = _differences(one, other)
     mean, error = float(differences.mean()), float(stats.sem(differences))
@@ -64,15 +61,8 @@ def over_seeds(one: Sequence[float], other: Sequence[float]) -> Difference:
 def over_documents(one: Sequence[float], other: Sequence[float], tokens: Sequence[int], seed: int = 0) -> Difference:
     """Mean difference per token of two methods' losses on the same documents: percentile bootstrap and sign flips.
 
-    Documents, not tokens, are drawn: the tokens of a document are not independent of each other.
-
-    Args:
-        one, other: sums of the losses of each document.
-        tokens: tokens of each document.
-        seed: of the resamples, so that a report is the same each time.
-
-    Raises:
-        ValueError: the lengths differ, or there are fewer than two documents.
+    ``one`` and ``other`` are sums of the losses of each document, ``seed`` is that of the resamples. Documents, not
+    tokens, are drawn: the tokens of a document are not independent of each other.
     """
     differences = _differences(one, other)
     counts = np.asarray(tokens, dtype=np.float64)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,43 +57,38 @@ class Store:
             raise StoreError(f"{self.path} is no file of results: {error!r}") from error
         return Results(records)
 
-    def append(self, unit: Unit, measured: Measured, seconds: float) -> Record:
+    def append(self, unit: Unit, measured: Measured, seconds: float) -> None:
         """Add a result, with the environment of this process."""
         here = environment()
+        identifier = _digest(here)
         record = {
             "unit": unit.name,
-            "environment": identifier(here),
+            "environment": identifier,
             "seconds": round(seconds, 3),
             "settings": unit.stored_settings(),
-            "figures": json_lines.plain(measured.figures),
-            "times": json_lines.plain(measured.times),
+            "figures": measured.figures,
+            "times": measured.times,
         }
-        lines = [{"environment": identifier(here), **here}, record]
+        known = {line["environment"] for line in json_lines.read(self.path) if "unit" not in line}
         # Two processes may both find it missing: a line that is there twice does no harm.
-        if any("unit" not in line and line["environment"] == identifier(here) for line in json_lines.read(self.path)):
-            del lines[0]
+        lines = [record] if identifier in known else [{"environment": identifier, **here}, record]
         json_lines.append(self.path, lines, self._work / "append.lock")
-        return Record(**{**record, "environment": here})
 
     def checkpoint(self, unit: Unit) -> Checkpoint:
         """The checkpoint of ``unit`` with these settings."""
-        settings = json.dumps(unit.stored_settings(), sort_keys=True)
-        return Checkpoint(self._work / f"{_file_name(unit.name)}-{_digest(settings)}.pt")
+        return Checkpoint(self._work / f"{_file_name(unit.name)}-{_digest(unit.stored_settings())}.pt")
 
     @contextmanager
     def claimed(self, unit: Unit) -> Iterator[bool]:
         """Whether ``unit`` is this process's to do until the block ends; False where another process has it."""
         self._work.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self._work / f"{_file_name(unit.name)}.lock", blocking=False)
-        try:
-            lock.acquire()
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(FileLock(self._work / f"{_file_name(unit.name)}.lock", blocking=False))
+                mine = True
+            except Timeout:
+                mine = False
+            yield mine
 
     def require_settings(self, unit: Unit, results: Results) -> None:
         """Raise :class:`StoreError` where the stored result of ``unit`` was made with other settings."""
@@ -106,13 +101,8 @@ class Store:
             raise StoreError(f"{self.path}: {unit.name} was made with other settings ({changes})")
 
 
-def identifier(values: dict[str, Any]) -> str:
-    """A short name for an environment."""
-    return _digest(json.dumps(values, sort_keys=True))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _file_name(unit: str) -> str:

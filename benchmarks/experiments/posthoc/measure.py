@@ -25,36 +25,25 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """The losses and the calibration of p = softmax(f(head h)) for several increasing f, with one product for all.
 
-    Args:
-        split, head: hidden states (N, d), targets and documents; (V, d).
-        transforms: the likeliest token is the same for all of them, as they are increasing.
-        settings: number of bins, and of tokens whose logits there are at a time.
-
-    Returns:
-        For each f: ``nll``, the mean loss of a token; ``document_nll``, the sum of -log p(target) of each document;
-        ``bins``, as :func:`calibration_bins` makes them.
+    Of each f: mean loss of a token, -log p(target), sum of that by document, and :func:`calibration_bins`.
     """
-    sums = [torch.zeros(len(split.documents), dtype=torch.float64) for _ in transforms]
-    confidences: list[list[Tensor]] = [[] for _ in transforms]
-    hits: list[Tensor] = []
-    for first in range(0, len(split.target), settings.chunk_tokens):
-        part = slice(first, first + settings.chunk_tokens)
-        logits, target = split.hidden[part] @ head.T, split.target[part]
+    found: list[list[Tensor]] = [[] for _ in transforms]
+    hits = []
+    size = settings.chunk_tokens
+    for hidden, target in zip(split.hidden.split(size), split.target.split(size), strict=True):
+        logits = hidden @ head.T
+        # The likeliest token is the same for all f, as they are increasing.
         largest, likeliest = logits.max(1)
         hits.append(likeliest == target)
-        for transform, losses, confidence in zip(transforms, sums, confidences, strict=True):
-            loss, lse = ms.cross_entropy(logits, target, transform, reduction="none", return_lse=True)
-            losses.index_add_(0, split.document[part], loss.double())
-            confidence.append((transform(largest) - lse).exp().clamp(max=1))
-    hit = torch.cat(hits)
-    return [
-        {
-            "nll": math.fsum(losses.tolist()) / len(split.target),
-            "document_nll": losses.tolist(),
-            "bins": calibration_bins(torch.cat(confidence), hit, settings.bins),
-        }
-        for losses, confidence in zip(sums, confidences, strict=True)
-    ]
+        for f, of_chunks in zip(transforms, found, strict=True):
+            loss, lse = ms.cross_entropy(logits, target, f, reduction="none", return_lse=True)
+            of_chunks.append(torch.stack([loss, (f(largest) - lse).exp().clamp(max=1)]))
+    measured = []
+    for losses, confidence in (torch.cat(of_chunks, 1) for of_chunks in found):
+        sums = torch.bincount(split.document, losses.double(), len(split.documents)).tolist()
+        bins = calibration_bins(confidence, torch.cat(hits), settings.bins)
+        measured.append({"test_nll": math.fsum(sums) / len(split.target), "document_nll": sums, "bins": bins})
+    return measured
 
 
 def calibration_bins(confidence: Tensor, hit: Tensor, bins: int) -> dict[str, list[float]]:
@@ -64,8 +53,7 @@ def calibration_bins(confidence: Tensor, hit: Tensor, bins: int) -> dict[str, li
     """
     place = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
     sums = {"tokens": torch.ones_like(confidence), "confidence": confidence, "hits": hit}
-    zeros = torch.zeros(bins, dtype=torch.float64)
-    return {name: zeros.index_add(0, place, values.double()).tolist() for name, values in sums.items()}
+    return {name: torch.bincount(place, values.double(), bins).tolist() for name, values in sums.items()}
 
 
 @torch.no_grad()

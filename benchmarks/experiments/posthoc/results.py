@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from ...engine.experiment import Record, Results
 from ...engine.statistics import Difference, over_documents
 from .settings import BASELINE, CONTROL, PLIFS, TRANSFORMS
+
+_OTHERS = tuple(name for name in TRANSFORMS if name not in (BASELINE, CONTROL, *PLIFS))
 
 
 def fitted_alone(results: Results) -> dict[str, Record]:
@@ -16,26 +19,16 @@ def fitted_alone(results: Results) -> dict[str, Record]:
     return {name: results[f"transforms/{name}"] for name in TRANSFORMS if f"transforms/{name}" in results}
 
 
-def best_alone(results: Results, names: Sequence[str] = ()) -> str:
-    """The one of ``names`` with the lowest validation loss in stage 1; of all but identity and Temperature by default.
-
-    Raises:
-        LookupError: one of them is not there.
-    """
-    alone = fitted_alone(results)
-    names = names or [name for name in TRANSFORMS if name not in (BASELINE, CONTROL)]
-    return min(names, key=lambda name: alone[name].figures["valid_nll"])
+def best_alone(results: Results, names: Sequence[str] = (*PLIFS, *_OTHERS)) -> str:
+    """The one of ``names``, by default all but identity and Temperature, with the lowest validation loss in stage 1."""
+    return min(names, key=lambda name: results[f"transforms/{name}"].figures["valid_nll"])
 
 
 def head_roles(results: Results) -> dict[str, str]:
-    """The transforms of stage 2 by role, ``linear``, ``temperature``, ``best PLIF`` and ``best other``.
-
-    Validation losses of stage 1 choose. Empty until that is complete.
-    """
+    """The transforms of stage 2 by role. Validation losses of stage 1 choose; empty until that is complete."""
     if len(fitted_alone(results)) < len(TRANSFORMS):
         return {}
-    others = [name for name in TRANSFORMS if name not in (BASELINE, CONTROL, *PLIFS)]
-    best = {"best PLIF": best_alone(results, PLIFS), "best other": best_alone(results, others)}
+    best = {"best PLIF": best_alone(results, PLIFS), "best other": best_alone(results, _OTHERS)}
     return {"linear": BASELINE, "temperature": CONTROL, **best}
 
 
@@ -45,40 +38,29 @@ def head_search(results: Results, name: str) -> dict[float, Record]:
     return {record.settings["rate"]: record for record in found if record.settings["search"]}
 
 
+def best_rate(search: Mapping[float, Record]) -> float:
+    """The rate of the lowest validation loss."""
+    return min(search, key=lambda rate: search[rate].figures["valid_nll"])
+
+
 def head_runs(results: Results, name: str) -> dict[int, Record]:
     """The runs of stage 2 with a transform and the rate of the lowest validation loss, by seed."""
     search = head_search(results, name)
-    if not search:
-        return {}
-    rate = min(search, key=lambda rate: search[rate].figures["valid_nll"])
-    return {record.settings["seed"]: record for record in results.matching(f"head/{name}-lr{rate:g}/seed*")}
+    runs = results.matching(f"head/{name}-lr{best_rate(search):g}/seed*") if search else []
+    return {record.settings["seed"]: record for record in runs}
 
 
 def alone_difference(results: Results, one: str, other: str) -> Difference:
-    """Test loss of a token of the transform ``one`` minus that of ``other``, fitted alone, over documents.
-
-    Raises:
-        LookupError: one of them, or ``states``, is not there.
-    """
+    """Test loss of a token of the transform ``one`` minus that of ``other``, fitted alone, over documents."""
     first, second = (results[f"transforms/{name}"].figures["document_nll"] for name in (one, other))
     return over_documents(first, second, results["states"].figures["test_tokens"])
 
 
 def head_difference(results: Results, one: str, other: str) -> tuple[Difference, list[int]]:
-    """As :func:`alone_difference`, with the head fitted too; the losses of a document are means over common seeds.
-
-    Returns:
-        The difference, and these seeds.
-
-    Raises:
-        LookupError: there is none.
-    """
+    """As :func:`alone_difference`, with the head fitted too: of means over the seeds that both have, and those."""
     runs = [head_runs(results, name) for name in (one, other)]
     seeds = sorted(runs[0].keys() & runs[1].keys())
-    if not seeds:
-        raise LookupError(f"{one} and {other} have no seed in common")
-    losses = [zip(*(of[seed].figures["document_nll"] for seed in seeds), strict=True) for of in runs]
-    means = [[statistics.fmean(values) for values in each] for each in losses]
+    means = [np.mean([of[seed].figures["document_nll"] for seed in seeds], 0) for of in runs]
     return over_documents(*means, results["states"].figures["test_tokens"]), seeds
 
 
@@ -86,9 +68,7 @@ def calibration_error(bins: Mapping[str, Sequence[float]]) -> float:
     """Expected calibration error of the likeliest token: the sum of n_b / N |hits_b - confidence_b| over the bins b.
 
     Source: Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, equation 5.
-
-    Args:
-        bins: sums ``tokens``, ``confidence`` and ``hits`` over the n_b tokens of each bin.
+    ``bins`` has the sums ``tokens``, ``confidence`` and ``hits`` over the n_b tokens of each bin.
     """
     gaps = (abs(hits - confidence) for hits, confidence in zip(bins["hits"], bins["confidence"], strict=True))
     return math.fsum(gaps) / math.fsum(bins["tokens"])

@@ -20,7 +20,7 @@ class States:
     fit_tokens: int = 40_000
     valid_tokens: int = 10_000
     test_tokens: int = 30_000
-    #: Tokens that the model reads as one block.
+    #: Documents are sorted by length and put into blocks of so many tokens, which the model's passes do not cross.
     block_tokens: int = 4_096
 
 
@@ -33,6 +33,7 @@ class Evaluation:
     histogram_contexts: int = 1_000
     histogram_bins: int = 120
     histogram_range: tuple[float, float] = (-45.0, 45.0)
+    #: Tokens whose logits there are at a time.
     chunk_tokens: int = 1_024
 
 
@@ -58,10 +59,9 @@ class Alone(Data):
 
 @dataclass(frozen=True)
 class Together(Data):
-    """Stage 2: f and the head's weight are fitted together."""
+    """Stage 2: f, from the parameters ``start`` of stage 1, and the head's weight are fitted together."""
 
     transform: str = "identity"
-    #: The parameters that stage 1 found.
     start: Mapping[str, Any] = field(default_factory=dict)
     #: Of the head's weight.
     rate: float = 0.0
@@ -78,25 +78,11 @@ class Together(Data):
 
 
 @dataclass(frozen=True)
-class Study:
-    """The stages; the rates of the head that are compared under the first seed (at 1e-3 the loss rose); the seeds."""
-
-    alone: Alone = Alone()
-    together: Together = Together()
-    rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
-    seeds: tuple[int, ...] = (0, 1, 2)
-
-
-@dataclass(frozen=True)
 class Contestant:
     """A transform as it starts. SmolLM2's logits lie within (-45, 45), its largest ones mostly between 5 and 36."""
 
     label: str
     make: Callable[[], MonotonicTransform]
-
-    def learned(self) -> int:
-        """Number of parameters."""
-        return sum(parameter.numel() for parameter in self.make().parameters())
 
 
 #: The change of slope of a GSS starts between the mean logit, 3, and the mean of the largest ones, 22. A cap starts so

@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from .budgets import judge
@@ -52,7 +53,7 @@ def measure(compiler: Any, work: Sequence[tuple[Any, str]], jobs: int = 1) -> li
     if jobs == 1:
         return [found for each in work for found in compiler.measure(*each)]
     # Spawned: torch and LLVM have threads, which do not survive a fork.
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _initialize) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         parts = pool.map(compiler.measure, *zip(*work, strict=True))
         return [found for part in tqdm(parts, compiler.NAME, len(work), leave=False, disable=None) for found in part]
 
@@ -84,13 +85,6 @@ def _is_old(report: Path, text: str, version: str) -> bool:
     lines = [*difflib.unified_diff(written.splitlines(), text.splitlines(), report.name, "now", n=0, lineterm="")]
     print("\n".join(lines), end="\n" if lines else "")
     return bool(lines)
-
-
-def _initialize() -> None:
-    """Of a process: one thread, as there are others."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ they are known: every line of tests.jsonl and every case and operator of overhea
 after every stage. The exit status is 0 if correctness holds: the build, the tests and the sanitizers ended,
 and found nothing.
 
-The stages variants and overhead need the packages that monosoftmax[benchmarks] names. A machine without a package index
-has them only in part, and neither Liger nor cut-cross-entropy, which are contestants. These commands bring along what
-is missing; add its name to the first:
+The stages variants and overhead need numpy, tqdm, filelock and tyro, of what monosoftmax[benchmarks] names, and compare
+with Liger and cut-cross-entropy. A machine without a package index lacks most of them. All but numpy are pure Python:
+the first two commands, anywhere, bring them along.
 
-    pip download --no-deps --dest wheels --requirement requirements/peers.txt
+    pip download --dest wheels --constraint requirements/dev.txt tyro filelock tqdm
+    pip download --dest wheels --no-deps --requirement requirements/peers.txt
     python scripts/on_gpu.py FOLDER --wheels wheels
 
 ``--dry-run`` runs the same stages on the CPU, with Triton's interpreter, the host execution of the CUDA kernels, and
@@ -261,7 +262,8 @@ def overhead(run: Run) -> Stage:
 
 def variants(run: Run) -> Stage:
     """Other plans and tiles."""
-    return Stage("variants", 75, [_benchmark(run, "variants", "dry-variants/*" if run.dry_run else "variants/*")])
+    preset, limit = ("dry-variants", 300) if run.dry_run else ("variants", 75)
+    return Stage("variants", limit, [_benchmark(run, "variants", f"{preset}/*")])
 
 
 def _benchmark(run: Run, name: str, only: str) -> Command:

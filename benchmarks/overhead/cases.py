@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -12,9 +11,6 @@ from torch import Tensor
 
 #: ``logits``: the loss of given logits [N, V]. ``head``: the loss of input [N, d] and weight [V, d].
 Group = Literal["logits", "head"]
-#: ``train``: loss and all gradients. ``no-grad``: loss only, as in an evaluation.
-Mode = Literal["train", "no-grad"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -22,11 +18,11 @@ class Case:
     """A shape, a type, a width of the logits, and whether gradients are wanted."""
 
     group: Group
-    mode: Mode
+    mode: Literal["train", "no-grad"]  # loss and all gradients, or loss only
     rows: int
     classes: int
     dim: int | None  # d of the head; None for given logits
-    dtype: str
+    dtype: str  # a name in torch
     std: float  # standard deviation of the logits
 
     def __str__(self) -> str:
@@ -38,7 +34,7 @@ class Case:
         """Bytes that must be moved: targets and operands read once and, in ``train``, their gradients written once."""
         elements = self.rows * self.classes if self.dim is None else (self.rows + self.classes) * self.dim
         passes = 2 if self.mode == "train" else 1
-        return passes * elements * DTYPES[self.dtype].itemsize + self.rows * torch.int64.itemsize
+        return passes * elements * getattr(torch, self.dtype).itemsize + self.rows * torch.int64.itemsize
 
 
 @dataclass(frozen=True)
@@ -47,11 +43,6 @@ class Inputs:
 
     operands: tuple[Tensor, ...]  # (logits,) or (input, weight)
     target: Tensor
-
-    @cached_property
-    def wide(self) -> Inputs:
-        """The same values in float32; one copy for all that ask."""
-        return self.copy(torch.float32)
 
     def copy(self, dtype: torch.dtype | None = None) -> Inputs:
         """The same values as leaves of their own, which a contestant may overwrite: it takes the same time on any."""
@@ -64,7 +55,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(rows: int, columns: int, std: float) -> Tensor:
-        values = torch.empty(rows, columns, dtype=DTYPES[case.dtype], device=device)
+        values = torch.empty(rows, columns, dtype=getattr(torch, case.dtype), device=device)
         return values.normal_(0, std, generator=generator).requires_grad_(case.mode == "train")
 
     if case.dim is None:

@@ -23,9 +23,8 @@ from torch.nn import functional as F
 import monosoftmax as ms
 from monosoftmax.backends import Operation
 
-from .cases import DTYPES, Case, Group, Inputs
+from .cases import Case, Group, Inputs
 
-Loss = Callable[..., Any]
 _TRANSFORMS: dict[str, Callable[[], ms.transforms.MonotonicTransform]] = {
     "identity": ms.transforms.Identity,
     "temperature": ms.transforms.Temperature,
@@ -42,7 +41,7 @@ _PLAIN_ON_GPU = {"logits": ("liger",), "head": ("liger", "cut-cross-entropy kern
 _BACKENDS = {"logits": ("cuda", "triton"), "head": ("cuda", "triton", "triton chunked", "triton recompute")}
 _MIXTURES = ("mos-4 published", "mos-4 fair", "mos-15 published", "mos-15 fair", "moc-4 fused", "moc-15 fused")
 #: Relative distance up to which losses and norms of gradients of the same function agree.
-_TOLERANCES = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.05, "float16": 0.05}
+_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05}
 
 
 class Unavailable(Exception):
@@ -59,9 +58,7 @@ class Contestant:
     compared: int  # so many of the gradients are; the rest are parameters'
 
 
-def names(
-    group: Group, dtype: str, pieces: Sequence[int], patterns: Sequence[str] = ("*",), on_gpu: bool = False
-) -> list[str]:
+def names(group: Group, dtype: str, pieces: Sequence[int], patterns: Sequence[str], on_gpu: bool) -> list[str]:
     """The contestants of a case, baselines first, that match one of ``patterns`` (as file names do).
 
     ``on_gpu`` adds what only a GPU runs: the forms by backend, and the kernels of other packages.
@@ -124,18 +121,16 @@ def make_transform(function: str) -> ms.transforms.MonotonicTransform:
     return ms.transforms.PLIF(int(pieces)) if kind == "plif" else _TRANSFORMS[function]()
 
 
-def explain(
-    operation: Operation, input: Tensor, transform: ms.transforms.MonotonicTransform, **given: Any
-) -> ms.backends.Explanation:
-    """:func:`monosoftmax.backends.explain`; :class:`Unavailable` where the backend cannot take the call."""
+def choose(operation: Operation, *given: Any, **options: Any) -> str:
+    """The backend by :func:`monosoftmax.backends.explain`; :class:`Unavailable` where it cannot take the call."""
     try:
-        return ms.backends.explain(operation, input, transform, **given)
+        return ms.backends.explain(operation, *given, **options).backend
     except ValueError as error:
         raise Unavailable(str(error)) from None
 
 
 #: A loss of operands and target, the operands, parameters of its own, and what computes it.
-_Made = tuple[Loss, Inputs, tuple[Tensor, ...], str]
+_Made = tuple[Callable[..., Any], Inputs, tuple[Tensor, ...], str]
 
 
 def _plain(_: str, form: str, case: Case, inputs: Inputs) -> _Made:
@@ -146,16 +141,14 @@ def _plain(_: str, form: str, case: Case, inputs: Inputs) -> _Made:
     if form == "cut-cross-entropy kernels":
         if inputs.target.device.type != "cuda":
             raise Unavailable(f"the kernels of cut-cross-entropy need a GPU, inputs are on {inputs.target.device}")
-        # By default they count tiles whose gradients are all small as zero.
-        kernels = partial(_peer("cut_cross_entropy").linear_cross_entropy, impl="cce")
-        return kernels, inputs, (), "cut-cross-entropy"
+        # These count tiles whose gradients are all small as zero.
+        return partial(_peer("cut_cross_entropy").linear_cross_entropy, impl="cce"), inputs, (), form.split()[0]
     if form == "liger" and case.dim is None:
-        loss = _peer("liger_kernel.ops.cross_entropy").LigerCrossEntropyFunction
-        # Its gradient overwrites the logits.
-        return lambda logits, target: loss.apply(logits, target, None)[0], inputs.copy(), (), form
+        loss = _peer("liger_kernel.ops.cross_entropy").LigerCrossEntropyFunction.apply
+        return lambda *given: loss(*given, None)[0], inputs.copy(), (), form  # the gradient overwrites the logits
     if form == "liger":
-        head = _peer("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
-        return lambda *given: head.apply(*given)[0], inputs, (), form
+        head = _peer("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction.apply
+        return lambda *given: head(*given)[0], inputs, (), form
     if not (hasattr(F, "linear_cross_entropy") and hasattr(nn, "LinearCrossEntropyOptions")):
         raise Unavailable(f"torch {torch.__version__} has no such function, or no options for it")
     options = {"options": nn.LinearCrossEntropyOptions()} if form.endswith("chunked") else {}
@@ -171,22 +164,18 @@ def _peer(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name not in (module.partition(".")[0], "triton"):
-            raise
-        raise Unavailable(f"{error.name} is not installed: pip install --no-deps -r requirements/peers.txt") from None
+        raise Unavailable(f"{error}: pip install --no-deps -r requirements/peers.txt") from None
 
 
 def _transformed(function: str, form: str, case: Case, inputs: Inputs) -> _Made:
-    transform = make_transform(function).to(
-        inputs.target.device, torch.float64 if case.dtype == "float64" else torch.float32
-    )
+    transform = make_transform(function).to(inputs.target.device)
     operation: Operation = "cross_entropy" if case.dim is None else "linear_cross_entropy"
     word, _, method = form.partition(" ")
     given: dict[str, Any] = {"backend": "auto" if word == "fused" else word}
     if case.dim is not None:
         given["method"] = method if word == "triton" and method else "auto"
-    inputs = inputs.wide if form == "fused float32" else inputs
-    backend = explain(operation, inputs.operands[0], transform, **given).backend
+    inputs = inputs.copy(torch.float32) if form == "fused float32" else inputs
+    backend = choose(operation, inputs.operands[0], transform, **given)
     call = getattr(ms, operation)
     return lambda *operands: call(*operands, transform, **given), inputs, tuple(transform.parameters()), backend
 
@@ -200,10 +189,10 @@ def _mixture(function: str, form: str, case: Case, inputs: Inputs) -> _Made:
         kinds = {"mos": partial(ms.MixtureOfSoftmaxes, published=form == "published"), "moc": ms.MixtureOfContexts}
         layer = kinds[kind](case.dim, case.classes, int(components), bias=False)
     layer.tie_weights(nn.Embedding.from_pretrained(weight.detach(), freeze=False))
-    layer.to(input.device, DTYPES[case.dtype])
+    layer.to(input.device, getattr(torch, case.dtype))
     # The decoder's parameter shares the memory of the case's weight, and stands in for it.
     decoder = layer.decoder.weight
     own = tuple(parameter for parameter in layer.parameters() if parameter is not decoder)
     operation: Operation = "cross_entropy" if kind == "mos" else "linear_cross_entropy"
-    backend = "torch" if form == "published" else ms.backends.explain(operation, input).backend
+    backend = "torch" if form == "published" else choose(operation, input)
     return lambda input, _, target: layer(input, target).loss, Inputs((input, decoder), inputs.target), own, backend

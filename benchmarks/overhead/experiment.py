@@ -85,17 +85,14 @@ def _rows(results: Results, units: str, names: str) -> Iterator[tuple[Results, s
 
 
 def _cells(results: Results, unit: str, name: str) -> dict[str, str]:
-    row = results[unit].times["contestants"][name]
-    cells = {"case": unit.partition("/")[2], "contestant": name, "ms": row.get("status", "")}
+    row, cells = results[unit].times["contestants"][name], {"case": unit.partition("/")[2], "contestant": name}
     if "status" in row:
-        return cells
+        return cells | {"ms": row["status"]}
     ms, peak = row["median_ms"], row.get("peak_bytes")
     cells["ms"] = f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
-    for head, other in _OTHERS.items():
-        relative = _ratio(results, unit, name, other)
-        cells[f"/ {head}"] = "-" if relative is None else f"{relative:.2f}"
-    cells["peak MiB"] = "-" if peak is None else f"{peak / 2**20:,.1f}"
-    return cells
+    ratios = {head: _ratio(results, unit, name, other) for head, other in _OTHERS.items()}
+    cells |= {f"/ {head}": "-" if each is None else f"{each:.2f}" for head, each in ratios.items()}
+    return cells | {"peak MiB": "-" if peak is None else f"{peak / 2**20:,.1f}"}
 
 
 def _ratio(*given: Any) -> float | None:

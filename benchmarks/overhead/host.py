@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections import defaultdict
 
 import torch
 from torch.nn import functional as F
@@ -38,8 +37,6 @@ def measure(rounds: int = 15, calls: int = 200) -> dict[str, dict[str, float]]:
         for key, loss, arguments in (("call", ours, given + transform), ("torch", plain, given)):
             names = {"loss": loss, "given": arguments}
             timers[name, key] = Timer("loss(*given)" + ".backward()" * backward, globals=names, timer=time.process_time)
-    found: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-    for _ in range(rounds):
-        for key, timer in timers.items():
-            found[key].append(1e6 * timer.timeit(calls).median)
-    return {name: {key: statistics.median(found[name, key]) for key in ("call", "torch")} for name, _ in timers}
+    found = [{key: timer.timeit(calls).median for key, timer in timers.items()} for _ in range(rounds)]
+    medians = {key: 1e6 * statistics.median(each[key] for each in found) for key in timers}
+    return {name: {key: medians[name, key] for key in ("call", "torch")} for name, _ in timers}

@@ -22,20 +22,18 @@ from .contestants import Contestant, Unavailable, prepare
 _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
-def peaks(case: Case, names: Sequence[str]) -> dict[str, int | None]:
-    """The extra bytes of a step of each contestant on the CPU; None where it ends in an error.
+def cpu_peak(case: Case, name: str) -> int | None:
+    """The extra bytes of a step of a contestant on the CPU; None where it ends in an error.
 
     They are the growth of the resident set, in a process of its own, to its peak, which Linux lets a process reset.
     """
     # Forked from a process that has loaded torch, but has neither threads nor tensors.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    found: dict[str, int | None] = dict.fromkeys(names)
-    for name in names:
-        pool = ProcessPoolExecutor(1, mp_context=context)
-        with suppress(Exception), mock.patch.dict(os.environ, _ENVIRONMENT), pool:
-            found[name] = pool.submit(_peak, case, name, torch.get_num_threads()).result()
-    return found
+    pool = ProcessPoolExecutor(1, mp_context=context)
+    with suppress(Exception), mock.patch.dict(os.environ, _ENVIRONMENT), pool:
+        return pool.submit(_peak, case, name, torch.get_num_threads()).result()
+    return None
 
 
 def cuda_peak(contestant: Contestant) -> int:

@@ -30,7 +30,6 @@ _MODES: dict[str, Any] = {"mode": ("train", "no-grad")}
 _STDS: dict[str, Any] = {"std": (1.0, 20.0)}
 _SIZES: dict[str, Any] = {"classes": (10_000, 32_000, 128_000)}
 _WIDE: dict[str, Any] = {"classes": (50_304, 128_256)}
-_HALVES = ("bfloat16", "float16")
 _CURVES = "plain *, identity fused, plif-64 fused, mos-4 fair, moc-4 fused"
 _BACKENDS = "plain eager, identity cuda, identity triton, plif-64 cuda, plif-64 triton"
 _FUNCTIONS = ("temperature", "sigsoftmax", "gss", "soft_cap", "sigmoid_cap", "monotonic_mlp", "spline", "plif-*")
@@ -51,7 +50,7 @@ _SWEEPS: tuple[tuple[str, Group, str, dict[str, Any]], ...] = (
     ("quick", "head", _CURVES, {"rows": (256,), **_SIZES, "dim": (256,)}),
     ("quick", "head", _CURVES, {"rows": (64, 256, 1024), "dim": (256,)}),
     ("logits", "logits", "plain *, * fused", {**_STDS, "pieces": (64, 100_000)}),
-    ("logits", "logits", "plain *, * fused*", {"dtype": _HALVES, **_STDS}),
+    ("logits", "logits", "plain *, * fused*", {"dtype": ("bfloat16", "float16"), **_STDS}),
     ("head", "head", "plain eager, plif-64 fused", {**_MODES, "rows": (2048,), **_STDS}),
     ("head_8192", "head", "plif-64 fused", {"rows": (8192,)}),
     ("head_280", "head", "plif-64 fused, mos-15 *", {"rows": (2048,), "dim": (280,), **_STDS}),

@@ -1,8 +1,4 @@
-"""What the stored cases say, for this experiment's section and for other parts of the report.
-
-``ratio(results, HEAD, "plif-64 fused", "identity fused")`` is what f costs in a head, where ``results`` is
-``Store("overhead").results()``.
-"""
+"""What the stored cases say, for this experiment's section and for other parts of the report."""
 
 from __future__ import annotations
 

@@ -29,7 +29,6 @@ Action = Callable[[], object]
 _TURN = 0.02
 #: Bytes of each of the two buffers of the copy, by the type of the device: many times its last-level cache.
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**29}
-_TESTS = Path(__file__).parents[2] / "tests"
 
 
 def measure(timing: Timing, prepare: Callable[[str, Case, Inputs], Contestant]) -> dict[str, Any]:
@@ -66,9 +65,8 @@ def measure(timing: Timing, prepare: Callable[[str, Case, Inputs], Contestant]) 
     gc.collect()
     for name, row in rows.items():
         row |= times.get(name, {})
-    if timing.device == "cpu":
-        for name, peak in memory.peaks(case, [name for name, row in rows.items() if "status" not in row]).items():
-            rows[name]["peak_bytes"] = peak
+        if timing.device == "cpu" and "status" not in row:
+            row["peak_bytes"] = memory.cpu_peak(case, name)
     return {
         "device": torch.cuda.get_device_name() if on_gpu else timing.device,
         "clock": "triton.testing" if on_gpu else "torch.utils.benchmark",
@@ -84,7 +82,7 @@ def emulating() -> Iterator[None]:
     # The kernels must be loaded before they are interpreted: else they would stay so.
     for module in ("operators", "recompute_head"):
         importlib.import_module(f"monosoftmax.triton_kernels.{module}")
-    with mock.patch.object(sys, "path", [str(_TESTS), *sys.path]):
+    with mock.patch.object(sys, "path", [str(Path(__file__).parents[2] / "tests"), *sys.path]):
         interpreter, host = (importlib.import_module(name) for name in ("triton_interpreter", "cuda_host"))
     with interpreter.interpreting(), host.executing():
         yield
@@ -136,25 +134,21 @@ def probes(case: Case, inputs: Inputs) -> dict[str, Action]:
     return found | {"products": products}
 
 
-def _timer(action: Action, **options: Any) -> Timer:
-    # What a call returns is freed after the clock has stopped.
-    names = {"action": action, "synchronize": torch.cuda.synchronize}
-    return Timer("found = action()", globals=names, num_threads=torch.get_num_threads(), **options)
-
-
 def _on_cpu(action: Action) -> dict[str, float]:
-    return {"ms": 1e3 * _timer(action).blocked_autorange(min_run_time=_TURN).median}
+    # What a call returns is freed after the clock has stopped.
+    timer = Timer("found = action()", globals={"action": action}, num_threads=torch.get_num_threads())
+    return {"ms": 1e3 * timer.blocked_autorange(min_run_time=_TURN).median}
 
 
 def _on_device(action: Action) -> dict[str, float]:
     """Time on the device, and CPU time to issue the call to an idle device (all of it where the call waits for it).
 
-    Of a graph that was captured of the call, so that no launch is waited for; of the call itself, behind an overwritten
-    L2 cache, where it cannot be captured: then what the host is late with counts.
+    Time of a captured graph has no launches. What cannot be captured runs behind an overwritten L2 cache, with them.
     """
     from triton.testing import do_bench, do_bench_cudagraph
 
-    host = _timer(action, setup="synchronize()", timer=time.perf_counter).timeit(1).median
+    names = {"action": action, "synchronize": torch.cuda.synchronize}
+    host = Timer("found = action()", "synchronize()", globals=names, timer=time.perf_counter).timeit(1).median
     try:
         ms = do_bench_cudagraph(action, rep=5, return_mode="median")
     except RuntimeError:

@@ -22,14 +22,12 @@ from monosoftmax import chunked_head, ops
 from monosoftmax.groups import Head, HeadOptions, LossOptions, Transform
 
 from .cases import Case, Inputs
-from .contestants import Contestant, explain, make_transform
+from .contestants import Contestant, choose, make_transform
 
 #: The variant that users get.
 USUAL = "as it is"
-_MAIN, _WIDE, _WIDEST = (
-    Case("logits", "train", rows, classes, None, "bfloat16", 2.0)
-    for rows, classes in ((8192, 50_304), (3200, 128_256), (2048, 262_144))
-)
+_MAIN = Case("logits", "train", 8192, 50_304, None, "bfloat16", 2.0)
+_WIDE, _WIDEST = replace(_MAIN, rows=3200, classes=128_256), replace(_MAIN, rows=2048, classes=262_144)
 _LOSS = replace(_MAIN, mode="no-grad")
 _HEAD = Case("head", "train", 8192, 50_304, 2048, "bfloat16", 2.0)
 
@@ -109,20 +107,17 @@ def _accumulate_in_the_product(head: Any, dz: Tensor, x: Tensor, first: bool) ->
 
 def prepare(operator: Operator, variant: str, case: Case, inputs: Inputs) -> Contestant:
     """The operator under the variant on the inputs of ``case``; :class:`Unavailable` where its backend cannot run."""
-    pairs = (each.split("=") for each in variant.split() if variant != USUAL)
-    wishes = {key: int(value) for key, value in pairs}
+    wishes = {each.split("=")[0]: int(each.split("=")[1]) for each in variant.split() if variant != USUAL}
     chunk_rows = wishes.pop("chunk_rows", 0)
     operands = [operand.detach() for operand in inputs.operands]
     device = inputs.target.device
     f = make_transform(operator.function).to(device)
-    explain("cross_entropy" if case.dim is None else "linear_cross_entropy", operands[0], f, backend=operator.backend)
+    choose("cross_entropy" if case.dim is None else "linear_cross_entropy", operands[0], f, backend=operator.backend)
     # The identity's coefficients are on the CPU.
     transform = Transform(f.coefficients().detach().to(device), str(f.kernel), list(f.constants()))
     gradient, sums = operator.work != "loss", operator.work == "all"
     given: dict[str, Any] = {"backend": operator.backend, "target": inputs.target, "transform": transform}
     given |= {"options": LossOptions(None, -100, 0.0, 0.0, False), "reduction": "mean" if gradient else "none"}
-    function: Any
-    arguments: Any
     if case.dim is None:
         function, mask = ops.cross_entropy, (gradient, sums)
         arguments = ops.CrossEntropy(input=operands[0], output_mask=mask, **given)

@@ -56,9 +56,8 @@ class LanguageModelHead:
     steps: int
 
 
-_T = ms.transforms
 #: The published initialisation of a PLIF, up to the number of its pieces.
-_RANDOM_PLIF = partial(_T.PLIF, bound=20.0, min_slope=1e-6, init="random", dtype=torch.float64)
+_RANDOM_PLIF = partial(ms.transforms.PLIF, bound=20.0, min_slope=1e-6, init="random", dtype=torch.float64)
 
 
 def _perturbed(transform: MonotonicTransform, generator: torch.Generator) -> MonotonicTransform:
@@ -77,8 +76,8 @@ PLIF_PIECES = (10, 20, 50, 200, 1000, 10_000, 100_000)
 #: f of the random factors, made from a source of random numbers; everything not called random is at its defaults.
 TRANSFORMS = {
     **{name: SYNTHETIC_METHODS[name].transform for name in _SAME},
-    "mlp-random": lambda generator: _perturbed(_T.MonotonicMLP(), generator),
-    "spline-random": lambda generator: _perturbed(_T.RationalQuadraticSpline(), generator),
+    "mlp-random": lambda generator: _perturbed(ms.transforms.MonotonicMLP(), generator),
+    "spline-random": lambda generator: _perturbed(ms.transforms.RationalQuadraticSpline(), generator),
     **{f"plif-{n}": lambda generator, n=n: _RANDOM_PLIF(n, generator=generator) for n in PLIF_PIECES},
 }
 #: f whose spectra are shown.
@@ -95,8 +94,7 @@ LARGE = {f"large/{f}": Large(f, 3000, 10_000, 64, 0, leading=400, exact=f == "pl
 
 #: The main cell of the synthetic experiment with fewer steps, at one learning rate for all.
 CELL, LR = replace(MAIN, steps=600), 0.1
-_OF_PLIF = ("plif", "plif-frozen", "published-sgd", "published-adam")
-METHODS = ("linear", "temperature", *_OF_PLIF, "sigsoftmax", "gss", *_LEARNED, "mos4")
+METHODS = (*_COMMON[:3], "plif-frozen", "published-sgd", "published-adam", *_COMMON[3:], *_LEARNED, "mos4")
 SYNTHETIC = {f"synthetic/{m}/seed{seed}": Training(CELL, m, seed, LR) for m in METHODS for seed in HEAD_SEEDS}
 
 #: An LSTM, too small and trained too shortly to rank output layers by their perplexity.

@@ -26,5 +26,5 @@ def demonstration(steps: int = 200) -> list[dict[str, str]]:
         with deterministic(Synthetic.threads):
             found = train(Training(replace(MAIN, steps=steps), method, SEEDS[0], lr)).figures
         row = {"method": method, "KL": f"{found['kl']:.3f}", "modes %": f"{100 * found['modes']:.1f}"}
-        rows.append({**row, "seconds": f"{time.monotonic() - started:.1f}"})
+        rows.append(row | {"seconds": f"{time.monotonic() - started:.1f}"})
     return rows

@@ -31,8 +31,7 @@ class Synthetic(Experiment):
     def units(self, results: Results) -> Iterator[Unit]:
         for cell, (methods, seeds) in STUDY.items():
             for method in methods:
-                for lr in LEARNING_RATES:
-                    yield Unit(_search(cell, method, lr), Training(cell, method, SEARCH_SEED, lr))
+                yield from (Unit(name, training) for name, training in _searches(cell, method).items())
                 best = best_rate(results, cell, method)
                 for seed in seeds if best is not None else ():
                     yield Unit(f"{cell.name}/{method}/seed{seed}", Training(cell, method, seed, best))
@@ -59,14 +58,14 @@ class Synthetic(Experiment):
         return section(self, results, pictures)
 
 
-def _search(cell: Cell, method: str, lr: float) -> str:
-    return f"{cell.name}/{method}/search-lr{lr:g}"
+def _searches(cell: Cell, method: str) -> dict[str, Training]:
+    return {f"{cell.name}/{method}/search-lr{lr:g}": Training(cell, method, SEARCH_SEED, lr) for lr in LEARNING_RATES}
 
 
 def best_rate(results: Results, cell: Cell, method: str) -> float | None:
     """The learning rate with the lowest KL; None until all were tried, and where the loss diverged at all of them."""
-    names = {lr: _search(cell, method, lr) for lr in LEARNING_RATES}
-    if not all(name in results for name in names.values()):
+    searches = _searches(cell, method)
+    if not results.keys() >= searches.keys():
         return None
-    found = [(results[name].figures["kl"], lr) for lr, name in names.items() if "kl" in results[name].figures]
+    found = [(results[name].figures["kl"], at.lr) for name, at in searches.items() if "kl" in results[name].figures]
     return min(found)[1] if found else None

@@ -16,76 +16,60 @@ from monosoftmax.transforms import MonotonicTransform
 #: Rate of f's parameters as a share of that of the rest: no search of its own.
 TRANSFORM_RATE_RATIO = 0.1
 
-_T = ms.transforms
+T = ms.transforms
 
 
 @dataclass(frozen=True)
 class Method:
-    """An output layer and how it is trained.
-
-    Attributes:
-        description: for the report.
-        transform: f, made from a source of random numbers for its initial values; None for mixtures.
-        frozen: f keeps its initial values.
-        transform_lr: the rate of f's parameters, instead of a share of the searched rate.
-        sgd: f's parameters are trained by SGD; everything else is by Adam.
-        mixture: made from its dimension and the number of words, instead of f.
-        as_many_as: a Linear-Softmax whose dimension gives it about as many parameters as this method has.
-    """
+    """An output layer and how it is trained: a transform, or a mixture from its dimension and the number of words."""
 
     description: str
+    #: f, made from a source of random numbers for its initial values.
     transform: Callable[[torch.Generator], MonotonicTransform] | None = None
+    #: f keeps its initial values.
     frozen: bool = False
+    #: The rate of f's parameters, instead of a share of the searched rate, and whether it is SGD's; the rest has Adam.
     transform_lr: float | None = None
     sgd: bool = False
     mixture: Callable[[int, int], ms.MixtureOfSoftmaxes | ms.MixtureOfContexts] | None = None
+    #: The method that has about as many parameters as this Linear-Softmax, by the dimension of the latter.
     as_many_as: str | None = None
 
 
-def _linear(_: torch.Generator) -> MonotonicTransform:
-    return _T.Identity()
-
-
-def _random(generator: torch.Generator) -> MonotonicTransform:
-    return _T.PLIF(init="random", generator=generator)
-
-
 def _published(generator: torch.Generator) -> MonotonicTransform:
-    return _T.PLIF(100_000, 20, min_slope=1e-6, init="random", generator=generator)
+    return T.PLIF(100_000, 20, min_slope=1e-6, init="random", generator=generator)
 
 
 _PUBLISHED = "PLIF as published: 100,000 pieces on [-20, 20], random slopes, SGD at 0.02"
+_EQUAL = "Linear-Softmax with as many parameters as "
+_FROZEN = "PLIF, 50 pieces on [-20, 20], random slopes, never trained"
 _MOS, _MOC = ms.MixtureOfSoftmaxes, ms.MixtureOfContexts
 
 METHODS: dict[str, Method] = {
-    "linear": Method("Linear-Softmax", _linear),
-    "temperature": Method("learned temperature: the control, it cannot raise the rank", lambda _: _T.Temperature()),
-    "plif": Method("PLIF, 50 pieces on [-20, 20], starts as the identity", lambda _: _T.PLIF()),
-    "sigmoidcap-learned": Method(
-        "SigmoidCap, a, b, c learned from 23, 5, 7.5", lambda _: _T.SigmoidCap(learnable=True)
-    ),
-    "mlp": Method("MonotonicMLP, 8 units, starts as the identity", lambda _: _T.MonotonicMLP()),
-    "spline": Method(
-        "RationalQuadraticSpline, 16 bins, starts as the identity", lambda _: _T.RationalQuadraticSpline()
-    ),
-    "gss": Method("GSS, k and c learned, starts as the identity", lambda _: _T.GSS()),
-    "sigsoftmax": Method("SigSoftmax, nothing learned", lambda _: _T.SigSoftmax()),
-    "softcap-learned": Method("SoftCap, c learned from 30", lambda _: _T.SoftCap(learnable=True)),
-    "softcap": Method("SoftCap, c = 30 fixed", lambda _: _T.SoftCap()),
-    "sigmoidcap": Method("SigmoidCap, a, b, c = 23, 5, 7.5 fixed", lambda _: _T.SigmoidCap()),
-    "gss-published": Method("GSS, k = 2.5, c = -1.5 fixed, as published", lambda _: _T.GSS(2.5, -1.5, learnable=False)),
-    "plif-20-10": Method("PLIF, 20 pieces on [-10, 10], starts as the identity", lambda _: _T.PLIF(20, 10)),
-    "plif-200": Method("PLIF, 200 pieces on [-20, 20], starts as the identity", lambda _: _T.PLIF(200)),
-    "plif-frozen": Method("PLIF, 50 pieces on [-20, 20], random slopes, never trained", _random, frozen=True),
-    "mlp-1": Method("MonotonicMLP, 1 unit, starts as the identity", lambda _: _T.MonotonicMLP(1)),
+    "linear": Method("Linear-Softmax", lambda _: T.Identity()),
+    "temperature": Method("learned temperature: the control, it cannot raise the rank", lambda _: T.Temperature()),
+    "plif": Method("PLIF, 50 pieces on [-20, 20], starts as the identity", lambda _: T.PLIF()),
+    "sigmoidcap-learned": Method("SigmoidCap, a, b, c learned from 23, 5, 7.5", lambda _: T.SigmoidCap(learnable=True)),
+    "mlp": Method("MonotonicMLP, 8 units, starts as the identity", lambda _: T.MonotonicMLP()),
+    "spline": Method("RationalQuadraticSpline, 16 bins, starts as the identity", lambda _: T.RationalQuadraticSpline()),
+    "gss": Method("GSS, k and c learned, starts as the identity", lambda _: T.GSS()),
+    "sigsoftmax": Method("SigSoftmax, nothing learned", lambda _: T.SigSoftmax()),
+    "softcap-learned": Method("SoftCap, c learned from 30", lambda _: T.SoftCap(learnable=True)),
+    "softcap": Method("SoftCap, c = 30 fixed", lambda _: T.SoftCap()),
+    "sigmoidcap": Method("SigmoidCap, a, b, c = 23, 5, 7.5 fixed", lambda _: T.SigmoidCap()),
+    "gss-published": Method("GSS, k = 2.5, c = -1.5 fixed, as published", lambda _: T.GSS(2.5, -1.5, learnable=False)),
+    "plif-20-10": Method("PLIF, 20 pieces on [-10, 10], starts as the identity", lambda _: T.PLIF(20, 10)),
+    "plif-200": Method("PLIF, 200 pieces on [-20, 20], starts as the identity", lambda _: T.PLIF(200)),
+    "plif-frozen": Method(_FROZEN, lambda generator: T.PLIF(init="random", generator=generator), frozen=True),
+    "mlp-1": Method("MonotonicMLP, 1 unit, starts as the identity", lambda _: T.MonotonicMLP(1)),
     "published-sgd": Method(_PUBLISHED, _published, transform_lr=0.02, sgd=True),
     "published-adam": Method("PLIF as published, but Adam at 0.02 for the slopes", _published, transform_lr=0.02),
     "published-frozen": Method("PLIF as published, slopes never trained", _published, frozen=True),
     "mos4": Method("Mixture of Softmaxes, 4 components", mixture=partial(_MOS, n_experts=4)),
     "mos15": Method("Mixture of Softmaxes, 15 components", mixture=partial(_MOS, n_experts=15)),
     "moc4": Method("Mixture of Contexts, 4 components", mixture=partial(_MOC, n_experts=4)),
-    "linear-eq-mos4": Method("Linear-Softmax with as many parameters as mos4", _linear, as_many_as="mos4"),
-    "linear-eq-mos15": Method("Linear-Softmax with as many parameters as mos15", _linear, as_many_as="mos15"),
+    "linear-eq-mos4": Method(_EQUAL + "mos4", lambda _: T.Identity(), as_many_as="mos4"),
+    "linear-eq-mos15": Method(_EQUAL + "mos15", lambda _: T.Identity(), as_many_as="mos15"),
 }
 
 
@@ -101,9 +85,7 @@ class FreeContexts(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.context = nn.Parameter(torch.randn(contexts, dim, generator=generator))
         decoder_weight = torch.randn(words, dim, generator=generator) / math.sqrt(dim)
-        self.output: ms.MonotonicSoftmax | ms.MixtureOfSoftmaxes | ms.MixtureOfContexts
         if method.mixture is None:
-            assert method.transform is not None  # every method is one or the other
             self.output = decoder = ms.MonotonicSoftmax(dim, words, method.transform(generator))
             decoder.transform.requires_grad_(not method.frozen)
         else:
@@ -151,8 +133,7 @@ def build(name: str, contexts: int, words: int, dim: int, seed: int) -> FreeCont
     method = METHODS[name]
     if method.as_many_as is not None:
         # N d + M d + M numbers are closest to those of the other method.
-        wanted = size(method.as_many_as, contexts, words, dim)[1]
-        dim = max(1, round((wanted - words) / (contexts + words)))
+        dim = round((size(method.as_many_as, contexts, words, dim)[1] - words) / (contexts + words))
     return FreeContexts(method, contexts, words, dim, seed)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor
 
 from ...engine import document
@@ -25,12 +24,6 @@ from .settings import ALPHAS, EAGER, GRID, GRID_METHODS, LARGER, LEARNING_RATES,
 from .training import TOLERANCES
 
 BASELINE, CONTROL = "linear", "temperature"
-_PUBLISHED = (
-    ("published-sgd", "published-frozen"),
-    ("published-adam", "published-sgd"),
-    ("published-frozen", BASELINE),
-    ("plif", "plif-frozen"),
-)
 
 
 def section(experiment: Experiment, results: Results, folder: Path) -> str:
@@ -79,21 +72,21 @@ class Found:
         common = sorted(mine.keys() & theirs.keys())
         return over_seeds([mine[s] for s in common], [theirs[s] for s in common]) if len(common) > 1 else None
 
-    def against(self, other: str = BASELINE) -> dict[str, tuple[Difference, float]]:
-        """The difference of every method from ``other``, and its p, adjusted by Holm for all of them."""
-        found = {method: self.difference(method, other) for method in self.methods if method not in (BASELINE, other)}
-        there = {method: difference for method, difference in found.items() if difference is not None}
-        adjusted = holm([difference.p for difference in there.values()])
-        return {method: (there[method], p) for method, p in zip(there, adjusted, strict=True)}
+    def against(self, other: str = BASELINE) -> pd.DataFrame:
+        """The difference of every method from ``other``, with p adjusted by Holm for all of them.
 
-    def marks(self) -> dict[str, str]:
-        """A star for a KL that is significantly below that of Linear-Softmax, a cross for one that is above."""
-        return {m: "" if p >= SIGNIFICANCE else " *" if d.mean < 0 else " †" for m, (d, p) in self.against().items()}
+        Its ``mark`` is a star for a KL that is significantly below that of the other, a cross for one that is above.
+        """
+        found = {method: self.difference(method, other) for method in self.methods if method not in (BASELINE, other)}
+        frame = pd.DataFrame({method: vars(difference) for method, difference in found.items() if difference}).T
+        frame["p"] = holm([*frame["p"]])
+        frame["mark"] = np.select([frame["p"] >= SIGNIFICANCE, frame["mean"] < 0], ["", " *"], " †")
+        return frame
 
 
 def _main(found: Found, folder: Path) -> dict[str, Any]:
     """What the template says about the cell with all methods."""
-    marks = found.marks()
+    marks = found.against()["mark"]
     shapes = {m: s for m in METHODS if not m.startswith(BASELINE) for s in found.values(m, "shape")}
     _draw_shapes(folder / "synthetic-shapes.png", shapes)
     means = {m: [mean(found.values(m, figure)) for figure in ("kl", "modes")] for m in METHODS if found.values(m)}
@@ -102,31 +95,26 @@ def _main(found: Found, folder: Path) -> dict[str, Any]:
         "means": {m: (*of, len(found.values(m))) for m, of in means.items() if METHODS[m].transform},
         "sizes": {m: size(m, MAIN.contexts, MAIN.words, MAIN.dim) for m in METHODS},
         "differences": _differences(found),
-        "marked": {mark: [m for m in marks if marks[m] == mark] for mark in (" *", "", " †")},
-        "published": [(one, other, found.difference(one, other)) for one, other in _PUBLISHED],
+        "marked": {mark: [*marks.index[marks == mark]] for mark in (" *", "", " †")},
+        "difference": found.difference,
     }
 
 
 def _quality(found: Found) -> pd.DataFrame:
     """A row for each method: what the trainings that did not diverge have reached."""
-    cell = found.cell
-    frame = found.results.frame(f"{cell.name}/*/seed*").dropna(subset="figures.kl")
+    cell, frame = found.cell, found.results.frame(f"{found.cell.name}/*/seed*").dropna(subset="figures.kl")
     of = frame.rename(columns=lambda name: name.partition(".")[2] or name).groupby("method")
-    ranks, seconds = [f"ranks.{tolerance:g}" for tolerance in TOLERANCES], of["step_seconds"].median()
-    ends = (LEARNING_RATES[0], LEARNING_RATES[-1])
-    rows = pd.DataFrame(
-        {
-            "lr": of["lr"].first().map(lambda lr: f"{lr:g}*" if lr in ends else f"{lr:g}"),
-            "seeds": of.size().astype(str),
-            "KL": of["kl"].agg(lambda kl: mean_and_spread([*kl])),
-            "modes %": of["modes"].agg(lambda shares: f"{100 * mean(shares):.1f}"),
-            "top-5 %": of["top5"].agg(lambda shares: f"{100 * mean(shares):.1f}"),
-            f"rank {' / '.join(f'{t:g}' for t in TOLERANCES)}": of[ranks]
-            .mean()
-            .map("{:.0f}".format)
-            .agg(" / ".join, 1),
-        }
-    ).reindex(found.methods)
+    header, ranks = f"rank {' / '.join(f'{t:g}' for t in TOLERANCES)}", [f"ranks.{t:g}" for t in TOLERANCES]
+    ends, seconds = (LEARNING_RATES[0], LEARNING_RATES[-1]), of["step_seconds"].median()
+    columns = {
+        "lr": of["lr"].first().map(lambda lr: f"{lr:g}*" if lr in ends else f"{lr:g}"),
+        "seeds": of.size().astype(str),
+        "KL": of["kl"].agg(lambda kl: mean_and_spread([*kl])),
+        "modes %": of["modes"].agg(lambda shares: f"{100 * mean(shares):.1f}"),
+        "top-5 %": of["top5"].agg(lambda shares: f"{100 * mean(shares):.1f}"),
+        header: of[ranks].mean().map("{:.0f}".format).agg(" / ".join, axis=1),
+    }
+    rows = pd.DataFrame(columns).reindex(found.methods)
     sizes = [size(method, cell.contexts, cell.words, cell.dim) for method in found.methods]
     rows["d"], rows["parameters"] = zip(*((dim, f"{number:,}") for dim, number in sizes), strict=True)
     rows["step / linear"] = (seconds / seconds[BASELINE]).map("{:.2f}".format)
@@ -135,30 +123,33 @@ def _quality(found: Found) -> pd.DataFrame:
 
 def _differences(main: Found) -> pd.DataFrame:
     """Differences from the baseline and from the control."""
-    columns: dict[str, dict[str, str]] = {}
+    columns = {}
     for other in (BASELINE, CONTROL):
-        against = main.against(other)
-        texts = {m: f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]" for m, (d, _) in against.items()}
-        columns[f"KL - {other}"] = texts
-        columns[f"Holm p, {other}"] = {m: p_value(p) for m, (_, p) in against.items()}
-        verdicts = {m: "significant" if p < SIGNIFICANCE else "not significant" for m, (_, p) in against.items()}
-        columns[f"verdict, {other}"] = verdicts
-    return pd.DataFrame(columns).reset_index(names="method")
+        found = main.against(other)
+        interval = found.apply("{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format_map, axis=1)
+        columns[f"KL - {other}"], columns[f"Holm p, {other}"] = interval, found["p"].map(p_value)
+        columns[f"verdict, {other}"] = (found["p"] < SIGNIFICANCE).map({True: "significant", False: "not significant"})
+    return pd.DataFrame(columns).reindex([*METHODS][1:]).reset_index(names="method")
 
 
 def _grid(found: Mapping[Cell, Found], folder: Path) -> dict[float, pd.DataFrame]:
     """KL, modes and marks of each method by dimension, for each alpha."""
     texts, gains = {}, {}
     for cell in sorted((MAIN, *GRID), key=lambda cell: cell.dim):
-        of = found[cell]
-        marks, against = of.marks(), of.against()
+        of, against = found[cell], found[cell].against()
+        marks = dict(against["mark"])
         texts[cell.alpha, f"d = {cell.dim}"] = {
             m: f"{mean(of.values(m)):.3f} / {100 * mean(of.values(m, 'modes')):.0f}{marks.get(m, '')}"
             for m in GRID_METHODS
             if of.values(m)
         }
-        gains[cell.dim, cell.alpha] = {m: -against[m][0].mean for m in GRID_METHODS if m in against}
-    _draw_gains(folder / "synthetic-gains.png", pd.DataFrame(gains))
+        gains[cell.alpha, cell.dim] = -against["mean"].reindex(GRID_METHODS[1:]).astype(float)
+    with picture(folder / "synthetic-gains.png", 1, len(ALPHAS), (3.4, 3.4)) as grid:
+        for axes, alpha in zip(grid[0], ALPHAS, strict=True):
+            by_dim = pd.DataFrame(gains)[alpha].T.rename(index=str)
+            by_dim.plot(ax=axes, style=["-"] * 7 + ["--"] * 7, title=f"alpha = {alpha:g}", xlabel="d", legend=False)
+        grid[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        grid[0, 0].set_ylabel("less KL than linear [nats]")
     table = pd.DataFrame(texts).reindex(GRID_METHODS)
     return {alpha: table[alpha].reset_index(names="method") for alpha in ALPHAS}
 
@@ -175,44 +166,20 @@ def _times(record: Record) -> list[dict[str, str]]:
     return rows
 
 
-def _multiples(
-    path: Path, methods: Collection[str], draw: Callable[[Axes, str], object], x_label: str, y_label: str
-) -> None:
-    """A small picture for each method."""
-    with picture(path, math.ceil(len(methods) / 4), 4, (2.6, 2.0)) as grid:
-        for axes, method in zip(grid.flat, methods, strict=False):
-            draw(axes, method)
-            axes.set(title=method, xlabel="")
-        grid[0, 0].figure.supxlabel(x_label, fontsize=9)
-        grid[0, 0].figure.supylabel(y_label, fontsize=9)
-
-
-def _draw_gains(path: Path, gains: pd.DataFrame) -> None:
-    """``gains``: nats of KL less than Linear-Softmax; a row for each method, columns (d, alpha)."""
-
-    def draw(axes: Axes, method: str) -> None:
-        by_dim = gains.loc[method].unstack().rename(index=str, columns="alpha = {:g}".format)
-        by_dim.plot(ax=axes, ylim=limits, marker=".", legend=method == gains.index[0])
-
-    limits = (gains.min().min() - 0.03, gains.max().max() + 0.03)
-    _multiples(path, gains.index, draw, "d", "less KL than linear [nats]")
-
-
 def _draw_shapes(path: Path, learned: Mapping[str, dict[str, Any]]) -> None:
     """f(z) - f(median logit) from the 5 % to the 99.9 % quantile of the logits; ``training.shape`` by method."""
-
-    def draw(axes: Axes, method: str) -> None:
-        quantiles = dict(learned[method]["quantiles"])
-        z = torch.linspace(quantiles[0.05], quantiles[0.999], 401, dtype=torch.float64)
-        middle = torch.tensor([quantiles[0.5]], dtype=torch.float64)
-        axes.plot(z, curve(method, learned[method], z) - curve(method, learned[method], middle), color="#d62728")
-        axes.axline((quantiles[0.5], 0), slope=1, color="0.6", linewidth=0.8)
-        for share, style in ((0.5, "-"), (0.95, ":"), (0.99, ":")):
-            axes.axvline(quantiles[share], color="#1f77b4", linewidth=0.7, linestyle=style)
-
-    _multiples(
-        path, learned, draw, "logit z (blue: 50 %, 95 %, 99 % of the logits lie to the left)", "f(z) - f(median)"
-    )
+    with picture(path, math.ceil(len(learned) / 4), 4, (2.6, 2.0)) as grid:
+        for axes, (method, kept) in zip(grid.flat, learned.items(), strict=False):
+            quantiles = dict(kept["quantiles"])
+            z = torch.linspace(quantiles[0.05], quantiles[0.999], 401, dtype=torch.float64)
+            middle = torch.tensor([quantiles[0.5]], dtype=torch.float64)
+            axes.plot(z, curve(method, kept, z) - curve(method, kept, middle), color="#d62728")
+            axes.axline((quantiles[0.5], 0), slope=1, color="0.6", linewidth=0.8)
+            for share, style in ((0.5, "-"), (0.95, ":"), (0.99, ":")):
+                axes.axvline(quantiles[share], linewidth=0.7, linestyle=style)
+            axes.set_title(method)
+        grid[0, 0].figure.supxlabel("logit z (blue: 50 %, 95 %, 99 % of the logits lie to the left)", fontsize=9)
+        grid[0, 0].figure.supylabel("f(z) - f(median)", fontsize=9)
 
 
 def curve(method: str, kept: dict[str, Any], z: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
+from timeit import timeit
 from typing import Any
 
 import numpy as np
@@ -23,32 +24,26 @@ from .methods import METHODS, TRANSFORM_RATE_RATIO, FreeContexts, build
 from .settings import EAGER, LEARNING_RATES, Cell, Timing, Training
 
 TOLERANCES = (1e-3, 1e-4, 1e-5)
-#: Raw parameters of f up to this number are kept themselves, beyond it points of f.
-_MOST_PARAMETERS, _POINTS = 1000, 201
 _QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
 
 
-def dirichlet(contexts: int, words: int, alpha: float, seed: int) -> Tensor:
+@lru_cache(maxsize=1)
+def problem(cell: Cell, seed: int) -> tuple[Tensor, Tensor]:
     """Target distributions P, one for each context, from a symmetric Dirichlet distribution.
 
     Gamma variables of a small shape underflow, so their logarithms are drawn: log G(a) = log G(a + 1) + log(U) / a.
 
     Returns:
-        (contexts, words), float64, rows that sum to 1. Values below the smallest double are 0.
+        P twice, (N, M), rows that sum to 1: in float64, where values below the smallest double are 0; and in float32
+        for the loss, where what is not a normal number is 0: others are slow.
 
     Source: Marsaglia and Tsang, "A Simple Method for Generating Gamma Variables", 2000, section 6.
     """
-    random = np.random.default_rng(seed)
-    larger = np.log(random.standard_gamma(alpha + 1, (contexts, words)))
+    random, shape = np.random.default_rng(seed), (cell.contexts, cell.words)
+    larger = np.log(random.standard_gamma(cell.alpha + 1, shape))
     # 1 - U lies in (0, 1], so that its logarithm is finite.
-    log_gamma = larger + np.log1p(-random.random((contexts, words))) / alpha
-    return torch.from_numpy(np.exp(log_gamma - logsumexp(log_gamma, axis=1, keepdims=True)))
-
-
-@lru_cache(maxsize=1)
-def problem(cell: Cell, seed: int) -> tuple[Tensor, Tensor]:
-    """P in float64, and in float32 for the loss. What is not a normal number there is 0: others are slow."""
-    probabilities = dirichlet(cell.contexts, cell.words, cell.alpha, seed)
+    log_gamma = larger + np.log1p(-random.random(shape)) / cell.alpha
+    probabilities = torch.from_numpy(np.exp(log_gamma - logsumexp(log_gamma, axis=1, keepdims=True)))
     single = probabilities.float()
     return probabilities, torch.where(single >= torch.finfo(torch.float32).tiny, single, 0.0)
 
@@ -64,14 +59,13 @@ def figures(probabilities: Tensor, log_q: Tensor) -> dict[str, Any]:
     # A word with p = 0 adds nothing, even where log q is -inf.
     cross = torch.where(probabilities > 0, probabilities * log_q, 0.0).sum(1)
     gap = torch.xlogy(probabilities, probabilities).sum(1) - cross
-    top = min(5, probabilities.shape[1])
-    wanted, found = probabilities.topk(top).indices, log_q.topk(top).indices
+    wanted, found = probabilities.topk(5).indices, log_q.topk(5).indices
     shared = (wanted.unsqueeze(2) == found.unsqueeze(1)).sum((1, 2))
     spectrum = ms.analysis.spectrum(log_q)
     return {
         "kl": gap.mean().item(),
         "modes": (probabilities.argmax(1) == log_q.argmax(1)).double().mean().item(),
-        "top5": (shared.double() / top).mean().item(),
+        "top5": (shared.double() / 5).mean().item(),
         "ranks": {f"{tolerance:g}": ms.analysis.effective_rank(spectrum, tolerance) for tolerance in TOLERANCES},
     }
 
@@ -95,9 +89,8 @@ class Trainer:
     def rate(self, step: int) -> float:
         """The share of the peak learning rate: a linear rise, then a cosine to 0."""
         rise, steps = self.settings.warm_up_steps, self.settings.cell.steps
-        if step < rise:
-            return (step + 1) / rise
-        return (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))) / 2
+        fall = (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))) / 2
+        return (step + 1) / rise if step < rise else fall
 
     def train_step(self) -> float:
         """One step over all contexts; returns the loss before it."""
@@ -143,14 +136,13 @@ def shape(model: FreeContexts) -> dict[str, Any]:
     def rounded(values: Tensor) -> Any:
         return torch.round(values.double(), decimals=6).tolist()
 
-    function = model.transform
-    assert function is not None
+    function, state = model.transform, model.transform.state_dict()
     quantiles = np.quantile(model.logits().double().numpy(), _QUANTILES).tolist()
     kept: dict[str, Any] = {"quantiles": [[q, round(z, 4)] for q, z in zip(_QUANTILES, quantiles, strict=True)]}
-    state = function.state_dict()
-    if sum(value.numel() for value in state.values()) <= _MOST_PARAMETERS:
+    if sum(value.numel() for value in state.values()) <= 1000:
         return kept | {"state": {name: rounded(value) for name, value in state.items()}}
-    z = torch.linspace(quantiles[0], quantiles[-1], _POINTS, dtype=torch.float64)
+    # Points of f instead of more numbers than a picture needs.
+    z = torch.linspace(quantiles[0], quantiles[-1], 201, dtype=torch.float64)
     return kept | {"curve": {"z": rounded(z), "f": rounded(function(z) - function(z.new_zeros(1)))}}
 
 
@@ -163,36 +155,25 @@ def time_steps(settings: Timing) -> Measured:
         Times: ``seconds``, by method and ``loss`` or ``step``, quartiles over the rounds, and ``backends`` by method.
         Mixtures have no ``loss``: theirs is not one function of logits.
     """
-    actions: dict[tuple[str, str], Callable[[], Any]] = {}
+    actions: dict[tuple[str, str], Callable[[], object]] = {}
     backends = {}
     for method in settings.methods:
-        eager = method == EAGER
-        trainer = Trainer(Training(settings.cell, "linear" if eager else method, 0, LEARNING_RATES[0]))
-        backends[method] = "torch" if eager else trainer.model.backend(trainer.targets)
-        if eager:
-            trainer.model.loss_of = F.cross_entropy  # type: ignore[assignment]
+        trainer = Trainer(Training(settings.cell, "linear" if method == EAGER else method, 0, LEARNING_RATES[0]))
+        backends[method] = trainer.model.backend(trainer.targets)
+        if method == EAGER:
+            trainer.model.loss_of, backends[method] = F.cross_entropy, "torch"
         if trainer.model.transform is not None:
-            actions[method, "loss"] = _loss(trainer)
+            actions[method, "loss"] = partial(_loss, trainer, trainer.model.logits().detach().requires_grad_())
         actions[method, "step"] = trainer.train_step
-    taken: dict[tuple[str, str], list[float]] = {key: [] for key in actions}
-    for _ in range(settings.rounds + 1):
-        for key, action in actions.items():
-            started = time.process_time()
-            action()
-            taken[key].append(time.process_time() - started)
-    seconds: dict[str, dict[str, list[float]]] = {method: {} for method in settings.methods}
-    for (method, what), values in taken.items():
-        # The first round warms up.
-        seconds[method][what] = np.quantile(values[1:], (0.25, 0.5, 0.75)).round(9).tolist()
+    turns = range(settings.rounds + 1)
+    rounds = [[timeit(act, timer=time.process_time, number=1) for act in actions.values()] for _ in turns]
+    # The first round warms up.
+    quartiles = np.quantile(rounds[1:], (0.25, 0.5, 0.75), axis=0).T.round(9).tolist()
+    found = dict(zip(actions, quartiles, strict=True))
+    seconds = {m: {w: found[m, w] for w in ("loss", "step") if (m, w) in found} for m in settings.methods}
     return Measured({}, {"seconds": seconds, "backends": backends})
 
 
-def _loss(trainer: Trainer) -> Callable[[], None]:
-    logits = trainer.model.logits().detach().requires_grad_()
-
-    def loss() -> None:
-        logits.grad = None
-        trainer.model.zero_grad()
-        trainer.model.loss_of(logits, trainer.targets).backward()
-
-    return loss
+def _loss(trainer: Trainer, logits: Tensor) -> None:
+    trained = [each for each in trainer.model.transform.parameters() if each.requires_grad]
+    torch.autograd.grad(trainer.model.loss_of(logits, trainer.targets), [logits, *trained])

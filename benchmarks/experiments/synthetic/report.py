@@ -147,7 +147,7 @@ def _grid(found: Mapping[Cell, Found], folder: Path) -> dict[float, pd.DataFrame
     with picture(folder / "synthetic-gains.png", 1, len(ALPHAS), (3.4, 3.4)) as grid:
         for axes, alpha in zip(grid[0], ALPHAS, strict=True):
             by_dim = pd.DataFrame(gains)[alpha].T.rename(index=str)
-            by_dim.plot(ax=axes, style=["-"] * 7 + ["--"] * 7, title=f"alpha = {alpha:g}", xlabel="d", legend=False)
+            by_dim.plot(ax=axes, style=["-"] * 7 + ["--"] * 8, title=f"alpha = {alpha:g}", xlabel="d", legend=False)
         grid[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
         grid[0, 0].set_ylabel("less KL than linear [nats]")
     table = pd.DataFrame(texts).reindex(GRID_METHODS)

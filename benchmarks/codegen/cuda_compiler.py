@@ -83,7 +83,7 @@ def parse_name(demangled: str) -> Kernel:
     # Transforms take packs of floats, whatever the type of the logits is.
     packed = re.sub(r"Pack<float, \d+>", "Pack", parameters)
     transform = re.search(r"(?:Table|Vector)Transform<(\w+)", packed)
-    element = re.findall(r"\b(__nv_bfloat16|__half|float)\b", packed)
+    element = re.search(r"\b(__nv_bfloat16|__half|float)\b", packed)
     table = re.search(r"TableTransform<\w+, Pack, (true|false)>", packed)
     sums = re.search(r"\b(\w+Sums)\b", packed)
     variant = []
@@ -93,7 +93,7 @@ def parse_name(demangled: str) -> Kernel:
         variant.append(sums[1])
     if table is not None:
         variant.append(f"table in {'shared' if table[1] == 'true' else 'global'} memory")
-    dtype = _DTYPES[element[-1]] if element else ""
+    dtype = "" if element is None else _DTYPES[element[1]]
     return Kernel(NAME, "" if transform is None else transform[1], operator, dtype, ", ".join(variant))
 
 

@@ -183,8 +183,6 @@ def blocks_at_once(device: Device, registers: int, shared: int, threads: int) ->
     warps = _round_up(threads, _WARP) // _WARP
     of_warp = _round_up(registers * _WARP, 256)
     of_block = _round_up(shared + device.reserved, 128 if device.reserved else 256)
-    if of_block > device.shared or of_warp * _round_up(warps, _PARTS) > _REGISTERS:
-        return 0
     by_registers = _PARTS * (_REGISTERS // _PARTS // of_warp) // warps
     by_shared = device.shared // of_block if of_block else device.blocks
     return min(device.blocks, device.threads // (warps * _WARP), by_registers, by_shared)

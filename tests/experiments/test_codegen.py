@@ -73,12 +73,12 @@ def test_what_cannot_be_read() -> None:
     ("target", "registers", "shared", "threads", "blocks"),
     [
         ("sm_90", 64, 0, 256, 4),  # 65536 registers / (64 * 256)
-        ("sm_90", 65, 0, 256, 3),  # allocated by 8 a thread
+        ("sm_90", 73, 0, 128, 6),  # allocated by 8 a thread, to 24 warps
         ("sm_90", 32, 0, 256, 8),  # 2048 threads
         ("sm_90", 32, 640 + 112 * 1024, 256, 2),  # 228 KiB, 1 KiB of each block the driver's
         ("sm_90", 32, 640 + 227 * 1024, 256, 0),  # more than a block can have
         ("sm_75", 32, 32 * 1024, 256, 2),
-        ("sm_120", 176, 0, 288, 0),  # 9 warps, checked as if they were 12
+        ("sm_120", 176, 0, 288, 0),  # 2 warps in each of 4 parts
     ],
 )
 def test_blocks_of_a_multiprocessor(target: str, registers: int, shared: int, threads: int, blocks: int) -> None:

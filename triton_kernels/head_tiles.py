@@ -126,7 +126,7 @@ GROUP = 8
 #: The tiles for bfloat16 and float16, by family and by the registers that a transform needs. The table has the largest
 #: number of registers of a thread, and KiB of shared memory, with Triton 3.7.1 and bfloat16, of nine transforms without
 #: options and with all of them. Nothing spills, and all products are the family's matrix instructions
-#: (tests/test_codegen.py compiles them).
+#: (benchmarks/codegen compiles them).
 #:
 #:            forward light  heavy          backward light heavy
 #:   sm_80    221    48      255    48      255    56      255    56

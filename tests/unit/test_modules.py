@@ -198,7 +198,7 @@ def test_no_probability_of_a_confident_model_exceeds_one(transform, options, dty
         assert output.max() > -1e-3  # it is a confident model
 
 
-@pytest.mark.grid
+@pytest.mark.grid(3)  # One mistake shows for plain options, both and one backend only.
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("differentiated", ["output", "loss", "both"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -27,7 +27,7 @@ GPU_ARGUMENTS ?=
 # Fails where the disk is too small; where that is no failure:  make check-cuda CHECK_CUDA=--if-possible
 CHECK_CUDA ?=
 
-.PHONY: help demo smoke overhead codegen gpu evidence report verify-evidence check-cuda check-versions check test test-all test-landing release-check lint types test-unit test-cpp test-python test-sanitizers test-exhaustive install format clean
+.PHONY: help demo smoke overhead codegen gpu evidence report verify-evidence check-cuda check-versions mutations check test test-all test-landing release-check lint types test-unit test-cpp test-python test-sanitizers test-exhaustive install format clean
 
 help:
 	@echo 'make demo       train the demo language models and print the table (6 minutes on 2 cores)'
@@ -43,6 +43,7 @@ help:
 	@echo 'make check      lint, types, unit tests on the CPU (at most 2 minutes on 2 cores)'
 	@echo 'make test       check, C++ tests, emulated kernels: what to run before a commit (at most 6 minutes)'
 	@echo 'make test-all   sanitizers, whole grids, slow tests such as installing the package (at most 25 minutes)'
+	@echo 'make mutations  makes the mistakes of tests/mutations.toml, each of which a test must notice (an hour)'
 	@echo 'make release-check  everything there is, for a release: also check-cuda, check-versions, codegen, verify-evidence'
 	@echo 'make format     format the Python and C++ sources'
 	@echo 'make install    $(VENV), with the package in development mode'
@@ -93,7 +94,11 @@ test-all: test-sanitizers test-exhaustive
 test-landing: test-sanitizers
 	$(PYTEST) --exhaustive tests/emulated tests/build -k '(test_table and not tables) or opcheck or sdist_installs or without_a_compiler'
 
-release-check: test test-all check-cuda check-versions codegen smoke verify-evidence
+# Makes the mistakes of tests/mutations.toml, one at a time: a test must notice each (an hour).
+mutations: install $(VENV)/.peers
+	$(BIN)/python scripts/mutations.py
+
+release-check: test test-all mutations check-cuda check-versions codegen smoke verify-evidence
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .

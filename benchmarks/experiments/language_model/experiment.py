@@ -6,11 +6,10 @@ import os
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from ...engine.checkpoint import Checkpoint
 from ...engine.experiment import Experiment, Measured, Results, Unit
-from . import corpora, measures, search
+from . import measures, search
 from .search import Preparation
 from .studies import DEMO, GPU, MAIN, Study
 from .training import Diverged, Trainer, document_tokens, prepared
@@ -20,7 +19,7 @@ class LanguageModels(Experiment):
     """Language models that differ in nothing but their output layer.
 
     Units are called ``STUDY/CELL/ROW/search-RATES-seed100`` (the searches), ``STUDY/CELL/ROW/seedN`` (what the tables
-    consist of), ``STUDY/corpus/...`` and ``main/verify/...``.
+    consist of), ``STUDY/corpus/...`` and ``main/verify/...``. The report is about the first of ``studies``.
     """
 
     name = "language_model"
@@ -28,20 +27,20 @@ class LanguageModels(Experiment):
     default = "main/*"
 
     def __init__(self, studies: Sequence[Study] = (MAIN, GPU, DEMO)) -> None:
-        """The report is about the first of ``studies``."""
-        self.studies = studies
+        self.studies, self._first = studies, studies[0].name
 
     def units(self, results: Results) -> Iterator[Unit]:
         for study in self.studies:
             yield from search.units(study, results)
 
     def run(self, unit: Unit, checkpoint: Checkpoint) -> Measured:
-        if isinstance(unit.settings, Preparation):
-            return Measured(_corpus_figures(unit.settings))
-        if unit.settings.device.startswith("cuda"):
-            # cuBLAS is deterministic only with a workspace of its own; it reads this when CUDA starts.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        trainer = Trainer(prepared(unit.settings), unit.settings)
+        settings = unit.settings
+        corpus = prepared(settings)
+        if isinstance(settings, Preparation):
+            return Measured({**corpus.facts(), "document_tokens": document_tokens(corpus.splits["test"], settings)})
+        # With it cuBLAS is deterministic; it reads this when CUDA starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        trainer = Trainer(corpus, settings)
         try:
             trainer.train(checkpoint=checkpoint)
         except Diverged as error:
@@ -50,21 +49,14 @@ class LanguageModels(Experiment):
         if "/search-" in unit.name:
             return Measured({"perplexity": {"valid": trainer.perplexity("valid")}}, times)
         # A picture shows the spectra of the first cell.
-        plotted = unit.name.startswith(f"{self.studies[0].name}/{self.studies[0].cells[0].name}/")
+        plotted = unit.name.startswith(f"{self._first}/{self.studies[0].cells[0].name}/")
         return Measured(measures.table_figures(trainer, plotted), times)
 
     def to_verify(self, results: Results) -> list[str]:
-        quick = (f"{self.studies[0].name}/verify/", f"{self.studies[0].name}/corpus/")
-        return [name for name in results if name.startswith(quick)]
+        return [name for name in results if name.startswith((f"{self._first}/verify/", f"{self._first}/corpus/"))]
 
     def section(self, results: Results, pictures: Path) -> str:
         # matplotlib takes seconds to load, and the processes that train do not need it.
         from .report import section
 
         return section(results, pictures, self.studies[0])
-
-
-def _corpus_figures(asked: Preparation) -> dict[str, Any]:
-    corpus = corpora.load(asked.corpus, asked.text_style, asked.vocabulary_size, asked.min_count)
-    counts = document_tokens(corpus.splits["test"], asked.batch_size, asked.evaluation_tokens)
-    return {**corpus.facts(), "document_tokens": counts}

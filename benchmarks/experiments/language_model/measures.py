@@ -23,28 +23,20 @@ _TIMED_REPEATS, _WARM_UP_REPEATS = 15, 2
 
 
 def table_figures(trainer: Trainer, keep_spectrum: bool) -> dict[str, Any]:
-    """What the tables of a study have of a training; of seed 0 also what its pictures show.
-
-    Args:
-        trainer: at its end.
-        keep_spectrum: whether the singular values are kept, of seed 0.
-    """
-    losses = {split: trainer.document_losses(split) for split in ("valid", "test")}
-    settings = trainer.settings
-    counts = {
-        split: sum(document_tokens(trainer.corpus.splits[split], settings.batch_size, settings.evaluation_tokens))
-        for split in losses
-    }
-    figures: dict[str, Any] = {
-        "perplexity": {split: math.exp(math.fsum(each) / counts[split]) for split, each in losses.items()},
-        "losses": losses["test"],
-        "parameters": parameters(trainer),
-    }
-    if settings.seed == 0:
-        found = spectrum(trainer)
+    """What the tables of a study have of a training at its end; of seed 0 also what its pictures show."""
+    figures: dict[str, Any] = {"perplexity": {}, "parameters": parameters(trainer)}
+    for split in ("valid", "test"):
+        figures["losses"] = trainer.document_losses(split)
+        words = sum(document_tokens(trainer.corpus.splits[split], trainer.settings))
+        figures["perplexity"][split] = math.exp(math.fsum(figures["losses"]) / words)
+    if trainer.settings.seed == 0:
+        figures |= spectrum(trainer)
         if not keep_spectrum:
-            del found["singular_values"]
-        figures |= found | _function(trainer)
+            del figures["singular_values"]
+        state = getattr(trainer.model.output, "transform", torch.nn.Identity()).state_dict()
+        if 0 < sum(value.numel() for value in state.values()) <= _MOST_COEFFICIENTS:
+            figures["transform"] = {name: value.tolist() for name, value in state.items()}
+            figures["logits"] = [each.item() for each in logits(trainer).aminmax()]
     return figures
 
 
@@ -65,32 +57,10 @@ def spectrum(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def transform(trainer: Trainer) -> ms.transforms.MonotonicTransform | None:
-    """f of the output layer; None for a mixture, which has none."""
-    function: ms.transforms.MonotonicTransform | None = getattr(trainer.model.output, "transform", None)
-    return function
-
-
 @torch.no_grad()
 def logits(trainer: Trainer) -> Tensor:
     """The logits before f in the first validation contexts, (n, V)."""
-    values: Tensor = trainer.model.output.logits(trainer.hidden_states(_LOGIT_CONTEXTS)[0])
-    return values
-
-
-def _function(trainer: Trainer) -> dict[str, Any]:
-    """The parameters of f, where there are not more than can be looked at, and the range of the logits before it."""
-    function = transform(trainer)
-    if function is None:
-        return {}
-    state = function.state_dict()
-    if not 0 < sum(value.numel() for value in state.values()) <= _MOST_COEFFICIENTS:
-        return {}
-    values = logits(trainer)
-    return {
-        "transform": {name: value.tolist() for name, value in state.items()},
-        "logits": [values.min().item(), values.max().item()],
-    }
+    return trainer.model.output.logits(trainer.hidden_states(_LOGIT_CONTEXTS)[0])
 
 
 def layer_seconds(trainers: list[Trainer]) -> list[float]:
@@ -98,18 +68,13 @@ def layer_seconds(trainers: list[Trainer]) -> list[float]:
 
     The layers take turns, so that whatever slows the machine down for a while slows all of them.
     """
-    batches = []
-    for trainer in trainers:
-        states, targets = trainer.hidden_states(trainer.settings.batch_size * trainer.settings.length)
-        batches.append((states.detach().requires_grad_(), targets))
-        trainer.model.train()
+    batches = [each.hidden_states(each.settings.batch_size * each.settings.length) for each in trainers]
     times: list[list[float]] = [[] for _ in trainers]
-    for repeat in range(_TIMED_REPEATS + _WARM_UP_REPEATS):
+    for _ in range(_WARM_UP_REPEATS + _TIMED_REPEATS):
         for trainer, (states, targets), seconds in zip(trainers, batches, times, strict=True):
+            layer, states = trainer.model.train().output, states.detach().requires_grad_()
             started = time.perf_counter()
-            trainer.model.output(states, targets).loss.backward()
-            if repeat >= _WARM_UP_REPEATS:
-                seconds.append(time.perf_counter() - started)
-            states.grad = None
+            layer(states, targets).loss.backward()
+            seconds.append(time.perf_counter() - started)
             trainer.model.zero_grad()
-    return [statistics.median(seconds) for seconds in times]
+    return [statistics.median(seconds[_WARM_UP_REPEATS:]) for seconds in times]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,63 +18,50 @@ if TYPE_CHECKING:
 #: What a body carries from one stretch of text to the next: (h, c) of each LSTM layer; None at the start of a text.
 State = list[tuple[Tensor, Tensor]] | None
 
-_TRANSFORMS: dict[str, Callable[[], ms.transforms.MonotonicTransform]] = {
+#: The pieces, bound and random slopes of Ganea et al., ICML 2019.
+_published_plif = partial(ms.transforms.PLIF, 100_000, 20.0, min_slope=1e-6, init="random")
+#: f by output layer. Frozen ones are never trained: the control of Parthiban et al., AAAI 2021.
+TRANSFORMS: dict[str, Callable[[], ms.transforms.MonotonicTransform]] = {
     "linear": ms.transforms.Identity,
     "temperature": ms.transforms.Temperature,
     "plif": ms.transforms.PLIF,
-    "plif-frozen": lambda: _frozen(ms.transforms.PLIF(init="random")),
-    "plif-published": lambda: _published_plif(),
-    "plif-frozen-published": lambda: _frozen(_published_plif()),
+    "plif-frozen": lambda: ms.transforms.PLIF(init="random").requires_grad_(False),
+    "plif-published": _published_plif,
+    "plif-frozen-published": lambda: _published_plif().requires_grad_(False),
     "sigsoftmax": ms.transforms.SigSoftmax,
     "gss": ms.transforms.GSS,
     "softcap": ms.transforms.SoftCap,
-    "softcap-learned": lambda: ms.transforms.SoftCap(learnable=True),
+    "softcap-learned": partial(ms.transforms.SoftCap, learnable=True),
     "sigmoidcap": ms.transforms.SigmoidCap,
-    "sigmoidcap-learned": lambda: ms.transforms.SigmoidCap(learnable=True),
+    "sigmoidcap-learned": partial(ms.transforms.SigmoidCap, learnable=True),
     "mlp": ms.transforms.MonotonicMLP,
     "spline": ms.transforms.RationalQuadraticSpline,
 }
-_MIXTURES = ("mos", "moc")
-OUTPUTS = (*_TRANSFORMS, *_MIXTURES)
-MODELS = ("lstm", "transformer")
-
-
-def _published_plif() -> ms.transforms.PLIF:
-    """PLIF with the pieces, bound and random slopes of Ganea et al., ICML 2019."""
-    return ms.transforms.PLIF(100_000, 20.0, min_slope=1e-6, init="random")
-
-
-def _frozen(transform: ms.transforms.MonotonicTransform) -> ms.transforms.MonotonicTransform:
-    """``transform`` with parameters that are never trained: the control of Parthiban et al., AAAI 2021."""
-    return transform.requires_grad_(False)
-
-
-def transform_of(name: str) -> ms.transforms.MonotonicTransform | None:
-    """A new f of the output layer ``name`` (one of ``OUTPUTS``); None for a mixture, which has none."""
-    return None if name in _MIXTURES else _TRANSFORMS[name]()
+MIXTURES = {"mos": ms.MixtureOfSoftmaxes, "moc": ms.MixtureOfContexts}
+OUTPUTS = (*TRANSFORMS, *MIXTURES)
 
 
 @cache
-def learns_transform(name: str) -> bool:
-    """Whether f of the output layer ``name`` has parameters that are trained."""
-    transform = transform_of(name)
-    return transform is not None and any(p.requires_grad for p in transform.parameters())
+def learns_transform(output: str) -> bool:
+    """Whether the output layer has an f with parameters that are trained."""
+    return output in TRANSFORMS and any(p.requires_grad for p in TRANSFORMS[output]().parameters())
 
 
-def output_layer(name: str, dim: int, classes: int, experts: int, dropout: float) -> nn.Module:
-    """The output layer ``name`` (one of ``OUTPUTS``), with its bias at 0.
-
-    Random slopes are drawn from torch's generator, so that they follow from its seed.
-    ``experts`` and ``dropout`` (of the expert vectors, as in Yang et al., ICLR 2018) are for the mixtures only.
-    """
-    if name in _MIXTURES:
-        kind = ms.MixtureOfSoftmaxes if name == "mos" else ms.MixtureOfContexts
-        mixture = kind(dim, classes, experts, dropout=dropout)
-        nn.init.zeros_(mixture.decoder.bias)  # type: ignore[arg-type]
-        return mixture
-    layer = ms.MonotonicSoftmax(dim, classes, _TRANSFORMS[name]())
-    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+def _output_layer(settings: Settings, classes: int) -> nn.Module:
+    """The output layer, with its bias at 0. Mixtures have dropout of expert vectors, as in Yang et al., ICLR 2018."""
+    if settings.output in MIXTURES:
+        layer = MIXTURES[settings.output](settings.dim, classes, settings.experts, dropout=settings.dropout)
+        nn.init.zeros_(layer.decoder.bias)
+    else:
+        layer = ms.MonotonicSoftmax(settings.dim, classes, TRANSFORMS[settings.output]())
+        nn.init.zeros_(layer.bias)
     return layer
+
+
+def _embedding(count: int, dim: int) -> nn.Embedding:
+    embedding = nn.Embedding(count, dim)
+    nn.init.uniform_(embedding.weight, -0.1, 0.1)
+    return embedding
 
 
 class LSTMBody(nn.Module):
@@ -86,14 +73,13 @@ class LSTMBody(nn.Module):
     Shapes: words (B, T) -> hidden states (B, T, dim).
     """
 
-    def __init__(self, classes: int, dim: int, hidden: int, layers: int, dropout: float) -> None:
+    def __init__(self, settings: Settings, classes: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(classes, dim)
-        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
-        sizes = [dim, *[hidden] * (layers - 1), dim]
+        self.embedding = _embedding(classes, settings.dim)
+        sizes = [settings.dim, *[settings.hidden] * (settings.layers - 1), settings.dim]
         self.layers = nn.ModuleList(nn.LSTM(inputs, outputs, batch_first=True) for inputs, outputs in pairwise(sizes))
         # Dropout1d drops a feature for a whole stretch of text: it is variational dropout on (B, features, T).
-        self.dropout = nn.Dropout1d(dropout)
+        self.dropout = nn.Dropout1d(settings.dropout)
 
     def forward(self, words: Tensor, state: State) -> tuple[Tensor, State]:
         hidden = self._drop(self.embedding(words))
@@ -105,8 +91,7 @@ class LSTMBody(nn.Module):
         return hidden, carried
 
     def _drop(self, hidden: Tensor) -> Tensor:
-        dropped: Tensor = self.dropout(hidden.transpose(1, 2)).transpose(1, 2)
-        return dropped
+        return self.dropout(hidden.transpose(1, 2)).transpose(1, 2)
 
 
 class TransformerBody(nn.Module):
@@ -115,52 +100,36 @@ class TransformerBody(nn.Module):
     Shapes: words (B, T) with T <= length -> hidden states (B, T, dim).
     """
 
-    mask: Tensor
-
-    def __init__(
-        self, classes: int, dim: int, hidden: int, layers: int, heads: int, length: int, dropout: float
-    ) -> None:
+    def __init__(self, settings: Settings, classes: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(classes, dim)
-        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
-        self.position = nn.Embedding(length, dim)
-        nn.init.uniform_(self.position.weight, -0.1, 0.1)
-        layer = nn.TransformerEncoderLayer(dim, heads, hidden, dropout, "gelu", batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(dim), enable_nested_tensor=False)
+        dim, hidden, dropout = settings.dim, settings.hidden, settings.dropout
+        self.embedding = _embedding(classes, dim)
+        self.position = _embedding(settings.length, dim)
+        kind = {"activation": "gelu", "batch_first": True, "norm_first": True}
+        layer = nn.TransformerEncoderLayer(dim, settings.heads, hidden, dropout, **kind)
+        self.encoder = nn.TransformerEncoder(layer, settings.layers, nn.LayerNorm(dim), enable_nested_tensor=False)
         self.dropout = nn.Dropout(dropout)
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(length), persistent=False)
 
     def forward(self, words: Tensor, state: State) -> tuple[Tensor, State]:
         length = words.shape[1]
-        places = torch.arange(length, device=words.device)
-        hidden = self.dropout(self.embedding(words) + self.position(places))
-        return self.encoder(hidden, mask=self.mask[:length, :length], is_causal=True), None
+        hidden = self.dropout(self.embedding(words) + self.position.weight[:length])
+        mask = nn.Transformer.generate_square_subsequent_mask(length, words.device)
+        return self.encoder(hidden, mask=mask, is_causal=True), None
+
+
+BODIES = {"lstm": LSTMBody, "transformer": TransformerBody}
 
 
 class LanguageModel(nn.Module):
-    """A body and an output layer that shares the weight of its embedding."""
+    """A body and an output layer that shares the weight of its embedding.
 
-    def __init__(self, body: LSTMBody | TransformerBody, output: Any) -> None:
+    For one seed, the body is the same at first whatever the output layer.
+    """
+
+    def __init__(self, settings: Settings, classes: int) -> None:
         super().__init__()
-        self.body = body
-        self.output = output
-        self.output.tie_weights(body.embedding)
-
-    def forward(self, words: Tensor, targets: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
-        """log p of the targets (B, T), their mean loss, and the state to carry on."""
-        hidden, state = self.body(words, state)
-        output, loss = self.output(hidden, targets)
-        return output, loss, state
-
-
-def build(settings: Settings, classes: int) -> LanguageModel:
-    """The model with its initial weights: for one seed, the body is the same whatever the output layer."""
-    dim, hidden, layers, dropout = settings.dim, settings.hidden, settings.layers, settings.dropout
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        body = (
-            LSTMBody(classes, dim, hidden, layers, dropout)
-            if settings.model == "lstm"
-            else TransformerBody(classes, dim, hidden, layers, settings.heads, settings.length, dropout)
-        )
-        return LanguageModel(body, output_layer(settings.output, dim, classes, settings.experts, dropout))
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            self.body = BODIES[settings.model](settings, classes)
+            self.output = _output_layer(settings, classes)
+        self.output.tie_weights(self.body.embedding)

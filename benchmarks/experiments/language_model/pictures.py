@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 
 import monosoftmax as ms
 
 from ...engine.plots import picture
-from .measures import TOLERANCES, logits, transform
-from .models import transform_of
-from .results import CellResults, Comparison, RowResults
+from .measures import TOLERANCES, logits
+from .models import TRANSFORMS, learns_transform
+from .results import CellResults
 from .studies import BASELINE
 from .training import Trainer
 
@@ -35,30 +34,19 @@ def gains(cells: Sequence[CellResults], path: Path) -> bool:
 
     The interval is over seeds; over documents, with a hollow point, where there is one seed.
     """
-    lines: list[tuple[str, str, Comparison] | None] = []
-    for cell in cells:
-        found = cell.against(BASELINE)
-        shown = [
-            (f"{cell.cell.name}  {each.row.label}", STYLES[each.row.output][0], found[each.row.label])
-            for each in cell.rows
-            if each.row.label in found and (found[each.row.label].seeds or found[each.row.label].documents)
-        ]
-        lines += [*shown, None] if shown else []
-    if not lines:
+    # A line is left free between two cells.
+    lines = [line for cell in cells for line in [*((cell, *each) for each in cell.against(BASELINE).items()), None]]
+    shown = {place: line for place, line in enumerate(lines) if line and (line[2].seeds or line[2].documents)}
+    if not shown:
         return False
     with picture(path, size=(8, 0.9 + 0.2 * len(lines))) as grid:
         axes = grid[0, 0]
-        for place, line in enumerate(lines):
-            if line is None:
-                continue
-            _, colour, comparison = line
-            difference = comparison.seeds or comparison.documents
-            assert difference is not None
-            inside = colour if comparison.seeds else "white"
+        for place, (cell, label, found) in shown.items():
+            difference, colour = found.seeds or found.documents, STYLES[cell.row(label).row.settings.output][0]
             axes.plot([-difference.high, -difference.low], [place, place], color=colour, solid_capstyle="butt")
-            axes.plot([-difference.mean], [place], "o", color=colour, markerfacecolor=inside)
+            axes.plot(-difference.mean, place, "o", color=colour, mfc=colour if found.seeds else "white")
         axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
-        axes.set_yticks(*zip(*((place, line[0]) for place, line in enumerate(lines) if line), strict=True))
+        axes.set_yticks(list(shown), [f"{cell.cell.name}  {label}" for cell, label, _ in shown.values()])
         axes.invert_yaxis()
         axes.grid(False, axis="y")
         axes.set_xlabel("gain over linear [nats per token], test split, with its 95 % interval")
@@ -67,49 +55,39 @@ def gains(cells: Sequence[CellResults], path: Path) -> bool:
 
 def learned(cells: Sequence[CellResults], path: Path) -> bool:
     """The learned f of each row, a curve for each cell, over the range of its logits; False where none is stored."""
-    curves: dict[str, list[tuple[str, RowResults]]] = {}
-    for cell in cells:
-        for each in cell.rows:
-            if 0 in each.runs and "transform" in each.runs[0].figures:
-                curves.setdefault(each.row.label, []).append((cell.cell.name, each))
-    if not curves:
+    stored = [(each, cell.cell.name) for cell in cells for each in cell.rows if "transform" in each.seed0]
+    if not stored:
         return False
-    names = [cell.cell.name for cell in cells]
-    columns = min(3, len(curves))
-    with picture(path, math.ceil(len(curves) / columns), columns, (3.4, 2.9)) as grid:
+    labels = list(dict.fromkeys(each.row.label for each, _ in stored))
+    colours = {cell.cell.name: colormaps["tab10"](number % 10) for number, cell in enumerate(cells)}
+    columns = min(3, len(labels))
+    with picture(path, math.ceil(len(labels) / columns), columns, (3.4, 2.9)) as grid:
         handles: dict[str, Any] = {}
-        for axes, (label, members) in zip(grid.flat, curves.items(), strict=False):
-            for name, each in members:
-                _curve(axes, name, each, colormaps["tab10"](names.index(name) % 10))
-                handles[name] = axes.lines[-1]
+        for each, name in stored:
+            axes = grid.flat[labels.index(each.row.label)]
+            axes.set_prop_cycle(color=[colours[name]])
+            function = TRANSFORMS[each.row.settings.output]()
+            function.load_state_dict({key: torch.tensor(value) for key, value in each.seed0["transform"].items()})
+            # The whole range that the logits of the validation contexts take.
+            ms.analysis.plot_transform(function, ax=axes, bounds=tuple(each.seed0["logits"]), label=name)
+            handles[name] = axes.lines[-1]
             axes.get_legend().remove()
-            axes.set_title(label)
+            axes.set_title(each.row.label)
         grid[0, 0].figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     return True
-
-
-def _curve(axes: Axes, name: str, each: RowResults, colour: Any) -> None:
-    function, figures = transform_of(each.row.output), each.runs[0].figures
-    assert function is not None
-    function.load_state_dict({key: torch.tensor(value) for key, value in figures["transform"].items()})
-    axes.set_prop_cycle(color=[colour])
-    # The whole range that the logits of the validation contexts take.
-    ms.analysis.plot_transform(function, ax=axes, bounds=tuple(figures["logits"]), label=name)
 
 
 def spectra(found: Mapping[str, tuple[str, Mapping[str, Any]]], path: Path) -> bool:
     """Singular values of the log-probabilities of several output layers; False where there are none.
 
-    Args:
-        found: by label, the name of the output layer, and ``singular_values`` and ``effective_ranks``.
-        path: of the picture.
+    ``found`` has by label the name of the output layer, and ``singular_values`` and ``effective_ranks``.
     """
     if not found:
         return False
     with picture(path, size=(8, 3.6)) as grid:
         axes = grid[0, 0]
-        styles = [STYLES[output] for output, _ in found.values()]
-        axes.set_prop_cycle(color=[colour for colour, _ in styles], linestyle=[dashes for _, dashes in styles])
+        colours, dashes = zip(*(STYLES[output] for output, _ in found.values()), strict=True)
+        axes.set_prop_cycle(color=colours, linestyle=dashes)
         named = {}
         for label, (_, figures) in found.items():
             ranks = " / ".join(str(figures["effective_ranks"][f"{tolerance:g}"]) for tolerance in TOLERANCES)
@@ -117,22 +95,20 @@ def spectra(found: Mapping[str, tuple[str, Mapping[str, Any]]], path: Path) -> b
         ms.analysis.plot_spectrum(named, axes)
         # What lies below 1e-7 of the largest singular value is the rounding of the float32 log-probabilities.
         axes.set_ylim(1e-7, 1.5)
-        handles, labels = axes.get_legend_handles_labels()
         axes.get_legend().remove()
         title = "output layer: effective ranks at\n" + ", ".join(f"{tolerance:g}" for tolerance in TOLERANCES)
-        axes.figure.legend(handles, labels, loc="outside right upper", title=title, title_fontsize=8)
+        axes.figure.legend(loc="outside right upper", title=title, title_fontsize=8)
     return True
 
 
 def transforms(trainers: Sequence[Trainer], path: Path) -> None:
     """f of each output layer that has one, with the histogram of its logits beneath."""
-    shown = [trainer for trainer in trainers if transform(trainer) is not None]
+    shown = [trainer for trainer in trainers if trainer.settings.output in TRANSFORMS]
     columns = min(3, len(shown))
     with picture(path, math.ceil(len(shown) / columns), columns, (3.4, 3.4)) as grid:
         for axes, trainer in zip(grid.flat, shown, strict=False):
-            function = transform(trainer)
-            assert function is not None
-            learns = any(parameter.requires_grad for parameter in function.parameters())
-            axes.set_prop_cycle(color=[STYLES[trainer.settings.output][0]])
-            ms.analysis.plot_transform(function, logits(trainer), axes, label="learned f" if learns else "f, fixed")
-            axes.set_title(trainer.settings.output)
+            output, function = trainer.settings.output, trainer.model.output.transform
+            label = "learned f" if learns_transform(output) else "f, fixed"
+            axes.set_prop_cycle(color=[STYLES[output][0]])
+            ms.analysis.plot_transform(function, logits(trainer), axes, label=label)
+            axes.set_title(output)

@@ -5,38 +5,40 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from ...engine.experiment import Record, Results
 from ...engine.statistics import Difference, holm, over_documents, over_seeds
-from .models import transform_of
-from .search import Chosen, choose, corpus_unit
+from .models import MIXTURES
+from .search import Try, choose, corpus_unit
 from .studies import BASELINE, CONTROL, MAIN, Cell, Row, Study
 
-#: Rows that no gain is looked for in: what gains are measured against, and functions that are not learned.
-_NOT_CANDIDATES = (BASELINE, CONTROL, "plif-frozen", "plif-frozen-published")
+#: Rows that no gain is looked for in: what gains are measured against, functions that are not learned, and no function.
+_NOT_CANDIDATES = (BASELINE, CONTROL, "plif-frozen", "plif-frozen-published", *MIXTURES)
+#: Kept: the resampling takes a second, and a report has several sections with the same comparison.
+_over_documents = lru_cache(maxsize=512)(over_documents)
 
 
 @dataclass(frozen=True)
 class RowResults:
-    """A row with what is there of its results.
+    """A row with what is there of its results: the learning rates when their search is done, and ``runs`` by seed.
 
-    Attributes:
-        row: what it is.
-        chosen: its learning rates; None as long as the search is not done.
-        runs: the records by seed of the trainings that did not diverge. ``figures["perplexity"]`` has ``valid`` and
-            ``test``, ``figures["losses"]`` the sum of -log p of each test document.
-        diverged, missing: the seeds that diverged, or were not run.
-        document_tokens: predicted words of each test document.
+    ``figures["losses"]`` of a run are the sums of -log p of each test document, which has ``document_tokens``.
     """
 
     row: Row
-    chosen: Chosen | None
+    chosen: Try | None
     runs: dict[int, Record]
-    diverged: tuple[int, ...] = ()
+    diverged: tuple[int, ...] = ()  # Seeds, which are not in runs.
     missing: tuple[int, ...] = ()
     document_tokens: tuple[int, ...] = ()
+
+    @property
+    def seed0(self) -> dict[str, Any]:
+        """The figures of seed 0; empty where that has not run."""
+        return self.runs[0].figures if 0 in self.runs else {}
 
     def perplexities(self, split: str) -> list[float]:
         """One for each seed that ran."""
@@ -44,13 +46,12 @@ class RowResults:
 
     def effective_rank(self, tolerance: float) -> int | None:
         """Of log P in validation contexts, of seed 0; None where that has not run."""
-        return None if 0 not in self.runs else self.runs[0].figures["effective_ranks"][f"{tolerance:g}"]
+        return self.seed0.get("effective_ranks", {}).get(f"{tolerance:g}")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mean difference of the test losses, in nats per token, over seeds and over documents; None where it takes more
-    runs than there are."""
+    """Mean differences of test losses, in nats per token; None where there are too few runs."""
 
     seeds: Difference | None
     documents: Difference | None
@@ -62,7 +63,6 @@ class CellResults:
 
     cell: Cell
     rows: tuple[RowResults, ...]
-    _against: dict[str, dict[str, Comparison]] = field(default_factory=dict, repr=False)
 
     def row(self, label: str) -> RowResults | None:
         """The row of that label; None where the cell has none."""
@@ -73,23 +73,17 @@ class CellResults:
 
         Empty where the row has not run.
         """
-        if label not in self._against:
-            other = self.row(label)
-            ran = [each for each in self.rows if each.row.label != label and each.runs]
-            found = [compare(each, other) for each in ran] if other is not None and other.runs else []
-            labels = [each.row.label for each in ran][: len(found)]
-            self._against[label] = dict(zip(labels, _adjusted(found), strict=True))
-        return self._against[label]
+        other = self.row(label)
+        if other is None or not other.runs:
+            return {}
+        found = {each.row.label: compare(each, other) for each in self.rows if each.runs and each is not other}
+        adjusted = (_adjusted([getattr(each, kind) for each in found.values()]) for kind in ("seeds", "documents"))
+        return dict(zip(found, map(Comparison, *adjusted), strict=True))
 
     def best_transform(self) -> RowResults | None:
         """The learned function with the lowest validation loss; None where no candidate has run."""
-        candidates = [
-            each
-            for each in self.rows
-            if each.runs and each.row.output not in _NOT_CANDIDATES and transform_of(each.row.output) is not None
-        ]
         return min(
-            candidates,
+            (each for each in self.rows if each.runs and each.row.settings.output not in _NOT_CANDIDATES),
             key=lambda each: statistics.mean(math.log(value) for value in each.perplexities("valid")),
             default=None,
         )
@@ -97,20 +91,17 @@ class CellResults:
 
 def read_cells(results: Results, study: Study = MAIN) -> list[CellResults]:
     """What there is of every cell of ``study``, run or not."""
-    return [_read_cell(study, cell, results) for cell in study.cells]
+    return [CellResults(cell, tuple(_read_row(results, study, cell, row) for row in cell.rows)) for cell in study.cells]
 
 
-def _read_cell(study: Study, cell: Cell, results: Results) -> CellResults:
+def _read_row(results: Results, study: Study, cell: Cell, row: Row) -> RowResults:
+    names = {seed: f"{study.name}/{cell.name}/{row.slug}/seed{seed}" for seed in cell.seeds}
+    found = {seed: results[name] for seed, name in names.items() if name in results}
+    runs = {seed: run for seed, run in found.items() if "diverged" not in run.figures}
+    diverged, missing = tuple(found.keys() - runs), tuple(seed for seed in names if seed not in found)
     corpus = results.get(corpus_unit(study, cell).name)
     tokens = () if corpus is None else tuple(corpus.figures["document_tokens"])
-    rows = []
-    for row in cell.rows:
-        found = {seed: results.get(f"{study.name}/{cell.name}/{row.slug}/seed{seed}") for seed in cell.seeds}
-        runs = {seed: run for seed, run in found.items() if run is not None and "diverged" not in run.figures}
-        diverged = tuple(seed for seed, run in found.items() if run is not None and seed not in runs)
-        missing = tuple(seed for seed, run in found.items() if run is None)
-        rows.append(RowResults(row, choose(study, cell, row, results), runs, diverged, missing, tokens))
-    return CellResults(cell, tuple(rows))
+    return RowResults(row, choose(study, cell, row, results), runs, diverged, missing, tokens)
 
 
 def compare(one: RowResults, other: RowResults) -> Comparison:
@@ -118,21 +109,13 @@ def compare(one: RowResults, other: RowResults) -> Comparison:
 
     Over documents, the loss of each document is the mean over these seeds.
     """
-    seeds = sorted(set(one.runs) & set(other.runs))
-    if not seeds:
-        return Comparison(None, None)
+    seeds, tokens = sorted(one.runs.keys() & other.runs), one.document_tokens
     first, second = ([math.log(each.runs[s].figures["perplexity"]["test"]) for s in seeds] for each in (one, other))
-    tokens = one.document_tokens
+    documents = [_mean_losses(each, seeds) for each in (one, other)]
     return Comparison(
         over_seeds(first, second) if len(seeds) > 1 else None,
-        _over_documents(_mean_losses(one, seeds), _mean_losses(other, seeds), tokens) if len(tokens) > 1 else None,
+        _over_documents(*documents, tokens) if seeds and len(tokens) > 1 else None,
     )
-
-
-@lru_cache(maxsize=512)
-def _over_documents(one: tuple[float, ...], other: tuple[float, ...], tokens: tuple[int, ...]) -> Difference:
-    """Kept: the resampling takes a second, and a report has several sections with the same comparison."""
-    return over_documents(one, other, tokens)
 
 
 def _mean_losses(row: RowResults, seeds: Sequence[int]) -> tuple[float, ...]:
@@ -140,12 +123,6 @@ def _mean_losses(row: RowResults, seeds: Sequence[int]) -> tuple[float, ...]:
     return tuple(math.fsum(losses) / len(losses) for losses in each)
 
 
-def _adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    seeds = _adjust([each.seeds for each in comparisons])
-    documents = _adjust([each.documents for each in comparisons])
-    return [Comparison(one, other) for one, other in zip(seeds, documents, strict=True)]
-
-
-def _adjust(differences: Sequence[Difference | None]) -> list[Difference | None]:
+def _adjusted(differences: Sequence[Difference | None]) -> list[Difference | None]:
     adjusted = iter(holm([each.p for each in differences if each is not None]))
     return [None if each is None else replace(each, p=next(adjusted)) for each in differences]

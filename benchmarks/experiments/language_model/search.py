@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from itertools import zip_longest
 
 from ...engine.experiment import Results, Unit
-from .studies import SEARCH_SEED, Cell, Row, Search, Study
+from .studies import Cell, Row, Search, Study
+
+#: Of the tries; it is in no table.
+SEARCH_SEED = 100
 
 
 @dataclass(frozen=True)
 class Try:
-    """A pair of learning rates, and the validation perplexity that a training with them ended with."""
+    """A pair of learning rates, and the validation perplexity that a training with them ended with.
+
+    ``at_edge``, of the best pair: no lower or no higher rate was tried.
+    """
 
     lr: float
     transform_lr: float
     perplexity: float = math.nan
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The best pair; ``at_edge`` where no lower or no higher rate was tried."""
-
-    lr: float
-    transform_lr: float
-    at_edge: bool
+    at_edge: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,45 +45,29 @@ def units(study: Study, results: Results) -> Iterator[Unit]:
         yield Unit(f"{study.name}/verify/{study.verify.output}/seed{study.verify.seed}", study.verify)
     yield from dict.fromkeys(corpus_unit(study, cell) for cell in study.cells)
     for cell in study.cells:
-        known = {row: tries(study, cell, row, results) for row in cell.rows}
-        for number in range(cell.search.tries):
-            for row, found in known.items():
-                if number < len(found):
-                    yield search_unit(study, cell, row, found[number])
+        found = [[search_unit(study, cell, row, one) for one in tries(study, cell, row, results)] for row in cell.rows]
+        yield from (unit for turn in zip_longest(*found) for unit in turn if unit is not None)
         chosen = {row: choose(study, cell, row, results) for row in cell.rows}
         for seed in cell.seeds:
             for row, best in chosen.items():
                 if best is not None:
-                    yield table_unit(study, cell, row, best, seed)
+                    settings = replace(row.settings, seed=seed, lr=best.lr, transform_lr=best.transform_lr)
+                    yield Unit(f"{study.name}/{cell.name}/{row.slug}/seed{seed}", settings)
 
 
 def corpus_unit(study: Study, cell: Cell) -> Unit:
     """What is found out about the corpus of a cell once for all of its trainings."""
     settings = cell.rows[0].settings
-    names = Preparation.__dataclass_fields__
-    known = "all" if settings.vocabulary_size is None else settings.vocabulary_size
-    preparation = Preparation(**{name: getattr(settings, name) for name in names})
-    return Unit(f"{study.name}/corpus/{settings.corpus}-{known}", preparation)
+    preparation = Preparation(**{field.name: getattr(settings, field.name) for field in fields(Preparation)})
+    return Unit(f"{study.name}/corpus/{settings.corpus}-{settings.vocabulary_size or 'all'}", preparation)
 
 
 def search_unit(study: Study, cell: Cell, row: Row, one: Try) -> Unit:
     """A training at a pair of rates, of which only the validation perplexity is measured."""
+    pair = {"lr": one.lr, "transform_lr": one.transform_lr}
+    settings = replace(row.settings, seed=SEARCH_SEED, epochs=cell.search.epochs, validations=1, **pair)
     rates = f"lr{one.lr:g}" + (f"-transform_lr{one.transform_lr:g}" if row.learns_transform else "")
-    settings = replace(
-        row.settings,
-        seed=SEARCH_SEED,
-        lr=one.lr,
-        transform_lr=one.transform_lr,
-        epochs=cell.search.epochs,
-        validations=1,
-    )
     return Unit(f"{study.name}/{cell.name}/{row.slug}/search-{rates}-seed{SEARCH_SEED}", settings)
-
-
-def table_unit(study: Study, cell: Cell, row: Row, chosen: Chosen, seed: int) -> Unit:
-    """A training that the tables consist of."""
-    settings = replace(row.settings, seed=seed, lr=chosen.lr, transform_lr=chosen.transform_lr)
-    return Unit(f"{study.name}/{cell.name}/{row.slug}/seed{seed}", settings)
 
 
 def next_try(search: Search, done: Sequence[Try], learns_transform: bool) -> Try:
@@ -96,21 +79,18 @@ def next_try(search: Search, done: Sequence[Try], learns_transform: bool) -> Try
     """
     if len(done) < len(search.lr):
         return Try(search.lr[len(done)], search.transform_lr[0])
-    best = min(done, key=lambda one: one.perplexity)
-    by_rate = {}
-    for one in done:
-        by_rate[one.lr] = min(one.perplexity, by_rate.get(one.lr, math.inf))
-    rates = sorted(by_rate)
+    best = _best(done)
+    rates = sorted({one.lr for one in done})
     place = rates.index(best.lr)
     if place in (0, len(rates) - 1):
-        inner = rates[min(1, len(rates) - 1)] if place == 0 else rates[-2]
+        inner = rates[1] if place == 0 else rates[-2]
         return Try(_rounded(best.lr * best.lr / inner), best.transform_lr)
     tried = {one.transform_lr for one in done if one.lr == best.lr}
     left = [rate for rate in search.transform_lr if rate not in tried]
     if learns_transform and left:
         return Try(best.lr, left[0])
-    neighbour = min(rates[place - 1], rates[place + 1], key=lambda rate: by_rate[rate])
-    return Try(_rounded(math.sqrt(best.lr * neighbour)), best.transform_lr)
+    neighbour = _best([one for one in done if one.lr in (rates[place - 1], rates[place + 1])])
+    return Try(_rounded(math.sqrt(best.lr * neighbour.lr)), best.transform_lr)
 
 
 def tries(study: Study, cell: Cell, row: Row, results: Results) -> list[Try]:
@@ -119,27 +99,31 @@ def tries(study: Study, cell: Cell, row: Row, results: Results) -> list[Try]:
     Those of the grid may be done in any order, but what follows from them is only known when all of them are done.
     """
     search, found = cell.search, list[Try]()
-    while len(found) < search.tries and (len(found) < len(search.lr) or all(map(_done, found))):
+    while len(found) < search.tries and (len(found) < len(search.lr) or _done(found)):
         one = next_try(search, found, row.learns_transform)
         record = results.get(search_unit(study, cell, row, one).name)
-        figures = {} if record is None else record.figures
-        perplexity = math.inf if "diverged" in figures else figures.get("perplexity", {}).get("valid", math.nan)
-        found.append(replace(one, perplexity=perplexity))
+        if record is not None:
+            diverged = "diverged" in record.figures
+            one = replace(one, perplexity=math.inf if diverged else record.figures["perplexity"]["valid"])
+        found.append(one)
     return found
 
 
-def choose(study: Study, cell: Cell, row: Row, results: Results) -> Chosen | None:
+def choose(study: Study, cell: Cell, row: Row, results: Results) -> Try | None:
     """The best learning rates of a row; None as long as not every try is done."""
     found = tries(study, cell, row, results)
-    if len(found) < cell.search.tries or not all(map(_done, found)):
+    if len(found) < cell.search.tries or not _done(found):
         return None
-    best = min(found, key=lambda one: one.perplexity)
-    rates = [one.lr for one in found]
-    return Chosen(best.lr, best.transform_lr, best.lr in (min(rates), max(rates)))
+    best, rates = _best(found), [one.lr for one in found]
+    return replace(best, at_edge=best.lr in (min(rates), max(rates)))
 
 
-def _done(one: Try) -> bool:
-    return not math.isnan(one.perplexity)
+def _best(found: Sequence[Try]) -> Try:
+    return min(found, key=lambda one: one.perplexity)
+
+
+def _done(found: Sequence[Try]) -> bool:
+    return not any(math.isnan(one.perplexity) for one in found)
 
 
 def _rounded(rate: float) -> float:

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
-from .models import learns_transform
+from .models import OUTPUTS, learns_transform
 from .settings import Settings
 
 BASELINE, CONTROL = "linear", "temperature"
 EQUAL = "linear, equal parameters to mos"
-SEARCH_SEED = 100
 
 
 @dataclass(frozen=True)
 class Search:
-    """How the learning rates of a row are found: the same number of tries for each.
+    """How the learning rates of a row are found, with the same number of tries for each.
 
-    Attributes:
-        lr: a grid, from low to high.
-        transform_lr: candidates, the usual one first.
-        refinements: tries after the grid.
-        epochs: of a try, with seed ``SEARCH_SEED``, which is in no table.
+    The first of these are the grid ``lr``, from low to high; ``transform_lr`` has the usual rate first. A try is of so
+    many ``epochs``.
     """
 
     lr: tuple[float, ...]
     transform_lr: tuple[float, ...]
-    refinements: int
+    tries: int
     epochs: float
-
-    @property
-    def tries(self) -> int:
-        return len(self.lr) + self.refinements
 
 
 @dataclass(frozen=True)
@@ -43,18 +36,14 @@ class Row:
     settings: Settings
 
     @property
-    def output(self) -> str:
-        return self.settings.output
-
-    @property
     def slug(self) -> str:
         """The label in names of units."""
-        return re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")
+        return re.sub("[ ,]+", "-", self.label)
 
     @property
     def learns_transform(self) -> bool:
         """Whether ``transform_lr`` means something."""
-        return learns_transform(self.output)
+        return learns_transform(self.settings.output)
 
 
 @dataclass(frozen=True)
@@ -63,7 +52,7 @@ class Cell:
 
     name: str
     rows: tuple[Row, ...]
-    seeds: tuple[int, ...]
+    seeds: range
     search: Search
     comparisons: tuple[tuple[str, str], ...] = ()
 
@@ -77,33 +66,18 @@ class Study:
     verify: Settings | None = None
 
 
-def cell(
-    name: str,
-    base: Settings,
-    seeds: int,
-    search: Search,
-    outputs: Iterable[str],
-    comparisons: tuple[tuple[str, str], ...] = (),
-    wide: int | None = None,
-) -> Cell:
-    """A cell.
+def cell(name: str, base: Settings, seeds: int, search: Search, outputs: Iterable[str], **more: Any) -> Cell:
+    """A cell called by corpus, model and width, like wiki-lstm-64; ``base`` has the other settings of its rows.
 
-    Args:
-        name: corpus, model and width, like wiki-lstm-64.
-        base: the settings of all rows but for what the name says.
-        seeds: so many, from 0.
-        search: of each row.
-        outputs: the rows.
-        comparisons: pairs of labels.
-        wide: the width of one more row: linear with as many parameters as a mixture.
+    ``wide`` is the width of one more row: linear with as many parameters as a mixture.
     """
     corpus, model, dim = name.split("-")
     hidden = int(dim) * (2 if model == "lstm" else 4)
     base = replace(base, corpus=corpus, model=model, dim=int(dim), hidden=hidden)
     rows = [Row(output, replace(base, output=output)) for output in outputs]
-    if wide is not None:
-        rows.append(Row(EQUAL, replace(base, output="linear", dim=wide)))
-    return Cell(name, tuple(rows), tuple(range(seeds)), search, comparisons)
+    if "wide" in more:
+        rows.append(Row(EQUAL, replace(base, output="linear", dim=more.pop("wide"))))
+    return Cell(name, tuple(rows), range(seeds), search, **more)
 
 
 _SMALL = Settings(
@@ -115,8 +89,7 @@ _MIXED = (("plif", "plif-frozen"), ("mos", EQUAL), ("plif", "mos"))
 
 
 def _main(name: str, epochs: float, lr: tuple[float, ...], tries: int, search_epochs: float) -> Cell:
-    search = Search(lr, (0.003, 0.001), tries - len(lr), search_epochs)
-    return cell(name, replace(_SMALL, epochs=epochs), 3, search, _FIRST)
+    return cell(name, replace(_SMALL, epochs=epochs), 3, Search(lr, (0.003, 0.001), tries, search_epochs), _FIRST)
 
 
 _LSTM, _TRANSFORMER, _NARROW = (0.004, 0.012, 0.036), (0.002, 0.006, 0.018), (0.012, 0.036, 0.108)
@@ -128,18 +101,12 @@ MAIN = Study(
             "wiki-lstm-64",
             replace(_SMALL, epochs=0.5, validations=4),
             5,
-            Search(_LSTM, (0.01, 0.003, 0.001), 3, 0.25),
+            Search(_LSTM, (0.01, 0.003, 0.001), 6, 0.25),
             (*_FIRST, "plif-frozen", "sigsoftmax", "sigmoidcap-learned", "mlp", "mos"),
-            _MIXED,
+            comparisons=_MIXED,
             wide=66,
         ),
-        cell(
-            "wiki-lstm-16",
-            replace(_SMALL, epochs=0.5),
-            5,
-            Search(_NARROW, (0.003, 0.001), 2, 0.2),
-            (*_FIRST, "mlp"),
-        ),
+        cell("wiki-lstm-16", replace(_SMALL, epochs=0.5), 5, Search(_NARROW, (0.003, 0.001), 5, 0.2), (*_FIRST, "mlp")),
         _main("sotu-lstm-64", 0.2, _LSTM, 4, 0.08),
         _main("wiki-transformer-64", 0.5, _TRANSFORMER, 4, 0.2),
         _main("sotu-transformer-64", 0.2, _TRANSFORMER, 4, 0.08),
@@ -150,41 +117,25 @@ MAIN = Study(
     replace(_SMALL, vocabulary_size=2000, output="plif", dim=16, hidden=32, epochs=0.1),
 )
 
-#: Widths of linear that give it at least the parameters of mos, by model and corpus.
-_WIDE: Mapping[str, int] = {
-    "wiki-lstm-16": 17, "wiki-lstm-64": 67, "wiki-lstm-256": 286,
-    "wiki-transformer-16": 20, "wiki-transformer-64": 68, "wiki-transformer-256": 284,
-    "sotu-lstm-16": 17, "sotu-lstm-64": 67, "sotu-lstm-256": 288,
-    "sotu-transformer-16": 20, "sotu-transformer-64": 68, "sotu-transformer-256": 288,
+#: Widths of linear that give it at least the parameters of mos at the widths 16, 64 and 256.
+_WIDE = {
+    "wiki-lstm": (17, 67, 286), "wiki-transformer": (20, 68, 284),
+    "sotu-lstm": (17, 67, 288), "sotu-transformer": (20, 68, 288),
 }  # fmt: skip
-_EVERY = (
-    *_FIRST, "plif-frozen", "plif-published", "plif-frozen-published", "sigsoftmax", "gss", "softcap",
-    "softcap-learned", "sigmoidcap", "sigmoidcap-learned", "mlp", "spline", "mos", "moc",
-)  # fmt: skip
 
 
-def _gpu(name: str, wide: int) -> Cell:
+def _gpu(name: str, dim: int, wide: int) -> Cell:
     epochs = 20 if name.startswith("wiki") else 10
-    dropout = 0.3 if name.endswith("256") else 0.1
-    base = Settings(text_style="ptb", dropout=dropout, epochs=epochs, validations=20, device="cuda")
-    search = Search((0.0005, 0.002, 0.008), (0.01, 0.003), 2, epochs / 4)
+    base = Settings(text_style="ptb", dropout=0.3 if dim == 256 else 0.1, epochs=epochs, validations=20, device="cuda")
+    search = Search((0.0005, 0.002, 0.008), (0.01, 0.003), 5, epochs / 4)
     comparisons = (*_MIXED, ("plif-published", "plif-frozen-published"))
-    return cell(name, base, 5, search, _EVERY, comparisons, wide)
+    return cell(f"{name}-{dim}", base, 5, search, OUTPUTS, comparisons=comparisons, wide=wide)
 
 
 #: The study that MAIN stands for: full vocabularies, trained to the end, every output layer.
-GPU = Study("gpu", tuple(_gpu(name, wide) for name, wide in _WIDE.items()))
+GPU = Study("gpu", tuple(_gpu(name, *each) for name in _WIDE for each in zip((16, 64, 256), _WIDE[name], strict=True)))
 
 #: The rates of ``python -m benchmarks demo``, searched for each of its layers.
-DEMO = Study(
-    "demo",
-    (
-        cell(
-            "wiki-lstm-96",
-            replace(_SMALL, vocabulary_size=6000, epochs=0.6, rank_contexts=500),
-            0,
-            Search((0.008, 0.016, 0.032), (0.01, 0.003), 3, 0.2),
-            (*_FIRST, "sigsoftmax", "softcap", "mos"),
-        ),
-    ),
-)
+_DEMO = replace(_SMALL, vocabulary_size=6000, epochs=0.6, rank_contexts=500)
+_DEMO_SEARCH = Search((0.008, 0.016, 0.032), (0.01, 0.003), 6, 0.2)
+DEMO = Study("demo", (cell("wiki-lstm-96", _DEMO, 0, _DEMO_SEARCH, (*_FIRST, "sigsoftmax", "softcap", "mos")),))

@@ -14,6 +14,7 @@ from ..engine.document import count, template
 from ..engine.store import Store
 from ..experiments import EXPERIMENTS
 from ..experiments.language_model.results import Comparison
+from ..experiments.posthoc.results import calibration_error
 from ..experiments.rank.report import span as span_of_ranks
 from ..experiments.synthetic.methods import TRANSFORM_RATE_RATIO
 from ..experiments.synthetic.settings import MAIN
@@ -48,6 +49,7 @@ def document(results: Path, pictures: Path) -> str:
 def _verdicts(evidence: Evidence) -> str:
     filters = {
         "better": count_better,
+        "calibration": calibration_error,
         "correlation": correlation,
         "differences": lambda found: _both(found, nats, "over seeds"),
         "f1": lambda value: f"{value:.1f}",

@@ -43,10 +43,6 @@ class ModelEvidence:
         """The largest cell."""
         return self.cells[0]
 
-    def first_dim(self) -> int:
-        """Its dimension."""
-        return self.first.rows[0].row.settings.dim
-
     def best(self, cell: CellResults) -> str:
         """The learned f with the lowest validation loss."""
         found = cell.best_transform()

@@ -58,7 +58,8 @@ class PosthocEvidence:
         self._results = results
         self.difference = cache(self._difference)
 
-    def _figures(self, name: str) -> dict[str, Any]:
+    def figures(self, name: str) -> dict[str, Any]:
+        """Of a transform that was fitted alone."""
         found = fitted.fitted_alone(self._results)
         if name not in found:
             raise NotRun("python -m benchmarks run posthoc")
@@ -70,22 +71,10 @@ class PosthocEvidence:
             raise NotRun("python -m benchmarks run posthoc")
         return fitted.best_alone(self._results)
 
-    def loss(self, name: str) -> float:
-        """Test loss in nats a token."""
-        return float(self._figures(name)["test_nll"])
-
     def _difference(self, one: str, other: str) -> Difference:
         """Test loss of a token of ``one`` minus that of ``other``, over documents."""
-        self._figures(one), self._figures(other)
+        self.figures(one), self.figures(other)
         return fitted.alone_difference(self._results, one, other)
-
-    def calibration(self, name: str) -> float:
-        """Expected calibration error on the test split."""
-        return fitted.calibration_error(self._figures(name)["bins"])
-
-    def rank(self, name: str) -> int:
-        """Effective rank of log P."""
-        return int(self._figures(name)["effective_ranks"][_TOLERANCE])
 
     def heads(self) -> Iterator[tuple[str, Difference, int]]:
         """Of f and head trained together: the transform, its loss minus that of the head alone, and how many seeds."""
@@ -95,21 +84,17 @@ class PosthocEvidence:
             yield roles[role], difference, len(seeds)
 
 
-def correlation(measured: dict[str, tuple[float, float]], what: str = "KL") -> str:
-    """How ranks go with losses, by layer: (rank, loss) of each."""
+def correlation(measured: dict[str, tuple[float, float]]) -> str:
+    """How ranks go with KL, by layer: (rank, KL) of each."""
     statistic, p = spearman(measured)
-    lowest_rank, best, largest_rank = (
-        min(measured, key=lambda name: measured[name][0]),
-        min(measured, key=lambda name: measured[name][1]),
-        max(measured, key=lambda name: measured[name][0]),
-    )
+    by_rank, best = sorted(measured, key=lambda name: measured[name][0]), min(measured, key=lambda n: measured[n][1])
+    highest = next(name for name in measured if measured[name][0] == measured[by_rank[-1]][0])
     return (
-        f"Rank and {what} over these {len(measured)} layers: Spearman's correlation of the effective rank at "
-        f"{_TOLERANCE} with {what} is {statistic:+.2f} ({p_value(p)}, "
-        f"{'significant' if p < SIGNIFICANCE else 'not significant'}; negative: higher rank goes with lower {what}; p "
-        f"takes the layers for independent). Lowest {what}: {best} (rank {measured[best][0]:.0f}); highest rank: "
-        f"{largest_rank} ({measured[largest_rank][0]:.0f}); lowest rank: {lowest_rank} "
-        f"({measured[lowest_rank][0]:.0f})."
+        f"Rank and KL over these {len(measured)} layers: Spearman's correlation of the effective rank at {_TOLERANCE} "
+        f"with KL is {statistic:+.2f} ({p_value(p)}, {'significant' if p < SIGNIFICANCE else 'not significant'}; "
+        "negative: higher rank goes with lower KL; p takes the layers for independent). Lowest KL: "
+        f"{best} (rank {measured[best][0]:.0f}); highest rank: {highest} ({measured[highest][0]:.0f}); lowest rank: "
+        f"{by_rank[0]} ({measured[by_rank[0]][0]:.0f})."
     )
 
 
@@ -138,31 +123,20 @@ class CostEvidence:
     def __init__(self, results: Results) -> None:
         self._results = results
 
-    def head(self) -> float:
-        """Time of the head with PLIF over that of the head without f."""
-        return self._ratio(measured.HEAD, "plif-64 fused", "identity fused")
+    def head(self, other: str = "identity fused") -> float:
+        """Time of the head with PLIF over that of ``other``, by default the head without f."""
+        return self.ratio(measured.HEAD, "plif-64 fused", other)
 
-    def head_to_products(self) -> float:
-        """Time of the head with PLIF over that of its bare matrix products."""
-        return self._ratio(measured.HEAD, "plif-64 fused", "products")
-
-    def loss(self, name: str) -> float:
-        """Time of the loss with f over that of the loss without."""
-        return self._ratio(measured.LOGITS, f"{name} fused", "identity fused")
-
-    def loss_to_compiled(self) -> float:
-        """Time of the loss with PLIF over that of plain cross entropy under torch.compile."""
-        return self._ratio(measured.LOGITS, "plif-64 fused", "plain compiled")
-
-    def pieces(self) -> float:
-        """Time of the loss with 100,000 pieces over that with 64."""
-        return self._ratio(measured.LOGITS, "plif-100000 fused", "plif-64 fused")
+    def loss(self, name: str, other: str = "identity fused") -> float:
+        """Time of the fused loss with f over that of ``other``, by default the loss without f."""
+        return self.ratio(measured.LOGITS, f"{name} fused", other)
 
     def mixture(self, form: str) -> float:
         """Time of a head with 15 softmaxes, ``fair`` or ``published``, over that of one with PLIF."""
-        return self._ratio(measured.MIXTURES, f"mos-15 {form}", "plif-64 fused")
+        return self.ratio(measured.MIXTURES, f"mos-15 {form}", "plif-64 fused")
 
-    def _ratio(self, unit: str, name: str, other: str) -> float:
+    def ratio(self, unit: str, name: str, other: str) -> float:
+        """Time of one contestant over that of another in the same unit."""
         try:
             return measured.ratio(self._results, unit, name, other)
         except measured.NotMeasured as error:

@@ -60,7 +60,7 @@ overhead: install $(VENV)/.peers
 	$(BIN)/python -m benchmarks report overhead --results results
 
 codegen: install
-	$(BIN)/python -m benchmarks.codegen --check
+	$(BIN)/python -m benchmarks codegen --check
 
 gpu: install $(VENV)/.peers
 	PYTHON=$(BIN)/python scripts/on_gpu.sh results/gpu $(GPU_ARGUMENTS)
@@ -89,10 +89,11 @@ test: check test-cpp test-python
 # In addition to `make test`.
 test-all: test-sanitizers test-exhaustive
 
-# What of test-all must hold before a change lands (.ci/run): the sanitizers, the operators and every layout under
-# emulators, and the source distribution installs.
+# What of test-all must hold before a change lands (.ci/run): the sanitizers; the operators, with every layout and shared
+# by processes; and the source distribution installs, also beside a checkout.
+LANDING := (test_table and not tables) or opcheck or two_processes or sdist_installs or without_a_compiler or checkout
 test-landing: test-sanitizers
-	$(PYTEST) --exhaustive tests/emulated tests/build -k '(test_table and not tables) or opcheck or sdist_installs or without_a_compiler'
+	$(PYTEST) --exhaustive tests/unit tests/emulated tests/build -k '$(LANDING)'
 
 # Makes the mistakes of tests/mutations.toml, one at a time: a test must notice each (an hour).
 mutations: install $(VENV)/.peers

@@ -1,10 +1,11 @@
-"""``python -m benchmarks``: the experiments, their report, and a demonstration."""
+"""``python -m benchmarks``: the experiments, their report, a demonstration, and what the kernels compile to."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+from .codegen.command import codegen
 from .demo import demo
 from .engine.command_line import Commands
 from .experiments import EXPERIMENTS
@@ -19,7 +20,7 @@ def _document(results: Path, pictures: Path) -> str:
     return text
 
 
-COMMANDS = Commands(EXPERIMENTS, _document, {"demo": demo, "train": train})
+COMMANDS = Commands(EXPERIMENTS, _document, {"demo": demo, "train": train, "codegen": codegen})
 
 if __name__ == "__main__":
     sys.exit(COMMANDS.main())

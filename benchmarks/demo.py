@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .engine import document
-from .engine.experiment import ExperimentError
+from .engine.experiment import NotRun
 from .engine.runner import deterministic
 from .engine.store import Store
 from .experiments.language_model import LanguageModels, measures
@@ -39,11 +39,8 @@ def demo(smoke: bool = False, folder: Path = Path("results/demo")) -> None:
         print(f"\n{text if isinstance(text, str) else document.table(text, 'simple')}", flush=True)
         said.append(text if isinstance(text, str) else document.table(text))
 
-    # What draws takes seconds to load, and the other commands do not need it.
-    from .experiments.synthetic.demonstration import demonstration
-
     say("A synthetic problem: how far each output layer stays from the true distributions, and whose modes it finds.")
-    say(demonstration(20) if smoke else demonstration())
+    say(_synthetic(steps=20 if smoke else 200))
     settings = settings_of_layers()
     if smoke:
         settings = {label: replace(each, **_SLICE) for label, each in settings.items()}
@@ -70,17 +67,35 @@ def demo(smoke: bool = False, folder: Path = Path("results/demo")) -> None:
     print(folder / "demo.md")
 
 
-def settings_of_layers() -> dict[str, Settings]:
-    """The settings of each layer, at the learning rates that its search found.
+def _synthetic(steps: int) -> list[dict[str, str]]:
+    """Rows of a table, with KL in nats, after training on the first problem of the main cell; the same each time."""
+    # scipy takes seconds to load, and the other commands do not need it.
+    from .experiments.synthetic.experiment import Synthetic, best_rate
+    from .experiments.synthetic.settings import MAIN, SEEDS, Training
+    from .experiments.synthetic.training import train
 
-    Raises:
-        ExperimentError: a search is not done.
-    """
+    results, rows = Store(Synthetic.name).results(), []
+    # What is loaded at the first step is none of the first method's time.
+    train(Training(replace(MAIN, steps=1), "linear", SEEDS[0], 0.1))
+    for method in ("linear", "temperature", "plif", "gss", "mos4"):
+        lr = best_rate(results, MAIN, method)
+        if lr is None:
+            raise NotRun(Synthetic().command(f"{MAIN.name}/*"))
+        started = time.monotonic()
+        with deterministic(Synthetic.threads):
+            found = train(Training(replace(MAIN, steps=steps), method, SEEDS[0], lr)).figures
+        row = {"method": method, "KL": f"{found['kl']:.3f}", "modes %": f"{100 * found['modes']:.1f}"}
+        rows.append(row | {"seconds": f"{time.monotonic() - started:.1f}"})
+    return rows
+
+
+def settings_of_layers() -> dict[str, Settings]:
+    """The settings of each layer, at the learning rates that its search found."""
     results, found = Store(LanguageModels.name).results(), {}
     for row in _CELL.rows:
         chosen = choose(DEMO, _CELL, row, results)
         if chosen is None:
-            raise ExperimentError(f"the search of {row.label} is missing: {LanguageModels().command('demo/*')}")
+            raise NotRun(LanguageModels().command("demo/*"))
         found[row.label] = replace(row.settings, lr=chosen.lr, transform_lr=chosen.transform_lr)
     return found
 
@@ -94,7 +109,6 @@ def _language_models(trainers: dict[str, Trainer], folder: Path) -> list[dict[st
         for label, trainer in trainers.items():
             bar.set_description(label)
             trainer.train(report=bar.update)
-    seconds = measures.layer_seconds(list(trainers.values()))
     spectra = {label: (label, measures.spectrum(trainer)) for label, trainer in trainers.items()}
     perplexities = {label: trainer.perplexity("test") for label, trainer in trainers.items()}
     pictures.spectra(spectra, folder / "demo-spectrum.png")
@@ -109,9 +123,8 @@ def _language_models(trainers: dict[str, Trainer], folder: Path) -> list[dict[st
             f"rank {_RANK}": spectra[label][1]["effective_ranks"][_RANK],
             "parameters": f"{measures.parameters(trainer):,}",
             "tokens/s": f"{_words(trainer) / statistics.median(trainer.step_seconds):,.0f}",
-            "layer ms": f"{layer * 1e3:.1f}",
         }
-        for (label, trainer), row, layer in zip(trainers.items(), _CELL.rows, seconds, strict=True)
+        for (label, trainer), row in zip(trainers.items(), _CELL.rows, strict=True)
     ]
 
 

@@ -16,13 +16,20 @@ command line names (``tests/unit/test_edges.py::test_no_classes[cpu]``) always r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import combinations
+from typing import Any
 
 import pytest
 
 #: Values of parameters that are the names of backends with an emulator.
 EMULATED = ("triton", "cuda")
+
+
+def mostly_slow(values: Iterable[Any], usual: Collection[Any]) -> list[Any]:
+    """Gives those of the values of a parameter, or the tuples of several, that are not ``usual`` the mark ``slow``."""
+    arguments = [(each, each if isinstance(each, tuple) else (each,)) for each in values]
+    return [each if each in usual else pytest.param(*given, marks=pytest.mark.slow) for each, given in arguments]
 
 
 def covering(cases: Sequence[Sequence[str]], strength: int) -> list[int]:

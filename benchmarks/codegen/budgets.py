@@ -43,7 +43,7 @@ class Budget:
                 self.having in kernel.variant,
                 not any(word in kernel.variant for word in self.lacking),
                 # AMD's compiler gives no number of blocks.
-                getattr(each.figures, self.figure) is not None,
+                each.figures.value(self.figure) is not None,
             )
         )
 
@@ -54,11 +54,7 @@ class Verdict:
 
     budget: Budget
     measurement: Measurement
-
-    @property
-    def value(self) -> float:
-        """The figure."""
-        return float(getattr(self.measurement.figures, self.budget.figure))
+    value: float
 
     @property
     def kept(self) -> bool:
@@ -188,4 +184,5 @@ BUDGETS: tuple[Budget, ...] = (
 
 def judge(measurements: Sequence[Measurement]) -> list[Verdict]:
     """Every budget, held against each measurement that it takes."""
-    return [Verdict(budget, each) for budget in BUDGETS for each in measurements if budget.takes(each)]
+    pairs = [(budget, each) for budget in BUDGETS for each in measurements if budget.takes(each)]
+    return [Verdict(budget, each, each.figures.value(budget.figure)) for budget, each in pairs]

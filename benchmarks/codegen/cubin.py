@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from ..engine.experiment import ExperimentError
+
 _RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _SECTION = re.compile(r"\s*\.section\s+(?:\.text\.([^,\s]+))?")
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
@@ -24,7 +26,7 @@ MATRIX = frozenset(f"{kind}MMA" for kind in "HIDQO") | {"HGMMA", "QGMMA", "IGMMA
 MATRIX |= {f"UTC{kind}MMA" for kind in "HQIO"}
 
 
-class ToolError(Exception):
+class ToolError(ExperimentError):
     """A tool is missing or fails, or wrote what this package cannot read."""
 
 

@@ -19,6 +19,7 @@ _REGISTERS, _PARTS = 64 * _KIB, 4
 
 #: A histogram of accesses: bytes that a thread accesses at once, and the instructions that do; the widest first.
 Accesses = tuple[tuple[int, int], ...]
+_WIDTHS = {"wide": 16, "single": 2}
 
 
 @dataclass(frozen=True)
@@ -94,25 +95,10 @@ class Figures:
     #: Instructions of the code, each once however often it is executed.
     code: int
 
-    @property
-    def wide_loads(self) -> int:
-        """Loads of 16 bytes."""
-        return dict(self.loads).get(16, 0)
-
-    @property
-    def wide_stores(self) -> int:
-        """Stores of 16 bytes."""
-        return dict(self.stores).get(16, 0)
-
-    @property
-    def single_loads(self) -> int:
-        """Loads of one element of two bytes."""
-        return dict(self.loads).get(2, 0)
-
-    @property
-    def single_stores(self) -> int:
-        """Stores of one element of two bytes."""
-        return dict(self.stores).get(2, 0)
+    def value(self, name: str) -> float | None:
+        """A figure by its name; ``wide_`` loads or stores are those of 16 bytes, ``single_`` ones of two."""
+        width, _, kind = name.partition("_")
+        return dict(getattr(self, kind)).get(_WIDTHS[width], 0) if width in _WIDTHS else getattr(self, name)
 
 
 @dataclass(frozen=True)

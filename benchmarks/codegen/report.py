@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from ..engine import document
 from .budgets import Verdict
 from .figures import Accesses, Kernel, Measurement
-
-_INTRODUCTION = """\
-# What the {title} kernels compile to
-
-Written by `python -m benchmarks.codegen {name} --write` with {version}.
-Nothing was run, and nothing here is a time. `make codegen` compares this file with what the sources compile to now.
-
-- *local*: bytes of a thread's own memory, where spilled registers go. *shared*: bytes of a block{shared}.
-- *blocks*: those of *threads* that a multiprocessor has room for at once, by registers and shared memory.
-- *loads*, *stores*: instructions that access global memory, by the bytes that a thread accesses at once:
-  `16: 4, 2: 1` are four of 16 bytes and one of 2. *async*: loads among them that go to shared memory directly.
-- *code*: instructions of the code, each once, however often it is executed. It is no cost; it shows what has changed.
-"""
-_TITLES = {"triton": "Triton", "cuda": "CUDA"}
-#: What is not among a block's shared memory.
-_SHARED = {"cuda": ", without the rows, tables and sums that csrc/cuda/plan.cpp has room for"}
 
 _HEADS = (
     *("transform", "kernel", "variant", "logits", "threads", "registers", "local", "shared", "blocks"),
@@ -33,20 +19,15 @@ _HEADS = (
 def markdown(compiler: Any, measurements: Sequence[Measurement], verdicts: Sequence[Verdict]) -> str:
     """The report of a whole run."""
     main = [each for each in measurements if each.target == compiler.MAIN_TARGET]
-    parts = [
-        _INTRODUCTION.format(
-            title=_TITLES[compiler.NAME],
-            name=compiler.NAME,
-            version=compiler.version(),
-            shared=_SHARED.get(compiler.NAME, ""),
-        ),
-        f"## Budgets\n\n{summary(verdicts)}\n",
-        f"## Compiled for {compiler.MAIN_TARGET}\n\n{table(_HEADS, map(detail_line, main))}\n",
-        "## Every target\n\nRegisters, code, KiB of shared memory from 8 on, matrix instructions. "
-        "What is empty was not compiled.\n",
-        table((*_HEADS[:4], *compiler.TARGETS), target_lines(measurements, compiler.TARGETS)),
-    ]
-    return "\n".join(parts) + "\n"
+    text = document.render(
+        Path(__file__).with_name("report.md.jinja"),
+        compiler=compiler,
+        version=compiler.version(),
+        summary=summary(verdicts),
+        main=table(_HEADS, map(detail_line, main)),
+        targets=table((*_HEADS[:4], *compiler.TARGETS), target_lines(measurements, compiler.TARGETS)),
+    )
+    return f"{text}\n"
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -18,7 +18,9 @@ from . import runner
 from .experiment import Experiment, ExperimentError
 from .store import RESULTS, Store
 
-Names = tyro.conf.Positional[tuple[str, ...]]
+Names = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(help="all, if none is named")]
+Only = Annotated[str, tyro.conf.arg(help="a pattern of names of units, like 'main/*'")]
+Folder = Annotated[Path, tyro.conf.arg(help="the folder of the results")]
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,8 @@ class Commands:
             return 130
         return int(found or 0)
 
-    def list(self, experiments: Names = (), /, only: str = "", results: Path = RESULTS) -> None:
-        """Show the units of experiments (all, if none is named), and which of them are done.
-
-        Args:
-            experiments: their names.
-            only: a pattern of names of units, like 'main/*'.
-            results: the folder of the results.
-        """
+    def list(self, experiments: Names = (), /, only: Only = "", results: Folder = RESULTS) -> None:
+        """Show the units of experiments, and which of them are done."""
         for experiment in self._named(experiments):
             found = Store(experiment.name, results).results()
             units = runner.Selection(only).of(experiment, found)
@@ -67,19 +63,17 @@ class Commands:
         self,
         experiment: tyro.conf.Positional[str],
         /,
-        only: str = "",
+        only: Only = "",
         shard: str = "1/1",
         limit_minutes: float = math.inf,
-        results: Path = RESULTS,
+        results: Folder = RESULTS,
     ) -> int:
         """Do the units of an experiment that are missing. Any number of processes may do so together.
 
         Args:
             experiment: its name; `list` shows them.
-            only: a pattern of names of units, like 'main/*'.
             shard: K/N does the K-th of N equal shares of the units, for machines that share no file system.
             limit_minutes: start no unit after so many minutes.
-            results: the folder of the results.
         """
         (chosen,) = self._named((experiment,))
         place, _, number = shard.partition("/")
@@ -92,39 +86,30 @@ class Commands:
         return 0
 
     def report(
-        self, experiment: tyro.conf.Positional[str] = "", /, check: bool = False, results: Path = RESULTS
+        self, experiment: tyro.conf.Positional[str] = "", /, check: bool = False, results: Folder = RESULTS
     ) -> int:
         """Write REPORT.md and its pictures from the results, or print the section of one experiment.
 
         Args:
             experiment: print its section, and write only its pictures.
             check: write nothing, and exit with 1 where REPORT.md is not what the results give.
-            results: the folder of the results.
         """
         pictures, path = results / "pictures", results / "REPORT.md"
         if experiment:
             (chosen,) = self._named((experiment,))
             print(chosen.section(Store(chosen.name, results).results(), pictures))
             return 0
-        if check:
-            with tempfile.TemporaryDirectory() as folder:
-                text = self.document(results, Path(folder))
-            if path.is_file() and path.read_text(encoding="utf-8") == text:
-                return 0
+        with tempfile.TemporaryDirectory() as folder:
+            text = self.document(results, Path(folder) if check else pictures)
+        if not check:
+            path.write_text(text, encoding="utf-8")
+            print(os.path.relpath(path))
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
             raise ExperimentError(f"{path} is not what the results give: python -m benchmarks report writes it")
-        text = self.document(results, pictures)
-        path.write_text(text, encoding="utf-8")
-        print(os.path.relpath(path))
         return 0
 
-    def verify(self, experiments: Names = (), /, only: str = "", results: Path = RESULTS) -> int:
-        """Repeat a few quick units and compare their figures with those that are stored.
-
-        Args:
-            experiments: their names; all, if none is named.
-            only: a pattern of names of units: repeat all of these, quick or not.
-            results: the folder of the results.
-        """
+    def verify(self, experiments: Names = (), /, only: Only = "", results: Folder = RESULTS) -> int:
+        """Repeat a few quick units, or those that are named, and compare their figures with those that are stored."""
         agree = True
         for experiment in self._named(experiments):
             store = Store(experiment.name, results)

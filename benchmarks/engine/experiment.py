@@ -20,6 +20,14 @@ class ExperimentError(Exception):
     """What stops an experiment, and the user can do something about; the command line shows it in one line."""
 
 
+class NotRun(ExperimentError):
+    """A result is not there; ``command`` makes it."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(f"this has not been run: {command}")
+        self.command = command
+
+
 @dataclass(frozen=True)
 class Unit:
     """One piece of work, which one process does at a time, and whose result is one line of a file.

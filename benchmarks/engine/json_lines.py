@@ -45,18 +45,8 @@ def append(path: Path, values: Iterable[Any], lock: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock), path.open("a+b") as file:
-        _cut_to_whole_lines(file)
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
-
-
-def _cut_to_whole_lines(file: Any) -> None:
-    end = file.seek(0, os.SEEK_END)
-    if end == 0:
-        return
-    file.seek(end - 1)
-    if file.read(1) == b"\n":
-        return
-    file.seek(0)
-    file.truncate(file.read().rfind(b"\n") + 1)

@@ -46,14 +46,10 @@ def picture(
         for axes in grid.flat:
             if isinstance(axes, Axes) and not axes.has_data():
                 axes.set_axis_off()
-        save(figure, path)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write ``figure`` to ``path``, without the version of matplotlib, so that the same results make the same file."""
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=_DPI)
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=_DPI)
+    # Drawn anew from its pixels: the file does not name the version of matplotlib.
     with Image.open(drawn) as image:
         # Not the median cut, which is the default: it makes one colour of the red and the orange of two lines.
         few = image.convert("RGB").quantize(_COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)

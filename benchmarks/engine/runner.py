@@ -57,19 +57,15 @@ def run(experiment: Experiment, store: Store, selection: Selection) -> list[Unit
                 with store.claimed(unit) as mine:
                     if mine and unit.name not in store.results():
                         bar.set_description(unit.name)
-                        _do(experiment, store, unit)
+                        checkpoint, before = store.checkpoint(unit), time.monotonic()
+                        store.append(unit, experiment.run(unit, checkpoint), time.monotonic() - before)
+                        checkpoint.remove()
             left = _missing(experiment, store, selection, bar)
             if not left:
                 return []
             # If nothing was done, other processes are at all that is left. More may appear when they have done it.
             if len(store.results()) == done_before:
                 time.sleep(_SECONDS_BETWEEN_POLLS)
-
-
-def _do(experiment: Experiment, store: Store, unit: Unit) -> None:
-    checkpoint, started = store.checkpoint(unit), time.monotonic()
-    store.append(unit, experiment.run(unit, checkpoint), time.monotonic() - started)
-    checkpoint.remove()
 
 
 def _missing(experiment: Experiment, store: Store, selection: Selection, bar: Any) -> list[Unit]:

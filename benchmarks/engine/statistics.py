@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from scipy import stats
@@ -29,14 +30,14 @@ class Difference:
     def significant(self) -> bool:
         return self.p < SIGNIFICANCE
 
-    def describe(self, unit: str = "", digits: int = 3) -> str:
-        """Like ``-0.012 nats [-0.020, -0.004], p = 0.003, significant``."""
+    def __neg__(self) -> Difference:
+        """The other way round: a gain for a difference of losses."""
+        return replace(self, mean=-self.mean, low=-self.high, high=-self.low)
+
+    def describe(self, unit: str = " nats") -> str:
+        """Like ``-0.0120 nats [-0.0200, -0.0040], p = 0.003, significant``."""
         verdict = "significant" if self.significant else "not significant"
-        unit = f" {unit}" if unit else ""
-        return (
-            f"{self.mean:+.{digits}f}{unit} [{self.low:+.{digits}f}, {self.high:+.{digits}f}], {p_value(self.p)}, "
-            f"{verdict}"
-        )
+        return f"{self.mean:+.4f}{unit} [{self.low:+.4f}, {self.high:+.4f}], {p_value(self.p)}, {verdict}"
 
 
 def p_value(p: float) -> str:
@@ -104,14 +105,18 @@ def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean:.{digits}f} ± {float(np.std(values, ddof=1)):.{digits}f}"
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjustment of p values for as many comparisons, in the order given."""
+_Name = TypeVar("_Name")
+
+
+def holm(differences: Mapping[_Name, Difference]) -> dict[_Name, Difference]:
+    """The same with every p adjusted for as many comparisons, by Holm's method."""
+    p_values = [each.p for each in differences.values()]
     order = np.argsort(p_values)
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
-    return adjusted
+    return {name: replace(each, p=p) for (name, each), p in zip(differences.items(), adjusted, strict=True)}
 
 
 def _differences(one: Sequence[float], other: Sequence[float]) -> np.ndarray:

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
+from functools import partial
+from pkgutil import resolve_name
 
 from ..engine.experiment import Experiment
 
-#: By name: the module, from here, and its class.
-_CLASSES = {
-    "synthetic": (".synthetic", "Synthetic"),
-    "rank": (".rank", "Rank"),
-    "language_model": (".language_model", "LanguageModels"),
-    "posthoc": (".posthoc", "Posthoc"),
-    "overhead": ("..overhead.experiment", "Overhead"),
+
+def _make(place: str) -> Experiment:
+    # Imported only when it is needed: an experiment imports scipy, transformers or a corpus.
+    made: Experiment = resolve_name(f"benchmarks.{place}")()
+    return made
+
+
+EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
+    "synthetic": partial(_make, "experiments.synthetic:Synthetic"),
+    "rank": partial(_make, "experiments.rank:Rank"),
+    "language_model": partial(_make, "experiments.language_model:LanguageModels"),
+    "posthoc": partial(_make, "experiments.posthoc:Posthoc"),
+    "overhead": partial(_make, "overhead.experiment:Overhead"),
 }
-
-
-def _maker(name: str) -> Callable[[], Experiment]:
-    def make() -> Experiment:
-        # Imported only when it is needed: an experiment imports scipy, transformers or a corpus.
-        module, class_name = _CLASSES[name]
-        made: Experiment = getattr(importlib.import_module(module, __name__), class_name)()
-        return made
-
-    return make
-
-
-EXPERIMENTS = {name: _maker(name) for name in _CLASSES}

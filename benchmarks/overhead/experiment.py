@@ -13,10 +13,10 @@ import torch
 
 from ..engine.checkpoint import Checkpoint
 from ..engine.document import environments, render
-from ..engine.experiment import Experiment, Measured, Results, Unit
+from ..engine.experiment import Experiment, Measured, NotRun, Results, Unit
 from . import contestants, host, variants
 from .presets import Timing, shrunk, timings
-from .results import NotMeasured, ratio
+from .results import ratio
 from .timing import measure
 
 #: The tables of the section: heading, units, contestants.
@@ -98,5 +98,5 @@ def _cells(results: Results, unit: str, name: str) -> dict[str, str]:
 def _ratio(*given: Any) -> float | None:
     try:
         return ratio(*given)
-    except NotMeasured:
+    except NotRun:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..engine.experiment import Results
+from ..engine.experiment import NotRun, Results
 
 #: Units whose figures are cited: a head, the loss of given logits, and a head beside mixtures of softmaxes.
 HEAD = "quick/head train N=1024 d=256 V=32000 float32 std 1"
@@ -12,12 +12,8 @@ LOGITS = "logits/logits train N=512 V=32000 float32 std 1"
 MIXTURES = "head_280/head train N=2048 d=280 V=32000 float32 std 1"
 
 
-class NotMeasured(LookupError):
-    """There is no such figure; the message is the command that measures it."""
-
-
 def figure(results: Results, unit: str, name: str, what: str = "median_ms") -> float:
-    """A figure of a case; :class:`NotMeasured` where there is none.
+    """A figure of a case; :class:`NotRun` where there is none.
 
     Args:
         results, unit: of the experiment, and the name of the case, such as :data:`HEAD`.
@@ -30,7 +26,7 @@ def figure(results: Results, unit: str, name: str, what: str = "median_ms") -> f
     floors["floor"] = max((each for each in floors.values() if each is not None), default=None)
     value = floors[name] if name in floors else times["contestants"].get(name, {}).get(what)
     if value is None:
-        raise NotMeasured(f"python -m benchmarks run overhead --only '{unit}'")
+        raise NotRun(f"python -m benchmarks run overhead --only '{unit}'")
     return float(value)
 
 

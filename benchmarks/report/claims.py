@@ -8,10 +8,10 @@ from functools import cached_property
 
 from ..engine.statistics import SIGNIFICANCE
 from ..experiments.rank.settings import METHODS
-from .missing import better, count_better, of_all
 from .models import ModelEvidence
 from .others import CostEvidence, PosthocEvidence, RankEvidence, spearman
 from .synthetic import SyntheticEvidence
+from .words import better, count_better, of_all
 
 #: What "costs little" is held to: time of the head with f over that of the head without.
 LITTLE = 1.1
@@ -48,11 +48,7 @@ class Evidence:
 
 
 def claims(evidence: Evidence) -> list[Claim]:
-    """All of them, in the order of the report.
-
-    Raises:
-        NotRun: a figure is missing.
-    """
+    """All of them, in the order of the report."""
     return [Claim(text, source, verdict(evidence)) for text, (source, verdict) in _CLAIMS.items()]
 
 

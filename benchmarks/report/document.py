@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,9 @@ from typing import Any
 import monosoftmax as ms
 
 from ..engine.document import count, template
+from ..engine.experiment import NotRun
+from ..engine.runner import Selection
+from ..engine.statistics import Difference
 from ..engine.store import Store
 from ..experiments import EXPERIMENTS
 from ..experiments.language_model.results import Comparison
@@ -18,13 +20,15 @@ from ..experiments.posthoc.results import calibration_error
 from ..experiments.rank.report import span as span_of_ranks
 from ..experiments.synthetic.methods import TRANSFORM_RATE_RATIO
 from ..experiments.synthetic.settings import MAIN
-from .claims import Claim, Evidence, claims
-from .missing import NotRun, better, count_better, gain, nats, span
+from .claims import Evidence, claims
 from .models import ModelEvidence
 from .others import CostEvidence, PosthocEvidence, RankEvidence, correlation
 from .synthetic import SyntheticEvidence
+from .words import better, count_better, span
 
-_SECTIONS = ("synthetic", "rank", "language_model", "posthoc", "overhead")
+#: Experiments of which all results must be there.
+_COMPLETE = ("synthetic", "rank", "language_model", "posthoc")
+_SECTIONS = (*_COMPLETE, "overhead")
 
 
 def document(results: Path, pictures: Path) -> str:
@@ -39,6 +43,9 @@ def document(results: Path, pictures: Path) -> str:
         CostEvidence(found["overhead"]),
     )
     try:
+        for name in _COMPLETE:
+            if any(unit.name not in found[name] for unit in Selection().of(made[name], found[name])):
+                raise NotRun(made[name].command())
         verdicts = _verdicts(evidence)
     except NotRun as error:
         verdicts = f"# The evidence\n\nClaims are judged when all results are there. Next: `{error.command}`."
@@ -51,19 +58,20 @@ def _verdicts(evidence: Evidence) -> str:
         "better": count_better,
         "calibration": calibration_error,
         "correlation": correlation,
-        "differences": lambda found: _both(found, nats, "over seeds"),
+        "differences": lambda found: _both(found, Difference.describe, "over seeds"),
         "f1": lambda value: f"{value:.1f}",
         "f3": lambda value: f"{value:.3f}",
-        "gain": gain,
-        "gains": lambda found: _both(found, gain, f"over {count(found.seeds.pairs, 'seed')}"),
-        "nats": nats,
+        "gain": lambda difference: (-difference).describe(),
+        "gains": lambda found: _both(
+            found, lambda each: (-each).describe(), f"over {count(found.seeds.pairs, 'seed')}"
+        ),
+        "nats": Difference.describe,
         "mean": statistics.mean,
         "percent": lambda share: f"{100 * share:.0f} %",
         "rank_span": span_of_ranks,
         "span": span,
     }
     page = template(Path(__file__).with_name("verdicts.md.jinja"), filters=filters, tests={"better": better})
-    judged = claims(evidence)
     return page.render(
         synthetic=evidence.synthetic,
         models=evidence.models,
@@ -72,8 +80,7 @@ def _verdicts(evidence: Evidence) -> str:
         cost=evidence.cost,
         ranks_and_kl=evidence.ranks_and_kl,
         main=MAIN,
-        claims=judged,
-        overview=_overview(judged),
+        claims=claims(evidence),
         plif=ms.transforms.PLIF(),
         transform_lr=signature(ms.parameter_groups).parameters["transform_lr"].default,
         transform_rate_ratio=TRANSFORM_RATE_RATIO,
@@ -83,9 +90,3 @@ def _verdicts(evidence: Evidence) -> str:
 def _both(found: Comparison, tell: Any, over: str) -> str:
     text = f"{tell(found.seeds)} {over}"
     return text if found.documents is None else f"{text}, {tell(found.documents)} over documents"
-
-
-def _overview(judged: Sequence[Claim]) -> str:
-    # Not aligned: a cell holds sentences.
-    rows = [f"| {i}. {claim.text} | {claim.source} | {claim.verdict} |" for i, claim in enumerate(judged, start=1)]
-    return "\n".join(["| claim | source | verdict here |", "| --- | --- | --- |", *rows])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 from scipy import stats
@@ -14,13 +14,12 @@ from ..experiments.posthoc import results as fitted
 from ..experiments.rank.report import of_seeds
 from ..experiments.rank.settings import METHODS
 from ..overhead import results as measured
-from .missing import NotRun
 
 _TOLERANCE = "0.0001"
 
 
 class RankEvidence:
-    """Effective ranks at 0.0001: see :mod:`benchmarks.experiments.rank`."""
+    """Effective ranks at 0.0001: see :mod:`benchmarks.experiments.rank`, which is complete."""
 
     DIMS = (16, 64)
     RANDOM = ("linear", "sigsoftmax", "sigmoidcap", "plif-20", "plif-50", "plif-1000", "plif-100000")
@@ -28,53 +27,38 @@ class RankEvidence:
     def __init__(self, results: Results) -> None:
         self._results = results
 
-    def _runs(self, group: str, name: str) -> list[Any]:
-        found = of_seeds(self._results, group, name)
-        if not found:
-            raise NotRun(f"python -m benchmarks run rank --only '{group}/*'")
-        return found
-
     def random(self, dim: int, name: str) -> list[int]:
         """Of random factors of ``dim`` features, by seed."""
-        return [run["ranks"][_TOLERANCE] for run in self._runs(f"random-d{dim}", name)]
+        return [run["ranks"][_TOLERANCE] for run in of_seeds(self._results, f"random-d{dim}", name)]
 
     def press(self, name: str) -> list[int]:
         """The numerical rank that published tables have, of random factors of the first of ``DIMS``."""
-        return [run["press"]["float64"] for run in self._runs(f"random-d{self.DIMS[0]}", name)]
+        return [run["press"]["float64"] for run in of_seeds(self._results, f"random-d{self.DIMS[0]}", name)]
 
     def trained(self) -> Iterator[tuple[str, list[int], list[int]]]:
         """Trained heads of the synthetic experiment: the method, ranks before and after f by seed. Not of mixtures."""
         for name in METHODS:
-            runs = self._runs("synthetic", name)
+            runs = of_seeds(self._results, "synthetic", name)
             if runs[0]["before"] is not None:
                 before, after = ([run[when]["ranks"][_TOLERANCE] for run in runs] for when in ("before", "after"))
                 yield name, before, after
 
 
 class PosthocEvidence:
-    """f put on a trained model: see :mod:`benchmarks.experiments.posthoc.results`."""
+    """f put on a trained model: see :mod:`benchmarks.experiments.posthoc.results`, of all results."""
 
     def __init__(self, results: Results) -> None:
         self._results = results
-        self.difference = cache(self._difference)
+        #: Test loss of a token of one transform minus that of another, over documents.
+        self.difference = cache(partial(fitted.alone_difference, results))
 
     def figures(self, name: str) -> dict[str, Any]:
         """Of a transform that was fitted alone."""
-        found = fitted.fitted_alone(self._results)
-        if name not in found:
-            raise NotRun("python -m benchmarks run posthoc")
-        return found[name].figures
+        return fitted.fitted_alone(self._results)[name].figures
 
     def best(self) -> str:
         """The transform with the lowest validation loss that is neither the identity nor a temperature."""
-        if not fitted.head_roles(self._results):
-            raise NotRun("python -m benchmarks run posthoc")
         return fitted.best_alone(self._results)
-
-    def _difference(self, one: str, other: str) -> Difference:
-        """Test loss of a token of ``one`` minus that of ``other``, over documents."""
-        self.figures(one), self.figures(other)
-        return fitted.alone_difference(self._results, one, other)
 
     def heads(self) -> Iterator[tuple[str, Difference, int]]:
         """Of f and head trained together: the transform, its loss minus that of the head alone, and how many seeds."""
@@ -125,19 +109,12 @@ class CostEvidence:
 
     def head(self, other: str = "identity fused") -> float:
         """Time of the head with PLIF over that of ``other``, by default the head without f."""
-        return self.ratio(measured.HEAD, "plif-64 fused", other)
+        return measured.ratio(self._results, measured.HEAD, "plif-64 fused", other)
 
     def loss(self, name: str, other: str = "identity fused") -> float:
         """Time of the fused loss with f over that of ``other``, by default the loss without f."""
-        return self.ratio(measured.LOGITS, f"{name} fused", other)
+        return measured.ratio(self._results, measured.LOGITS, f"{name} fused", other)
 
     def mixture(self, form: str) -> float:
         """Time of a head with 15 softmaxes, ``fair`` or ``published``, over that of one with PLIF."""
-        return self.ratio(measured.MIXTURES, f"mos-15 {form}", "plif-64 fused")
-
-    def ratio(self, unit: str, name: str, other: str) -> float:
-        """Time of one contestant over that of another in the same unit."""
-        try:
-            return measured.ratio(self._results, unit, name, other)
-        except measured.NotMeasured as error:
-            raise NotRun(str(error)) from error
+        return measured.ratio(self._results, measured.MIXTURES, f"mos-15 {form}", "plif-64 fused")

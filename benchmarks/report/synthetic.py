@@ -9,23 +9,19 @@ from typing import Any
 
 import torch
 
-from ..engine.experiment import Results
-from ..engine.statistics import SIGNIFICANCE, Difference, holm
-from ..experiments.synthetic import Synthetic
+from ..engine.experiment import ExperimentError, Results
+from ..engine.statistics import Difference, holm
 from ..experiments.synthetic.methods import METHODS
 from ..experiments.synthetic.report import Found
 from ..experiments.synthetic.settings import GRID, MAIN, Cell
-from .missing import NotRun, better
+from .words import better, count_better
 
 #: Methods that are no learned f: what gains are measured against, and published settings.
 _NOT_LEARNED = ("linear", "temperature", "published-sgd", "published-adam")
 
 
 class SyntheticEvidence:
-    """Figures of the synthetic experiment; those of a method without a cell are of the main one.
-
-    Every method raises :class:`NotRun` where its results are not there.
-    """
+    """Figures of the synthetic experiment, which is complete; those of a method without a cell are of the main one."""
 
     FIXED = ("sigsoftmax", "gss-published", "softcap", "sigmoidcap")
     IN_GRID = ("plif", "sigmoidcap-learned", "mlp")
@@ -38,10 +34,7 @@ class SyntheticEvidence:
 
     def values(self, method: str, figure: str, cell: Cell = MAIN) -> list[Any]:
         """A figure of the trainings that did not diverge, by seed."""
-        found = Found(self._results, cell, METHODS).values(method, figure)
-        if not found:
-            raise NotRun(Synthetic().command(f"{cell.name}/{method}/*"))
-        return found
+        return Found(self._results, cell, METHODS).values(method, figure)
 
     def mean(self, method: str, figure: str, cell: Cell = MAIN) -> float:
         """Mean over seeds of ``kl``, ``modes`` or ``top5``."""
@@ -55,7 +48,7 @@ class SyntheticEvidence:
         """KL of ``one`` minus that of ``other``, paired by seeds."""
         found = Found(self._results, cell, METHODS).difference(one, other)
         if found is None:
-            raise NotRun(Synthetic().command(f"{cell.name}/*"))
+            raise ExperimentError(f"{one} or {other} diverged in {cell.name} under all seeds but one")
         return found
 
     def learned(self) -> list[str]:
@@ -69,10 +62,7 @@ class SyntheticEvidence:
 
     def best_learned(self) -> str:
         """The learned f with the lowest KL of its search, on a problem that no reported figure is from."""
-
         tried = {name: self._results.matching(f"{MAIN.name}/{name}/search-*") for name in self.learned()}
-        if not all(tried.values()):
-            raise NotRun(Synthetic().command(f"{MAIN.name}/*"))
         return min(tried, key=lambda name: min(each.figures.get("kl", math.inf) for each in tried[name]))
 
     def by_kl(self) -> list[str]:
@@ -96,25 +86,22 @@ class SyntheticEvidence:
             if self.mean(name, "kl") <= self.WANTED_KL and self.mean(name, "modes") >= self.WANTED_MODES
         ]
 
-    def grid(self, method: str) -> list[tuple[Cell, Difference, float]]:
-        """Cells by d and alpha, KL minus that of Linear-Softmax there, and p adjusted by Holm over the cells."""
-        differences = [(cell, self.difference(method, "linear", cell)) for cell in (*GRID, MAIN)]
-        adjusted = holm([difference.p for _, difference in differences])
-        return [(cell, difference, p) for (cell, difference), p in zip(differences, adjusted, strict=True)]
+    def grid(self, method: str) -> dict[Cell, Difference]:
+        """KL minus that of Linear-Softmax by cell, of d and alpha; p adjusted by Holm over the cells."""
+        return holm({cell: self.difference(method, "linear", cell) for cell in (*GRID, MAIN)})
 
     def grid_counts(self, method: str) -> tuple[int, int, int]:
         """In how many cells the KL is significantly lower, neither, and higher."""
         grid = self.grid(method)
-        lower = sum(p < SIGNIFICANCE and difference.mean < 0 for _, difference, p in grid)
-        higher = sum(p < SIGNIFICANCE and difference.mean > 0 for _, difference, p in grid)
+        lower, higher = count_better(grid), sum(better(-difference) for difference in grid.values())
         return lower, len(grid) - lower - higher, higher
 
     def cells_without_gain(self, method: str) -> list[str]:
         """The cells in which the KL is not significantly lower."""
         return [
             f"d = {cell.dim}, alpha = {cell.alpha:g} ({-difference.mean:+.3f})"
-            for cell, difference, p in self.grid(method)
-            if p >= SIGNIFICANCE or difference.mean >= 0
+            for cell, difference in self.grid(method).items()
+            if not better(difference)
         ]
 
     def share(self, method: str, mixture: str) -> float:

@@ -10,7 +10,7 @@ namespace monosoftmax::cuda {
 namespace {
 
 constexpr int kWarp = 32, kChunkBytes = 16;
-// The most static shared memory of a kernel (python -m benchmarks.codegen cuda lists it), and the shared memory that
+// The most static shared memory of a kernel (python -m benchmarks codegen cuda lists it), and the shared memory that
 // the system takes for each block. Token statistics have 160 bytes more, but their tables take 16 KiB at most.
 constexpr int64_t kStaticBytes = 1024, kSystemBytes = 1024;
 constexpr int kFewestThreadsRereading = 64;

@@ -59,6 +59,7 @@ def test_the_exit_status_says_whether_correctness_held(
     assert said in (tmp_path / "summary.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_runs_out_of_time_is_ended_with_its_children(tmp_path: Path, quick: pytest.MonkeyPatch) -> None:
     child = "import os, time; open('PID', 'w').write(str(os.getpid())); time.sleep(600)"
     child = child.replace("PID", str(tmp_path / "pid"))

@@ -244,6 +244,7 @@ def copy_python(source: Path, target: Path) -> None:
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
 
 
+@pytest.mark.slow
 def test_checkout_works_with_what_is_installed(sources: Path, site: Path) -> None:
     # What another environment built in the checkout is not for this one.
     name = Path(ms.backends.extension.__file__).name
@@ -259,6 +260,7 @@ def test_checkout_works_with_what_is_installed(sources: Path, site: Path) -> Non
     assert output.startswith(f"{sources}/triton_kernels/transforms/__init__.py\n0.693")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["monosoftmax/ops.py", "triton_kernels/transforms/plif.py"])
 def test_checkout_that_differs_from_what_is_installed(sources: Path, site: Path, file: str) -> None:
     with open(sources / file, "a") as stream:

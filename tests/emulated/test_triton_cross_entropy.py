@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
 import torch
 from losses import TRANSFORMS, distance, disturbed, head_loss_and_gradients, loss_and_gradients
 from operator_calls import PLAIN, kernel_transform
+from tiers import mostly_slow
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -87,7 +88,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
     _assert_close(_rows(1033, dtype), _target(1033), disturbed(name), reduction="sum")
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", [9, 512, 1031])
 @pytest.mark.parametrize(("begin", "padding"), [(0, 0), (0, 3), (5, 0), (1, 8)])
@@ -131,8 +132,12 @@ def test_options(name: str, reduction: str, options: dict[str, Any]) -> None:
     )
 
 
-@pytest.mark.parametrize("pieces", [1, 4, 5, 64, 256, 257, 1000])
-@pytest.mark.parametrize("deterministic", [False, True])
+_SUMS = list(product((1, 4, 5, 64, 256, 257, 1000), (False, True)))
+#: A number of pieces for each way of summing, with and without deterministic algorithms.
+_USUAL_SUMS = ((1, False), (5, False), (256, True), (257, False), (257, True))
+
+
+@pytest.mark.parametrize(("pieces", "deterministic"), mostly_slow(_SUMS, _USUAL_SUMS))
 def test_every_way_of_summing(pieces: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_WRITTEN", 700)  # two rows at a time
     wanted = "registers" if pieces == 1 else "lanes" if pieces <= 256 else "written" if deterministic else "global"
@@ -146,7 +151,7 @@ def test_every_way_of_summing(pieces: int, deterministic: bool, monkeypatch: pyt
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("name", ["plif", "spline", "monotonic_mlp"])
+@pytest.mark.parametrize("name", mostly_slow(("plif", "spline", "monotonic_mlp"), ("plif",)))
 def test_sums_do_not_depend_on_the_programs_beyond_rounding(name: str) -> None:
     input, target, transform = _rows(300, torch.float32), _target(300), disturbed(name).to(DEVICE)
     results = []
@@ -182,7 +187,7 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype, in_place: bool) -> N
     assert ((gradient.double() - exact).abs() <= 0.502 * ulp + 2e-6 * exact.abs()).all()
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", mostly_slow(TRANSFORMS, ("identity", "gss", "plif")))
 def test_in_place_and_later_are_the_same(name: str) -> None:
     """The gradient of the one kernel for both, of the backward one, and of those that overwrite the logits."""
     transform, target = kernel_transform(disturbed(name), device=DEVICE), _target(300)
@@ -376,7 +381,7 @@ def test_rows_further_apart_than_an_int32_counts() -> None:
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("out", DTYPES)
 @pytest.mark.parametrize("begin", [0, 1])

@@ -197,6 +197,7 @@ def test_descriptors_load_the_same_tiles(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(wanted[key], results[key]), key
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("splits", [1, 2, 3, 100])
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_splits_and_parts(splits: int, parts: int) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.codegen import __main__ as command
-from benchmarks.codegen import budgets, cubin, cuda_compiler, report, triton_compiler
+from benchmarks.codegen import budgets, command, cubin, cuda_compiler, report, triton_compiler
 from benchmarks.codegen import triton_calls as calls
 from benchmarks.codegen.figures import AMD, DEVICES, Figures, Kernel, Measurement, blocks_at_once, of_nvidia
+from benchmarks.engine.experiment import ExperimentError
 
 needs_nvcc = pytest.mark.skipif(cuda_compiler.find_nvcc() is None, reason=cuda_compiler.MISSING)
 
@@ -54,10 +53,10 @@ def test_figures_of_a_listing() -> None:
     assert code[1] == cubin.Instruction("LDG.E.128", "R4, desc[UR14][R16.64]", "@!P1")
     figures = of_nvidia(cubin.Program(40, 16, 8, 2048, tuple(code)), "sm_90", 256)
     assert figures.loads == ((16, 2), (4, 1), (2, 1)) and figures.stores == ((8, 1),)
-    assert (figures.wide_loads, figures.single_loads, figures.wide_stores) == (2, 1, 0)
+    assert [figures.value(name) for name in ("wide_loads", "single_loads", "wide_stores", "code")] == [2, 1, 0, 10]
     assert (figures.async_copies, figures.atomics, figures.matrix, figures.products) == (1, 1, ("HGMMA",), 1)
     # Neither the instruction that no thread executes nor the padding.
-    assert (figures.local, figures.local_accesses, figures.code) == (24, 1, 10)
+    assert (figures.local, figures.local_accesses) == (24, 1)
     # The driver's part is none of the kernel's.
     assert figures.shared == 1024 and of_nvidia(cubin.Program(40, 0, 0, 2048, ()), "sm_80", 256).shared == 2048
 
@@ -120,7 +119,7 @@ def test_budgets_name_what_there_is() -> None:
     for each in budgets.BUDGETS:
         if each.compiler == "triton":
             assert set(each.operators) <= operators and set(each.transforms) <= set(calls.TRANSFORMS), each
-        assert each.figure in Figures.__dataclass_fields__ or isinstance(getattr(Figures, each.figure), property)
+        assert isinstance(FIGURES.value(each.figure), int), each
     # No kernel over rows is without limits of its loads and registers.
     for one in calls.kernels():
         figures = {each.figure for each in budgets.BUDGETS if each.takes(Measurement(one, "sm_90", FIGURES))}
@@ -178,21 +177,21 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyt
     monkeypatch.setattr(command, "import_module", lambda *names: compiler)
     monkeypatch.setattr(command, "measure", lambda *arguments: found)
     monkeypatch.setattr(command, "FOLDER", tmp_path)
-    assert command.main(["triton", "--write"]) == 0
-    assert command.main(["triton", "--check"]) == 0
+    assert command.codegen(("triton",), write=True) == 0
+    assert command.codegen(("triton",), check=True) == 0
     found[:] = [measurement(code=1001)]
-    assert command.main(["triton", "--check"]) == 1
+    assert command.codegen(("triton",), check=True) == 1
     assert "+| plif-64 | loss, d logits, d coefficients |" in capsys.readouterr().out
     # Code of another compiler is another: only budgets hold.
     compiler.version = lambda: "Triton 1"
-    assert command.main(["triton", "--check"]) == 0
+    assert command.codegen(("triton",), check=True) == 0
     found[:] = [measurement(local=8)]
-    assert command.main(["triton", "--check"]) == 1
+    assert command.codegen(("triton",), check=True) == 1
     broken = "plif-64: loss, d logits, d coefficients (bf16) for sm_90: local 8, at most 0"
     assert f"BROKEN {broken}" in capsys.readouterr().out
     assert f"- {broken}" in report.markdown(compiler, found, budgets.judge(found))
-    with pytest.raises(SystemExit):
-        command.main(["triton", "--check", "--targets", "sm_90"])
+    with pytest.raises(ExperimentError):
+        command.codegen(("triton",), check=True, targets=("sm_90",))
 
 
 @triton.jit
@@ -231,78 +230,6 @@ def test_local_memory_is_seen(tmp_path: Path) -> None:
     assert found.figures.local == 256 and found.figures.local_accesses > 0
 
 
-@pytest.mark.parametrize("operator", [calls.LOSS, calls.LOSS_ALL, calls.LOSS_IN_PLACE])
-def test_sliced_logits_are_compiled_for_what_they_are(operator: str) -> None:
-    values = triton_compiler.launch_of(calls.kernel("identity", operator, variant=calls.SLICED), "sm_90").values
-    logits = values["input"]
-    assert logits.shape[1] == calls.ALIGNED and logits.data_ptr() % 16 == 2 and values["ALIGNMENT"] == "shifted"
-    in_place = values["grad_input"].data_ptr() == logits.data_ptr()
-    assert in_place == (operator != calls.LOSS_ALL) and values["OUT_ALIGNED"] == in_place
-
-
-_OTHERS = [pytest.param(*each, marks=pytest.mark.slow) for each in (("identity", "fp32"), ("plif-64", "fp32"))]
-
-
-@pytest.mark.parametrize(("transform", "dtype"), [("identity", "bf16"), *_OTHERS])
-@pytest.mark.parametrize(
-    "operator", [calls.LOSS, calls.LOSS_ALL, calls.STATISTICS, calls.LOG_SOFTMAX, calls.LOG_SOFTMAX_BACKWARD]
-)
-def test_lanes_of_a_warp_have_the_same_sums(operator: str, transform: str, dtype: str) -> None:
-    """In a program of one warp each lane adds up, with other partners: what it adds must have been rounded before.
-
-    Of a product that is fused with an addition, each lane rounds another one.
-    """
-    options = calls.ALL_OPTIONS if operator in (calls.LOSS, calls.LOSS_ALL) else ""
-    figures = _check_exchanged_numbers(
-        calls.kernel(transform, operator, dtype, options), {"fp32": 100, "bf16": 200}[dtype]
-    )
-    assert figures.threads == 32
-
-
-def test_lanes_of_the_recomputed_head_have_the_same_sums() -> None:
-    """Those that share a row: in float32 each has one of its columns in a part."""
-    _check_exchanged_numbers(calls.kernel("identity", calls.HEAD_LOSS, "fp32"), None)
-
-
-@pytest.mark.parametrize(("classes", "threads"), [(100, 32), pytest.param(calls.ALIGNED, 256, marks=pytest.mark.slow)])
-def test_all_threads_have_read_the_target_before_one_overwrites_it(classes: int, threads: int) -> None:
-    figures, code = _compiled(calls.kernel("identity", calls.LOSS_INPUT, "fp32"), classes)
-    assert figures.threads == threads
-    reads = [place for place, each in enumerate(code) if each.opcode == "LDG.E"]
-    barriers = [place for place, each in enumerate(code) if each.opcode.startswith("BAR.SYNC")]
-    writes = [place for place, each in enumerate(code) if each.opcode.startswith("STG.E.128")]
-    assert any(reads[0] < place < writes[0] for place in barriers)
-
-
-def _compiled(kernel: Kernel, classes: int | None) -> tuple[Figures, Sequence[cubin.Instruction]]:
-    with calls.as_on("sm_90", 32):
-        (launch,) = triton_compiler.launches_of(calls.call_of(kernel, classes))
-    compiled = launch.compile_for("sm_90")
-    assert compiled.program is not None
-    return compiled.figures, compiled.program.instructions
-
-
-def _check_exchanged_numbers(kernel: Kernel, classes: int | None) -> Figures:
-    """Of what a lane receives, the first reader adds it to what the lane has sent, and rounds nothing else with it."""
-    figures, code = _compiled(kernel, classes)
-    additions = 0
-    for place, exchange in enumerate(code):
-        if exchange.opcode != "SHFL.BFLY":
-            continue
-        _, received, sent, *_ = _operands(exchange)
-        reader = next(each for each in code[place + 1 :] if received in _operands(each)[1:])
-        assert reader.name != "FFMA", (exchange, reader)
-        if reader.name == "FADD":
-            assert sorted(_operands(reader)[1:]) == sorted((received, sent)), (exchange, reader)
-            additions += 1
-    assert additions >= 5
-    return figures
-
-
-def _operands(instruction: cubin.Instruction) -> list[str]:
-    return [re.sub(r"\.reuse$", "", each.strip()) for each in instruction.operands.split(",")]
-
-
 @pytest.mark.parametrize("step", [200, pytest.param(12, marks=pytest.mark.slow)])
 def test_some_triton_kernels(step: int) -> None:
     """Every so many, and of many also a head for every target."""
@@ -327,4 +254,4 @@ def _check_some(compiler: Any, work: Sequence[Any]) -> None:
     if compiler.version() not in written:
         pytest.skip("the report is not of the compiler that is installed")
     lines = [report.detail_line(each) for each in found if each.target == "sm_90"]
-    assert lines and [line for line in lines if line not in written] == [], "python -m benchmarks.codegen --write"
+    assert lines and [line for line in lines if line not in written] == [], "python -m benchmarks codegen --write"

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("pandas", reason="the experiments need requirements/dev.txt")
 
-from benchmarks.engine.experiment import Record, Results, Unit
+from benchmarks.engine.experiment import NotRun, Record, Results, Unit
 from benchmarks.engine.store import Store
 from benchmarks.overhead import contestants, memory, presets, results, timing, variants
 from benchmarks.overhead.cases import Case, make_inputs
@@ -218,7 +218,7 @@ def test_figures_and_ratios(tmp_path: Path) -> None:
     assert results.ratio(found, "logits/a float32", "plif-64 fused", "identity fused") == 1.5
     assert results.ratio(found, "logits/a float32", "plain eager", "floor") == 3.0
     for unit, name in (("logits/b", "plain eager"), ("logits/a float32", "plain compiled")):
-        with pytest.raises(results.NotMeasured, match=f"--only '{unit}'"):
+        with pytest.raises(NotRun, match=f"--only '{unit}'"):
             results.figure(found, unit, name)
     text = " ".join(Overhead().section(found, tmp_path).split())
     assert "| a float32 | plif-64 fused | 6 | 1.50 | 0.50 | - | 1.50 | 1.0 |" in text

@@ -61,12 +61,10 @@ def test_over_documents_has_the_coverage_that_it_says() -> None:
 
 
 def test_describe_says_whether_it_is_significant() -> None:
-    assert Difference(-0.01, -0.02, -0.004, 0.0002, 5).describe("nats") == (
-        "-0.010 nats [-0.020, -0.004], p < 0.001, significant"
-    )
-    assert Difference(0.01, -0.02, 0.04, 0.31, 5).describe(digits=2) == (
-        "+0.01 [-0.02, +0.04], p = 0.310, not significant"
-    )
+    lower = Difference(-0.01, -0.02, -0.004, 0.0002, 5)
+    assert lower.describe() == "-0.0100 nats [-0.0200, -0.0040], p < 0.001, significant"
+    assert (-lower).describe("") == "+0.0100 [+0.0040, +0.0200], p < 0.001, significant"
+    assert Difference(0.01, -0.02, 0.04, 0.31, 5).describe().endswith("p = 0.310, not significant")
 
 
 def test_mean_and_spread() -> None:
@@ -76,8 +74,10 @@ def test_mean_and_spread() -> None:
 
 def test_holm() -> None:
     # Holm 1979: the least p times 4, the next times 3, ..., never less than the one before.
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    for found, adjusted in (([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]), ([0.9, 0.8], [1.0, 1.0])):
+        differences = holm({p: Difference(p, 0, 1, p, 5) for p in found})
+        assert [*differences] == [each.mean for each in differences.values()] == found
+        assert [each.p for each in differences.values()] == pytest.approx(adjusted)
 
 
 @pytest.mark.parametrize("function", [lambda a, b: over_seeds(a, b), lambda a, b: over_documents(a, b, [1] * len(a))])

@@ -10,7 +10,7 @@ from hands import check_table
 from hands_in_processes import run
 
 
-@pytest.mark.seconds
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 def test_table(tmp_path: Path) -> None:
     first, second = run(Path(__file__).parents[1] / "hands_sharded.py", tmp_path)

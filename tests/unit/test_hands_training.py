@@ -161,7 +161,7 @@ def of_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return first
 
 
-@pytest.mark.seconds
+@pytest.mark.slow
 @every_transform
 @pytest.mark.parametrize("hand", OF_PROCESSES)
 def test_twenty_steps_of_two_processes(hand, name, of_processes):

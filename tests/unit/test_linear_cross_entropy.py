@@ -466,7 +466,7 @@ def test_func_transforms() -> None:
 
 
 @pytest.mark.seconds
-@pytest.mark.grid
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(("compiler", "exact"), [("aot_eager", True), ("inductor", False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -18,6 +18,7 @@ import torch
 import torch.utils.checkpoint
 from losses import TRANSFORMS, disturbed, loss_and_gradients
 from operator_calls import PLAIN, check_row_kernels, flattened, kernel_transform, opcheck
+from tiers import mostly_slow
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,13 +38,15 @@ def batch() -> tuple[Tensor, Tensor]:
     return 3 * torch.randn(ROWS, CLASSES), target
 
 
+#: An operator is the same for every transform; one without coefficients, one with a few, one with a table.
+_SOME = mostly_slow(TRANSFORMS, ("identity", "gss", "plif"))
 #: The options of a loss: nothing, or all of them.
 _OPTIONS = [PLAIN, LossOptions(torch.linspace(0.1, 1.0, CLASSES), -100, 0.1, 0.01, True)]
 
 
 @pytest.mark.grid(1)
 @pytest.mark.seconds
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", _SOME)
 @pytest.mark.parametrize("options", _OPTIONS, ids=["plain", "all"])
 def test_opcheck_cross_entropy(batch: tuple[Tensor, Tensor], name: str, options: LossOptions) -> None:
     input, target = batch
@@ -116,7 +119,7 @@ def test_opcheck_linear_cross_entropy(name: str, options: LossOptions, bias: boo
 
 
 @pytest.mark.seconds
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", _SOME)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_log_softmax(batch: tuple[Tensor, Tensor], name: str, dtype: torch.dtype) -> None:
     input, transform = batch[0], kernel_transform(disturbed(name), requires_grad=True)
@@ -216,7 +219,7 @@ def test_compiled_tables_of_coefficients(batch: tuple[Tensor, Tensor]) -> None:
 
 
 @pytest.mark.seconds
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", _SOME)
 def test_compiled_loss(batch: tuple[Tensor, Tensor], name: str) -> None:
     transform = disturbed(name)
     input, target = batch[0].requires_grad_(), batch[1]

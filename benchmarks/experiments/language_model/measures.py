@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from typing import Any
 
 import torch
@@ -19,7 +17,6 @@ TOLERANCES = (1e-3, 1e-4, 1e-5)
 _MOST_COEFFICIENTS = 1000
 #: Contexts whose logits are looked at. Each has one for every word, so that a hundred make millions of logits.
 _LOGIT_CONTEXTS = 100
-_TIMED_REPEATS, _WARM_UP_REPEATS = 15, 2
 
 
 def table_figures(trainer: Trainer, keep_spectrum: bool) -> dict[str, Any]:
@@ -61,20 +58,3 @@ def spectrum(trainer: Trainer) -> dict[str, Any]:
 def logits(trainer: Trainer) -> Tensor:
     """The logits before f in the first validation contexts, (n, V)."""
     return trainer.model.output.logits(trainer.hidden_states(_LOGIT_CONTEXTS)[0])
-
-
-def layer_seconds(trainers: list[Trainer]) -> list[float]:
-    """Median time of a forward and backward pass of each output layer over a training batch of its own hidden states.
-
-    The layers take turns, so that whatever slows the machine down for a while slows all of them.
-    """
-    batches = [each.hidden_states(each.settings.batch_size * each.settings.length) for each in trainers]
-    times: list[list[float]] = [[] for _ in trainers]
-    for _ in range(_WARM_UP_REPEATS + _TIMED_REPEATS):
-        for trainer, (states, targets), seconds in zip(trainers, batches, times, strict=True):
-            layer, states = trainer.model.train().output, states.detach().requires_grad_()
-            started = time.perf_counter()
-            layer(states, targets).loss.backward()
-            seconds.append(time.perf_counter() - started)
-            trainer.model.zero_grad()
-    return [statistics.median(seconds[_WARM_UP_REPEATS:]) for seconds in times]

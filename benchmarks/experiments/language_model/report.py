@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +78,8 @@ def _both(prefix: str, comparison: Comparison | None) -> dict[str, str]:
 
 
 def _text(difference: Difference | None) -> str:
-    return "-" if difference is None else difference.describe("", 4)
+    return "-" if difference is None else difference.describe("")
 
 
 def _gain(difference: Difference | None) -> str:
-    """The difference with its sign turned round, so that a gain is positive."""
-    if difference is None:
-        return "not known (one seed)"
-    turned = replace(difference, mean=-difference.mean, low=-difference.high, high=-difference.low)
-    return turned.describe("nats", 4)
+    return "not known (one seed)" if difference is None else (-difference).describe()

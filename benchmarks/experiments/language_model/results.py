@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -77,8 +77,9 @@ class CellResults:
         if other is None or not other.runs:
             return {}
         found = {each.row.label: compare(each, other) for each in self.rows if each.runs and each is not other}
-        adjusted = (_adjusted([getattr(each, kind) for each in found.values()]) for kind in ("seeds", "documents"))
-        return dict(zip(found, map(Comparison, *adjusted), strict=True))
+        seeds = holm({label: each.seeds for label, each in found.items() if each.seeds is not None})
+        documents = holm({label: each.documents for label, each in found.items() if each.documents is not None})
+        return {label: Comparison(seeds.get(label), documents.get(label)) for label in found}
 
     def best_transform(self) -> RowResults | None:
         """The learned function with the lowest validation loss; None where no candidate has run."""
@@ -121,8 +122,3 @@ def compare(one: RowResults, other: RowResults) -> Comparison:
 def _mean_losses(row: RowResults, seeds: Sequence[int]) -> tuple[float, ...]:
     each = zip(*(row.runs[seed].figures["losses"] for seed in seeds), strict=True)
     return tuple(math.fsum(losses) / len(losses) for losses in each)
-
-
-def _adjusted(differences: Sequence[Difference | None]) -> list[Difference | None]:
-    adjusted = iter(holm([each.p for each in differences if each is not None]))
-    return [None if each is None else replace(each, p=next(adjusted)) for each in differences]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from ...engine import document
 from ...engine.experiment import Experiment, Record, Results
 from ...engine.plots import picture
-from ...engine.statistics import Difference, holm, mean_and_spread, over_seeds
+from ...engine.statistics import holm, mean_and_spread, over_seeds
 from . import results as stored
 from .fit import with_parameters
 from .measure import TOLERANCES, kept
@@ -52,7 +51,7 @@ def section(experiment: Experiment, results: Results, folder: Path) -> str:
 def _alone(results: Results) -> dict[str, Any]:
     alone = stored.fitted_alone(results)
     over = {
-        base: _adjusted({name: stored.alone_difference(results, name, base) for name in alone if name != base})
+        base: holm({name: stored.alone_difference(results, name, base) for name in alone if name != base})
         for base in (BASELINE, CONTROL)
     }
     rows, search, differences = [], [], []
@@ -64,7 +63,7 @@ def _alone(results: Results) -> dict[str, Any]:
         if found["rate"]:
             losses = {f"rate {each['rate']:g}": f"{each['valid_nll']:.5f}" for each in found["search"]}
             search.append({"validation loss": label, **losses})
-        cells = [of[name].describe(digits=4) if name in of else "-" for of in over.values()]
+        cells = [of[name].describe("") if name in of else "-" for of in over.values()]
         differences.append({"transform": label, "less the identity": cells[0], "less Temperature": cells[1]})
     best = stored.best_alone(results)
     return {"rows": rows, "search": search, "differences": differences, "over": over, "best": best}
@@ -88,17 +87,12 @@ def _together(results: Results, roles: Mapping[str, str]) -> dict[str, Any]:
         label = f"{labels[role]}, less {labels[base]}"
         over_documents[label], seeds = stored.head_difference(results, roles[role], roles[base])
         losses = [[runs[each][seed].figures["test_nll"] for seed in seeds] for each in (role, base)]
-        over[label] = f"{over_seeds(*losses).describe(digits=4)} ({len(seeds)} seeds)"
+        over[label] = over_seeds(*losses).describe("") + f" ({len(seeds)} seeds)"
     differences = [
-        {"difference": label, "over documents": each.describe(digits=4), "over seeds": over[label]}
-        for label, each in _adjusted(over_documents).items()
+        {"difference": label, "over documents": each.describe(""), "over seeds": over[label]}
+        for label, each in holm(over_documents).items()
     ]
     return {"rows": rows, "search": search, "differences": differences}
-
-
-def _adjusted(found: Mapping[str, Difference]) -> dict[str, Difference]:
-    adjusted = holm([each.p for each in found.values()])
-    return {name: replace(each, p=p) for (name, each), p in zip(found.items(), adjusted, strict=True)}
 
 
 def _tested(results: Results, runs: Sequence[Record]) -> dict[str, Any]:

@@ -78,8 +78,8 @@ class Found:
         Its ``mark`` is a star for a KL that is significantly below that of the other, a cross for one that is above.
         """
         found = {method: self.difference(method, other) for method in self.methods if method not in (BASELINE, other)}
-        frame = pd.DataFrame({method: vars(difference) for method, difference in found.items() if difference}).T
-        frame["p"] = holm([*frame["p"]])
+        adjusted = holm({method: difference for method, difference in found.items() if difference is not None})
+        frame = pd.DataFrame({method: vars(difference) for method, difference in adjusted.items()}).T
         frame["mark"] = np.select([frame["p"] >= SIGNIFICANCE, frame["mean"] < 0], ["", " *"], " †")
         return frame
 

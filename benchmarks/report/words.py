@@ -1,18 +1,11 @@
-"""How figures are told that are missing, and differences that are there."""
+"""Differences and counts in words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from ..engine.statistics import Difference
-
-
-class NotRun(Exception):
-    """A figure is not there; ``command`` makes it."""
-
-    def __init__(self, command: str) -> None:
-        super().__init__(command)
-        self.command = command
 
 
 def better(difference: Difference | None) -> bool:
@@ -20,20 +13,9 @@ def better(difference: Difference | None) -> bool:
     return difference is not None and difference.significant and difference.mean < 0
 
 
-def count_better(differences: Mapping[str, Difference]) -> int:
+def count_better(differences: Mapping[Any, Difference]) -> int:
     """In how many of ``differences`` the loss is significantly lower."""
     return sum(map(better, differences.values()))
-
-
-def gain(difference: Difference) -> str:
-    """A difference of losses with its sign turned, so that a gain is positive."""
-    turned = Difference(-difference.mean, -difference.high, -difference.low, difference.p, difference.pairs)
-    return turned.describe("nats", 4)
-
-
-def nats(difference: Difference) -> str:
-    """A difference of losses, its interval, p and whether that is significant."""
-    return difference.describe("nats", 4)
 
 
 def span(differences: Mapping[str, Difference]) -> str:

@@ -16,8 +16,7 @@ def _document(results: Path, pictures: Path) -> str:
     # matplotlib and scipy take seconds to load, and the other commands need neither.
     from .report.document import document
 
-    text: str = document(results, pictures)
-    return text
+    return document(results, pictures)
 
 
 COMMANDS = Commands(EXPERIMENTS, _document, {"demo": demo, "train": train, "codegen": codegen})

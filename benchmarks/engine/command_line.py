@@ -108,14 +108,18 @@ class Commands:
             raise ExperimentError(f"{path} is not what the results give: python -m benchmarks report writes it")
         return 0
 
-    def verify(self, experiments: Names = (), /, only: Only = "", results: Folder = RESULTS) -> int:
-        """Repeat a few quick units, or those that are named, and compare their figures with those that are stored."""
+    def verify(self, experiments: Names = (), /, only: Only = "", keep: bool = False, results: Folder = RESULTS) -> int:
+        """Repeat a few quick units, or those that are named, and compare their figures with those that are stored.
+
+        Args:
+            keep: add the results of a kind of machine that there are none of, to compare with next time.
+        """
         agree = True
         for experiment in self._named(experiments):
             store = Store(experiment.name, results)
             found = store.results()
             names = [name for name in found if fnmatchcase(name, only)] if only else experiment.to_verify(found)
-            for name, differences in runner.verify(experiment, store, names):
+            for name, differences in runner.verify(experiment, store, names, keep):
                 print(f"{experiment.name} {name}: {f'DIFFERS: {differences[:400]}' if differences else 'the same'}")
                 agree = agree and not differences
         return 0 if agree else 1

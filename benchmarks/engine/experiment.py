@@ -72,12 +72,16 @@ class Results(Mapping[str, Record]):
     """The results of an experiment that are there, by the names of their units, in the order in which they came."""
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
-        self._records: dict[str, Record] = {}
+        self._records: dict[str, list[Record]] = {}
         for record in records:
-            # Files of several machines may be put together. The first result of a unit counts.
-            self._records.setdefault(record.unit, record)
+            self._records.setdefault(record.unit, []).append(record)
 
     def __getitem__(self, name: str) -> Record:
+        # Files of several machines may be put together. The first result of a unit counts.
+        return self._records[name][0]
+
+    def every(self, name: str) -> list[Record]:
+        """All results of a unit: ``verify`` takes the one of this kind of machine."""
         return self._records[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -44,7 +43,7 @@ def picture(
         grid = figure.subplots(rows, columns, squeeze=False)
         yield grid
         for axes in grid.flat:
-            if isinstance(axes, Axes) and not axes.has_data():
+            if not axes.has_data():
                 axes.set_axis_off()
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=_DPI)

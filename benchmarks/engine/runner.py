@@ -79,21 +79,28 @@ def _missing(experiment: Experiment, store: Store, selection: Selection, bar: An
     return missing
 
 
-def verify(experiment: Experiment, store: Store, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+def verify(experiment: Experiment, store: Store, names: Sequence[str], keep: bool = False) -> Iterator[tuple[str, str]]:
     """Repeat units; gives the name of each and how its figures differ from the stored ones, which is empty if not.
 
-    On the machine that these are from no bit may differ; elsewhere numbers may by ``TOLERANCE``.
+    On a kind of machine that there are results of no bit may differ; on another one numbers may by ``TOLERANCE``, and
+    ``keep`` adds its results to the stored ones.
     """
     results = store.results()
     units = {unit.name: unit for unit in experiment.units(results)}
     for name in names:
         store.require_settings(units[name], results)
-        scratch = store.checkpoint(Unit(f"verify-{name}", units[name].settings))
+        scratch, started = store.checkpoint(Unit(f"verify-{name}", units[name].settings)), time.monotonic()
         with deterministic(experiment.threads, experiment.deterministic):
             found = experiment.run(units[name], scratch)
-            same_machine = not machine_changes(results[name].environment, environment())
+            here = environment()
+            kept = [(machine_changes(record.environment, here), record.figures) for record in results.every(name)]
+            changes, figures = min(kept, key=lambda each: len(each[0]))
+            if keep and changes:
+                store.append(units[name], found, time.monotonic() - started)
         scratch.remove()
-        differences = compare(results[name].figures, dict(found.figures), 0.0 if same_machine else TOLERANCE)
+        differences = compare(figures, dict(found.figures), TOLERANCE if changes else 0.0)
+        if differences and changes:
+            differences.insert(0, f"on another machine ({', '.join(changes)})")
         yield name, "; ".join(differences)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -105,10 +105,7 @@ def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean:.{digits}f} ± {float(np.std(values, ddof=1)):.{digits}f}"
 
 
-_Name = TypeVar("_Name")
-
-
-def holm(differences: Mapping[_Name, Difference]) -> dict[_Name, Difference]:
+def holm(differences: Mapping[Any, Difference]) -> dict[Any, Difference]:
     """The same with every p adjusted for as many comparisons, by Holm's method."""
     p_values = [each.p for each in differences.values()]
     order = np.argsort(p_values)

@@ -11,8 +11,7 @@ from ..engine.experiment import Experiment
 
 def _make(place: str) -> Experiment:
     # Imported only when it is needed: an experiment imports scipy, transformers or a corpus.
-    made: Experiment = resolve_name(f"benchmarks.{place}")()
-    return made
+    return resolve_name(f"benchmarks.{place}")()  # type: ignore[no-any-return]
 
 
 EXPERIMENTS: dict[str, Callable[[], Experiment]] = {

@@ -23,15 +23,6 @@ _PARTHIBAN = "Parthiban et al., AAAI 2021"
 
 
 @dataclass(frozen=True)
-class Claim:
-    """What was claimed, by whom, and the verdict here."""
-
-    text: str
-    source: str
-    verdict: str
-
-
-@dataclass(frozen=True)
 class Evidence:
     """The figures of all experiments."""
 
@@ -47,9 +38,9 @@ class Evidence:
         return {name: (self.synthetic.rank(name), self.synthetic.mean(name, "kl")) for name in METHODS}
 
 
-def claims(evidence: Evidence) -> list[Claim]:
-    """All of them, in the order of the report."""
-    return [Claim(text, source, verdict(evidence)) for text, (source, verdict) in _CLAIMS.items()]
+def claims(evidence: Evidence) -> list[tuple[str, str, str]]:
+    """What was claimed, by whom, and the verdict here, in the order of the report."""
+    return [(text, source, verdict(evidence)) for text, (source, verdict) in _CLAIMS.items()]
 
 
 def _rank_is_raised(evidence: Evidence) -> str:

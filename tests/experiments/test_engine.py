@@ -155,10 +155,13 @@ def test_verify_finds_one_changed_bit_on_the_same_machine(tmp_path: Path, capsys
     store.path.write_text(store.path.read_text().replace(figure, repr(math.nextafter(float(figure), 1))))
     assert command("verify", "toy", "--results", str(tmp_path)) == 1
     assert "DIFFERS: figures.loss" in capsys.readouterr().out
-    # Another machine may differ a little.
-    text = store.path.read_text().replace('"processor":"', '"processor":"another ')
-    store.path.write_text(text)
-    assert command("verify", "toy", "--results", str(tmp_path)) == 0
+    # Another machine may differ a little, until there are results of it, too.
+    text = store.path.read_text().replace('"processor":"', '"processor":"another ').replace('"loss":0.2', '"loss":0.5')
+    store.path.write_text(text.replace(json.loads(text.splitlines()[0])["environment"], "12345678"))
+    for options, differs in (((), 1), (("--keep",), 1), ((), 0)):
+        assert command("verify", "toy", "--results", str(tmp_path), *options) == differs
+        assert ("on another machine (processor: another " in capsys.readouterr().out) == differs
+    assert len(store.results().every("search/0.1")) == 2
 
 
 @pytest.mark.parametrize(

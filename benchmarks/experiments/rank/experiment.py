@@ -40,8 +40,9 @@ def describe(log_p: Tensor, keep_spectrum: bool = False) -> dict[str, Any]:
     values = ms.analysis.spectrum(log_p)
     # The same matrix: rounding it to float32 is the least that computing it in float32 would do.
     press = {"float64": ms.analysis.press_rank(log_p), "float32": ms.analysis.press_rank(log_p.float())}
-    kept = {"singular_values": values[values >= SMALLEST * values[0]].tolist()} if keep_spectrum else {}
-    return {"ranks": ranks(values), "press": press, **kept}
+    # For a picture; five digits are more than it shows.
+    kept = [float(f"{value:.5g}") for value in values[values >= SMALLEST * values[0]].tolist()]
+    return {"ranks": ranks(values), "press": press, **({"singular_values": kept} if keep_spectrum else {})}
 
 
 def ranks(singular_values: Tensor) -> dict[str, int]:

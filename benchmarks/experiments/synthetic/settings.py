@@ -35,8 +35,6 @@ class Training:
     method: str
     seed: int
     lr: float
-    warm_up_steps: int = 20
-    betas: tuple[float, float] = (0.9, 0.99)
 
 
 @dataclass(frozen=True)

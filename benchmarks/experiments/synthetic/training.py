@@ -24,6 +24,7 @@ from .methods import METHODS, TRANSFORM_RATE_RATIO, FreeContexts, build
 from .settings import EAGER, LEARNING_RATES, Cell, Timing, Training
 
 TOLERANCES = (1e-3, 1e-4, 1e-5)
+_BETAS, _WARM_UP_STEPS = (0.9, 0.99), 20
 _QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
 
 
@@ -81,14 +82,14 @@ class Trainer:
         groups = ms.parameter_groups(self.model, lr=settings.lr, transform_lr=rate)
         by_sgd = [group for group in groups if how.sgd and group["name"] == "transform"]
         by_adam = [group for group in groups if not how.sgd or group["name"] != "transform"]
-        self.optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(by_adam, betas=settings.betas, fused=True)]
+        self.optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(by_adam, betas=_BETAS, fused=True)]
         self.optimizers += [torch.optim.SGD([group]) for group in by_sgd]
         self._peaks = [(group, group["lr"]) for optimizer in self.optimizers for group in optimizer.param_groups]
         self.step = 0
 
     def rate(self, step: int) -> float:
         """The share of the peak learning rate: a linear rise, then a cosine to 0."""
-        rise, steps = self.settings.warm_up_steps, self.settings.cell.steps
+        rise, steps = _WARM_UP_STEPS, self.settings.cell.steps
         fall = (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))) / 2
         return (step + 1) / rise if step < rise else fall
 
@@ -119,7 +120,7 @@ def train(settings: Training, keep_shape: bool = False) -> Measured:
     """Train and measure; with the learned f, if asked for."""
     trainer = Trainer(settings)
     model, backend = trainer.model, trainer.model.backend(trainer.targets)
-    times = {"step_seconds": statistics.median(trainer.train()), "backend": backend}
+    times = {"step_seconds": round(statistics.median(trainer.train()), 7), "backend": backend}
     if trainer.diverged:
         return Measured({"diverged_at": trainer.step - 1}, times)
     with torch.no_grad():

@@ -30,7 +30,7 @@ CHECK_CUDA ?=
 .PHONY: help demo smoke overhead codegen gpu evidence report verify-evidence check-cuda check-versions mutations check test test-all test-landing release-check lint types test-unit test-cpp test-python test-sanitizers test-exhaustive install format clean
 
 help:
-	@echo 'make demo       train the demo language models and print the table (6 minutes on 2 cores)'
+	@echo 'make demo       what f can do: random distributions, then language models (5 minutes on 2 cores)'
 	@echo 'make smoke      the same on a slice of the corpus (1 minute)'
 	@echo 'make overhead   time and memory of every loss and head beside the plain ones (10 minutes on 2 cores)'
 	@echo 'make codegen    what the Triton and CUDA kernels compile to, held against budgets (10 minutes on 2 cores)'

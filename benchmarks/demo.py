@@ -59,10 +59,9 @@ def demo(smoke: bool = False, folder: Path = Path("results/demo")) -> None:
     )
     say(
         "One seed. On these logits softcap is nearly the identity: its distance from linear shows how little small "
-        "differences mean." + (" A slice ranks nothing." * smoke)
+        "differences mean. A layer that needs a low rate has learned less." + (" A slice ranks nothing." * smoke)
     )
-    say(f"{time.monotonic() - started:.0f} s in all, {torch.get_num_threads()} threads.")
-    folder.mkdir(parents=True, exist_ok=True)
+    say(f"{time.monotonic() - started:.0f} s in all, {document.count(torch.get_num_threads(), 'thread')}.")
     (folder / "demo.md").write_text("\n\n".join(said) + "\n", encoding="utf-8")
     print(folder / "demo.md")
 

@@ -91,7 +91,8 @@ test-all: test-sanitizers test-exhaustive
 
 # What of test-all must hold before a change lands (.ci/run): the sanitizers; the operators, with every layout and shared
 # by processes; and the source distribution installs, also beside a checkout.
-LANDING := (test_table and not tables) or opcheck or two_processes or sdist_installs or without_a_compiler or checkout
+LANDING := (test_table and not tables) or opcheck or two_processes or sharded or head_memory
+LANDING += or sdist_installs or without_a_compiler or checkout
 test-landing: test-sanitizers
 	$(PYTEST) --exhaustive tests/unit tests/emulated tests/build -k '$(LANDING)'
 

@@ -19,6 +19,8 @@ from torch import Tensor
 import monosoftmax as ms
 
 TRANSFORMS = list(ms.transforms.REGISTRY)
+#: Without coefficients, with a few, and with a table of them: for what is the same code for every function.
+SOME_TRANSFORMS = ("identity", "gss", "plif")
 _LEARNED = ("gss", "soft_cap", "sigmoid_cap")
 
 

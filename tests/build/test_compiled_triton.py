@@ -24,13 +24,12 @@ def test_sliced_logits_are_compiled_for_what_they_are(operator: str) -> None:
     assert in_place == (operator != calls.LOSS_ALL) and values["OUT_ALIGNED"] == in_place
 
 
+_OPERATORS = (calls.LOSS, calls.LOSS_ALL, calls.STATISTICS, calls.LOG_SOFTMAX, calls.LOG_SOFTMAX_BACKWARD)
 _KERNELS = [("identity", "bf16"), ("identity", "fp32"), ("plif-64", "fp32")]
 
 
 @pytest.mark.parametrize(("transform", "dtype"), mostly_slow(_KERNELS, _KERNELS[:1]))
-@pytest.mark.parametrize(
-    "operator", [calls.LOSS, calls.LOSS_ALL, calls.STATISTICS, calls.LOG_SOFTMAX, calls.LOG_SOFTMAX_BACKWARD]
-)
+@pytest.mark.parametrize("operator", mostly_slow(_OPERATORS, _OPERATORS[:2]))
 def test_lanes_of_a_warp_have_the_same_sums(operator: str, transform: str, dtype: str) -> None:
     """In a program of one warp each lane adds up, with other partners: what it adds must have been rounded before.
 

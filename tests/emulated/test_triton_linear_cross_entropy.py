@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from losses import TRANSFORMS, distance, disturbed
+from losses import SOME_TRANSFORMS, TRANSFORMS, distance, disturbed
 from operator_calls import kernel_transform
+from tiers import mostly_slow
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -164,7 +165,7 @@ def test_loss_and_gradients(name: str, rows: int, classes: int, features: int, b
 
 @pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", mostly_slow(TRANSFORMS, SOME_TRANSFORMS))
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
     """The logits are sums in float32; the gradients of the logits are rounded for the products, and nothing before."""
     head = Head(name, dtype=dtype, bias=True)

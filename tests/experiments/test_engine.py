@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -81,18 +80,20 @@ def test_selection_by_pattern_share_and_time(tmp_path: Path) -> None:
         runner.run(experiment, store, runner.Selection("nothing"))
 
 
+def _share(folder: Path, number: int) -> None:
+    experiment = Search(0.3)
+    runner.run(experiment, Store("toy", folder), runner.Selection())
+    (folder / f"{number}.json").write_text(json.dumps(experiment.ran))
+
+
 def test_processes_share_the_units(tmp_path: Path) -> None:
-    program = (
-        "import sys; from pathlib import Path; from test_engine import *\n"
-        "experiment = Search(0.3); runner.run(experiment, Store('toy', Path(sys.argv[1])), runner.Selection())\n"
-        "print(json.dumps(experiment.ran))"
-    )
-    words = [sys.executable, "-c", program, str(tmp_path)]
-    paths = {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[2]}"}
-    processes = [
-        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=paths) for _ in range(2)
-    ]
-    ran = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+    # Forked: they need not import torch again.
+    processes = [get_context("fork").Process(target=_share, args=(tmp_path, number)) for number in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    ran = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)]
     assert sorted(ran[0] + ran[1]) == ["main/best", "search/0.1", "search/0.2", "search/0.3"]
     lines = json_lines.read(tmp_path / "toy.jsonl")
     assert sum("unit" in line for line in lines) == 4

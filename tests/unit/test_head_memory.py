@@ -51,7 +51,7 @@ def peak_mib(rows: int, features: int, classes: int, layer: str, mode: str) -> f
     return float(run.stdout)
 
 
-@pytest.mark.seconds
+@pytest.mark.slow
 def test_memory_of_the_head_does_not_grow_with_the_batch() -> None:
     """V=16000, d=64: 256 rows of logits are 15.6 MiB, all of them 125 and 250. No second copy of a gradient."""
     peaks = [peak_mib(rows, 64, 16_000, "fused", "training") for rows in (2048, 4096)]
@@ -60,7 +60,7 @@ def test_memory_of_the_head_does_not_grow_with_the_batch() -> None:
     assert peak_mib(2048, 64, 16_000, "logits", "training") > 2 * 120
 
 
-@pytest.mark.seconds
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["fused", "statistics"])
 def test_memory_of_the_head_without_gradients(layer: str) -> None:
     """V=16000: 1024 rows of logits are 62.5 MiB, all of them 250."""

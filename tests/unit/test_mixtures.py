@@ -589,7 +589,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.seconds
+@pytest.mark.slow
 def test_sharded_mixtures_work_or_say_what_to_do():
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", SHARDED], capture_output=True, text=True)
     methods = ["log_prob", "predict", "log_prob"]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
-from losses import TRANSFORMS, disturbed, loss_and_gradients
+from losses import SOME_TRANSFORMS, TRANSFORMS, disturbed, loss_and_gradients
 from operator_calls import PLAIN, check_row_kernels, flattened, kernel_transform, opcheck
 from tiers import mostly_slow
 from torch import Tensor, nn
@@ -38,15 +38,13 @@ def batch() -> tuple[Tensor, Tensor]:
     return 3 * torch.randn(ROWS, CLASSES), target
 
 
-#: An operator is the same for every transform; one without coefficients, one with a few, one with a table.
-_SOME = mostly_slow(TRANSFORMS, ("identity", "gss", "plif"))
 #: The options of a loss: nothing, or all of them.
 _OPTIONS = [PLAIN, LossOptions(torch.linspace(0.1, 1.0, CLASSES), -100, 0.1, 0.01, True)]
 
 
 @pytest.mark.grid(1)
 @pytest.mark.seconds
-@pytest.mark.parametrize("name", _SOME)
+@pytest.mark.parametrize("name", mostly_slow(TRANSFORMS, SOME_TRANSFORMS))
 @pytest.mark.parametrize("options", _OPTIONS, ids=["plain", "all"])
 def test_opcheck_cross_entropy(batch: tuple[Tensor, Tensor], name: str, options: LossOptions) -> None:
     input, target = batch
@@ -76,7 +74,7 @@ def test_opcheck_cross_entropy(batch: tuple[Tensor, Tensor], name: str, options:
 
 @pytest.mark.grid(1)
 @pytest.mark.seconds
-@pytest.mark.parametrize("name", ["identity", "plif", "gss"])
+@pytest.mark.parametrize("name", mostly_slow(("identity", "plif", "gss"), ("identity", "plif")))
 @pytest.mark.parametrize("options", _OPTIONS, ids=["plain", "all"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_opcheck_linear_cross_entropy(name: str, options: LossOptions, bias: bool) -> None:
@@ -119,7 +117,7 @@ def test_opcheck_linear_cross_entropy(name: str, options: LossOptions, bias: boo
 
 
 @pytest.mark.seconds
-@pytest.mark.parametrize("name", _SOME)
+@pytest.mark.parametrize("name", mostly_slow(TRANSFORMS, SOME_TRANSFORMS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_log_softmax(batch: tuple[Tensor, Tensor], name: str, dtype: torch.dtype) -> None:
     input, transform = batch[0], kernel_transform(disturbed(name), requires_grad=True)
@@ -174,6 +172,7 @@ def test_a_call_is_the_same_whether_the_dispatcher_sees_it(
         assert torch.equal(one, other)
 
 
+@pytest.mark.grid(1)
 @pytest.mark.seconds
 @pytest.mark.parametrize(("compiler", "exact"), [("aot_eager", True), ("inductor", False)])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -219,7 +218,7 @@ def test_compiled_tables_of_coefficients(batch: tuple[Tensor, Tensor]) -> None:
 
 
 @pytest.mark.seconds
-@pytest.mark.parametrize("name", _SOME)
+@pytest.mark.parametrize("name", mostly_slow(TRANSFORMS, SOME_TRANSFORMS))
 def test_compiled_loss(batch: tuple[Tensor, Tensor], name: str) -> None:
     transform = disturbed(name)
     input, target = batch[0].requires_grad_(), batch[1]

@@ -360,7 +360,7 @@ print("done")
 """
 
 
-@pytest.mark.seconds
+@pytest.mark.slow
 def test_groups_and_clipping_of_sharded_models(tmp_path: Path):
     command = [sys.executable, "-W", "ignore", "-c", SHARDED, str(tmp_path / "store")]
     ranks = [

@@ -89,12 +89,13 @@ test: check test-cpp test-python
 # In addition to `make test`.
 test-all: test-sanitizers test-exhaustive
 
-# What of test-all must hold before a change lands (.ci/run): the sanitizers; the operators, with every layout and shared
-# by processes; and the source distribution installs, also beside a checkout.
-LANDING := (test_table and not tables) or opcheck or two_processes or sharded or head_memory
-LANDING += or sdist_installs or without_a_compiler or checkout
+# What of test-all must hold before a change lands (.ci/run): the sanitizers; the operators, compiled, nested, with every
+# layout, and shared by processes; the source distribution installs, also beside a checkout; the benchmarks.
+LANDING := (test_table and not tables) or opcheck or inductor or compiled_tables or nested or two_processes or sharded or head_memory
+LANDING += or sdist_installs or without_a_compiler or checkout or info
 test-landing: test-sanitizers
 	$(PYTEST) --exhaustive tests/unit tests/emulated tests/build -k '$(LANDING)'
+	$(PYTEST) tests/experiments
 
 # Makes the mistakes of tests/mutations.toml, one at a time: a test must notice each (an hour).
 mutations: install $(VENV)/.peers
@@ -120,7 +121,7 @@ test-cpp: $(VENV)/.requirements
 
 # What test-unit does not run. What measures time runs by itself.
 test-python: install $(VENV)/.peers
-	$(PYTEST) -m 'not check and not alone and not gpu'
+	$(PYTEST) -m 'not check and not alone' tests/unit tests/emulated tests/build
 	$(BIN)/python -m pytest tests/unit -m alone
 
 test-sanitizers: $(VENV)/.requirements

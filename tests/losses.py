@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from tiers import mostly_slow
 from torch import Tensor
 
 import monosoftmax as ms
@@ -21,6 +22,8 @@ import monosoftmax as ms
 TRANSFORMS = list(ms.transforms.REGISTRY)
 #: Without coefficients, with a few, and with a table of them: for what is the same code for every function.
 SOME_TRANSFORMS = ("identity", "gss", "plif")
+#: Of torch.compile, and whether its results are those of eager code to the bit. Inductor takes long the first time.
+COMPILERS = mostly_slow([("aot_eager", True), ("inductor", False)], [("aot_eager", True)])
 _LEARNED = ("gss", "soft_cap", "sigmoid_cap")
 
 

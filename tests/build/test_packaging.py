@@ -102,6 +102,7 @@ def test_extension_is_built() -> None:
     assert ms.backends.extension is not None, ms.backends.available()["cpu"].detail
 
 
+@pytest.mark.slow
 def test_info_prints_versions_and_backends() -> None:
     text = run("-m", "monosoftmax.info")
     assert ms.__version__ in text
@@ -119,6 +120,7 @@ def test_info_as_json() -> None:
         assert info["extension"] == ms.backends.extension.build_info()
 
 
+@pytest.mark.slow
 def test_info_says_what_is_missing() -> None:
     code = (
         "import runpy, sys; sys.modules['monosoftmax._C'] = None; "
@@ -275,6 +277,7 @@ def test_checkout_that_differs_from_what_is_installed(sources: Path, site: Path,
     assert run_with(site, "-W", "error::UserWarning", "-c", LOSS, cwd=site.parent).startswith("0.693")
 
 
+@pytest.mark.slow
 def test_checkout_without_an_installation(sources: Path) -> None:
     code = "import monosoftmax as ms; print(ms.triton_kernels.__file__, ms.backends.available()['cpu'].detail)"
     expected = (

@@ -221,6 +221,7 @@ def test_in_place_and_later_are_the_same(name: str) -> None:
     assert torch.equal(in_place.loss, results.loss) and torch.equal(in_place.lse, results.lse)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("factor", [1.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradient_ahead_is_rounded_once_whatever_comes_later(
@@ -261,6 +262,7 @@ def test_batched_upstream_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(each, torch.autograd.grad(alone, leaf, factor)[0])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("factor", [1.0, 0.3])
 @pytest.mark.parametrize("head", [False, True])
 def test_gradients_ahead_are_scaled_on_the_device(factor: float, head: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,6 +182,7 @@ def test_options(name: str, options: dict[str, Any]) -> None:
     _assert_close(head, head.results())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["identity", "plif"])
 def test_descriptors_load_the_same_tiles(name: str, dtype: torch.dtype) -> None:
@@ -277,7 +278,7 @@ def test_a_certain_row_keeps_its_small_gradient() -> None:
     torch.testing.assert_close(results["input"][0].double(), truth["input"][0], rtol=5e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize("filter_eps", [1e-4, 1e-2])
+@pytest.mark.parametrize("filter_eps", mostly_slow([1e-4, 1e-2], [1e-2]))
 def test_filtering_drops_no_more_than_it_says(filter_eps: float) -> None:
     """The gradient of a logit that is left out is at most filter_eps |g|; biases and coefficients are not filtered."""
     head = Head("plif", rows=32, classes=512, features=32, bias=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from losses import TRANSFORMS, distance, disturbed, head_loss_and_gradients
+from losses import COMPILERS, TRANSFORMS, distance, disturbed, head_loss_and_gradients
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -467,7 +467,7 @@ def test_func_transforms() -> None:
 
 @pytest.mark.seconds
 @pytest.mark.grid(1)
-@pytest.mark.parametrize(("compiler", "exact"), [("aot_eager", True), ("inductor", False)])
+@pytest.mark.parametrize(("compiler", "exact"), COMPILERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled(compiler: str, exact: bool, dtype: torch.dtype, reduction: str) -> None:

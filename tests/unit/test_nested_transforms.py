@@ -150,15 +150,13 @@ def test_refused(case: str, operation: str, reduction: Reduction, backend: ms.ba
     assert nested(loss.wide()).abs().max() > 1e-3  # there is something to be refused
 
 
-@pytest.mark.grid
-@pytest.mark.seconds
+@pytest.mark.slow
 @pytest.mark.parametrize("case", COMPILED)
 def test_compiled_right(case: str, operation: str, reduction: Reduction) -> None:
     assert_right(RIGHT[case], Loss(operation, reduction, "cpu"), compiled=True)
 
 
-@pytest.mark.grid
-@pytest.mark.seconds
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_compiled_refused(case: str, operation: str, reduction: Reduction) -> None:
     nested, message = REFUSED[case]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
-from losses import SOME_TRANSFORMS, TRANSFORMS, disturbed, loss_and_gradients
+from losses import COMPILERS, SOME_TRANSFORMS, TRANSFORMS, disturbed, loss_and_gradients
 from operator_calls import PLAIN, check_row_kernels, flattened, kernel_transform, opcheck
 from tiers import mostly_slow
 from torch import Tensor, nn
@@ -172,9 +172,8 @@ def test_a_call_is_the_same_whether_the_dispatcher_sees_it(
         assert torch.equal(one, other)
 
 
-@pytest.mark.grid(1)
 @pytest.mark.seconds
-@pytest.mark.parametrize(("compiler", "exact"), [("aot_eager", True), ("inductor", False)])
+@pytest.mark.parametrize(("compiler", "exact"), COMPILERS)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_compiled_training_step(compiler: str, exact: bool, backend: Any) -> None:
     torch.manual_seed(0)
@@ -201,7 +200,7 @@ def test_compiled_training_step(compiler: str, exact: bool, backend: Any) -> Non
             torch.testing.assert_close(eager, other, rtol=2e-5, atol=1e-7)
 
 
-@pytest.mark.seconds
+@pytest.mark.slow
 def test_compiled_tables_of_coefficients(batch: tuple[Tensor, Tensor]) -> None:
     """Inductor of torch 2.9 to 2.11 loses the gradients of several look-ups (:func:`.transforms.base.of_pieces`)."""
     transform, target = disturbed("spline"), batch[1]

@@ -89,12 +89,12 @@ test: check test-cpp test-python
 # In addition to `make test`.
 test-all: test-sanitizers test-exhaustive
 
-# What of test-all must hold before a change lands (.ci/run): the sanitizers; the operators, compiled, nested, with every
-# layout, and shared by processes; the source distribution installs, also beside a checkout; the benchmarks.
-LANDING := (test_table and not tables) or opcheck or inductor or compiled_tables or nested or two_processes or sharded or head_memory
-LANDING += or sdist_installs or without_a_compiler or checkout or info
+# What of test-all must hold before a change lands (.ci/run): the sanitizers; what is compiled, shared by processes, or
+# nested; memory; every layout of the operands; the package beside another one; the benchmarks.
+LANDING := inductor or compiled_tables or nested or two_processes or sharded or memory_of_the_head or opcheck_of_the_head
+LANDING += or hands_operands or hands_parameters or without_a_compiler or checkout or info
 test-landing: test-sanitizers
-	$(PYTEST) --exhaustive tests/unit tests/emulated tests/build -k '$(LANDING)'
+	$(PYTEST) --slow -m slow tests/unit tests/emulated tests/build -k '$(LANDING)'
 	$(PYTEST) tests/experiments
 
 # Makes the mistakes of tests/mutations.toml, one at a time: a test must notice each (an hour).

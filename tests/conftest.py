@@ -28,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--exhaustive", action="store_true", help="run whole grids, and the tests marked slow (tests/tiers.py)"
     )
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too, but grids in part")
     parser.addoption("--record", metavar="FILE", help="add a line of JSON for each test, as soon as it ends")
 
 

@@ -10,8 +10,8 @@ all of them find. An ordinary run takes a part
 :func:`covering` makes the part. It repeatedly takes the combination with the most pairs that do not occur yet, and the
 first of several such combinations. So the part depends on nothing but the parameters and their order.
 
-An ordinary run also leaves out the tests with the mark ``slow``. ``--exhaustive`` runs everything. A test that the
-command line names (``tests/unit/test_edges.py::test_no_classes[cpu]``) always runs.
+An ordinary run also leaves out the tests with the mark ``slow``. ``--slow`` runs these, ``--exhaustive`` everything.
+A test that the command line names (``tests/unit/test_edges.py::test_no_classes[cpu]``) always runs.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def mark(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.check)
 
 
-def left_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:
-    """Returns the tests that an ordinary run does without."""
+def left_out(items: Iterable[pytest.Item], also_slow: bool) -> list[pytest.Item]:
+    """Returns the tests that an ordinary run does without; ``also_slow`` leaves out parts of grids only."""
     grids: dict[tuple[str, str | None], list[pytest.Item]] = {}
     slow = []
     for item in items:
-        if item.get_closest_marker("slow"):
+        if item.get_closest_marker("slow") and not also_slow:
             slow.append(item)
         elif item.get_closest_marker("grid") and hasattr(item, "callspec"):
             backend = backend_of(item) if is_emulated(item) else None
@@ -92,7 +92,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     named = any("::" in argument for argument in config.args)
     if config.getoption("--exhaustive") or named:
         return
-    out = left_out(items)
+    out = left_out(items, config.getoption("--slow"))
     config.hook.pytest_deselected(items=out)
     unwanted = set(map(id, out))
     items[:] = [item for item in items if id(item) not in unwanted]

@@ -27,7 +27,7 @@ GPU_ARGUMENTS ?=
 # Fails where the disk is too small; where that is no failure:  make check-cuda CHECK_CUDA=--if-possible
 CHECK_CUDA ?=
 
-.PHONY: help demo smoke overhead codegen gpu evidence report verify-evidence check-cuda check-versions mutations check test test-all test-landing release-check lint types test-unit test-cpp test-python test-sanitizers test-exhaustive install format clean
+.PHONY: help demo smoke overhead codegen gpu evidence report verify-evidence check-cuda check-versions mutations check test test-all test-landing release-check lint types test-unit test-cpp test-python test-sanitizers test-exhaustive test-dry-run install format clean
 
 help:
 	@echo 'make demo       what f can do: random distributions, then language models (5 minutes on 2 cores)'
@@ -101,7 +101,7 @@ test-landing: test-sanitizers
 mutations: install $(VENV)/.peers
 	$(BIN)/python scripts/mutations.py
 
-release-check: test test-all mutations check-cuda check-versions codegen smoke verify-evidence
+release-check: test test-all test-dry-run mutations check-cuda check-versions codegen smoke verify-evidence
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
@@ -129,9 +129,14 @@ test-sanitizers: $(VENV)/.requirements
 	$(BIN)/cmake --build build/cpp --parallel $(JOBS)
 	$(CTEST) --tests-regex '_(address|thread)$$'
 
+# Without what `make check` runs whole.
 test-exhaustive: install $(VENV)/.peers
-	$(PYTEST) --exhaustive -m 'not alone and not gpu'
+	$(PYTEST) --exhaustive -m '(grid or not check) and not alone and not gpu' -k 'not dry_run'
 	$(BIN)/python -m pytest --exhaustive tests/unit -m alone
+
+# `make gpu` on the CPU, which takes 5 to 8 minutes.
+test-dry-run: install $(VENV)/.peers
+	$(BIN)/python -m pytest --exhaustive tests/build -k dry_run
 
 format: $(VENV)/.requirements
 	$(BIN)/ruff check --fix .

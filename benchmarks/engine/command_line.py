@@ -18,7 +18,7 @@ from . import runner
 from .experiment import Experiment, ExperimentError
 from .store import RESULTS, Store
 
-Names = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]", help="all, if none is named")]
+Names = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]", help="default: all")]
 Only = Annotated[str, tyro.conf.arg(help="a pattern of names of units, like 'main/*'")]
 Folder = Annotated[Path, tyro.conf.arg(help="the folder of the results")]
 

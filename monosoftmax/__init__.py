@@ -14,6 +14,7 @@ from .functional import cross_entropy, linear_cross_entropy, linear_token_statis
 from .mixtures import MixtureOfContexts, MixtureOfSoftmaxes
 from .modules import MonotonicCrossEntropyLoss, MonotonicSoftmax, OutputAndLoss
 from .ops import TokenStatistics
+from .token_log_prob import TokenLogProb, linear_log_prob, log_prob
 from .training import GradientNorms, clip_grad_norm_, parameter_groups
 
 __version__ = "0.1.0"
@@ -25,13 +26,16 @@ __all__ = [
     "MonotonicCrossEntropyLoss",
     "MonotonicSoftmax",
     "OutputAndLoss",
+    "TokenLogProb",
     "TokenStatistics",
     "analysis",
     "backends",
     "clip_grad_norm_",
     "cross_entropy",
     "linear_cross_entropy",
+    "linear_log_prob",
     "linear_token_statistics",
+    "log_prob",
     "log_softmax",
     "parameter_groups",
     "transforms",

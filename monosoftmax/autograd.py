@@ -186,6 +186,35 @@ class _OfLogSoftmax(_Derivative[ops.LogSoftmax, ops.LogProbabilities]):
         return self.placed(ops.log_softmax_backward(call), needs)
 
 
+class _OfTokenStatistics(_Derivative[Any, ops.TokenStatistics]):
+    """Of :class:`.ops.LinearTokenStatistics` and :class:`.ops.RowTokenStatistics`, from the logits again."""
+
+    def __init__(self, operator: Operator[Any, Any], backward: Operator[Any, Any], *names: str) -> None:
+        super().__init__(operator, *names)
+        self.gradients = backward
+
+    def setup_context(self, ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+        self.save(ctx, inputs)
+        statistics = ops.TokenStatistics(*output)
+        ctx.mark_non_differentiable(statistics.argmax, statistics.rank)
+
+    def backward(self, ctx: Any, *upstream: Tensor | None) -> Any:
+        needs, grads = self.needs(ctx), ops.TokenStatistics(*upstream)  # type: ignore[arg-type]
+        if (grads.log_prob is None and grads.entropy is None and grads.lse is None) or not any(needs):
+            return self.placed([None] * len(needs), needs)
+        inputs, _ = self.saved(ctx)
+        call = self.operator.named(inputs)
+        given = call._asdict() | {"output_mask": needs}
+        given |= {"grad_log_prob": grads.log_prob, "grad_entropy": grads.entropy, "grad_lse": grads.lse}
+        arguments = self.gradients.arguments
+        found = self.gradients(arguments(**{name: given[name] for name in arguments._fields}))
+        gradients = [
+            each.to(inputs[place].dtype) if needed else None
+            for each, place, needed in zip(found, self.places, needs, strict=True)
+        ]
+        return self.placed(gradients, needs)
+
+
 class _WithoutDerivative(_Derivative[Any, Any]):
     """An error that gives the reason, where an operator is differentiated that has no derivative."""
 
@@ -210,6 +239,13 @@ _HEAD = ("input", "linear_weight", "linear_bias")
 _OfLoss(ops.cross_entropy, ops.cross_entropy_backward, "input", "coefficients")
 _OfLoss(ops.linear_cross_entropy, ops.linear_cross_entropy_backward, *_HEAD, "coefficients")
 _OfLogSoftmax(ops.log_softmax, "input", "coefficients")
-for _operator in (ops.cross_entropy_backward, ops.linear_cross_entropy_backward, ops.log_softmax_backward):
+_OfTokenStatistics(ops.token_statistics, ops.token_statistics_backward, "input", "coefficients")
+_OfTokenStatistics(ops.linear_token_statistics, ops.linear_token_statistics_backward, *_HEAD, "coefficients")
+for _operator in (
+    ops.cross_entropy_backward,
+    ops.linear_cross_entropy_backward,
+    ops.log_softmax_backward,
+    ops.token_statistics_backward,
+    ops.linear_token_statistics_backward,
+):
     _WithoutDerivative(_operator, 'the {backend} backend does not support double backward; use backend="reference"')
-_WithoutDerivative(ops.linear_token_statistics, "the log-probability of a target has one as -linear_cross_entropy")

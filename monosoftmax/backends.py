@@ -21,7 +21,9 @@ from .row_kernels import extension as extension
 from .transforms import Identity, MonotonicTransform
 
 BackendName = Literal["auto", "reference", "cpu", "triton", "cuda"]
-Operation = Literal["cross_entropy", "linear_cross_entropy", "linear_token_statistics", "log_softmax"]
+Operation = Literal[
+    "cross_entropy", "linear_cross_entropy", "linear_token_statistics", "linear_log_prob", "log_softmax", "log_prob"
+]
 
 #: The kinds of targets: class indices, class probabilities, or class probabilities that require a gradient.
 TargetKind = Literal["indices", "probabilities", "differentiated probabilities"]
@@ -156,7 +158,11 @@ _LINEAR_HOW = {
         "gradients does not grow with N times V"
     ),
     "linear_token_statistics": "",
+    "linear_log_prob": "; the backward pass computes the logits again, and three more products of them",
 }
+
+#: The words of :func:`explain` for log_prob, after the name of the language.
+_LOG_PROB_HOW = "kernel; its gradients by two others, in chunks of rows"
 
 
 def _cpu_how(call: Call) -> str:
@@ -167,6 +173,8 @@ def _cpu_how(call: Call) -> str:
         )
     if call.operation in _LINEAR_HOW:
         return f"{_CHUNKED_HOW}C++ kernel{_LINEAR_HOW[call.operation]}"
+    if call.operation == "log_prob":
+        return f"one fused C++ {_LOG_PROB_HOW}"
     return "one fused C++ kernel each way; memory beyond inputs, outputs and gradients is O(N)"
 
 
@@ -187,6 +195,8 @@ def _triton_how(call: Call) -> str:
         return f"one fused Triton kernel; {sums}"
     if call.operation == "log_softmax":
         return "one fused Triton kernel each way"
+    if call.operation == "log_prob":
+        return f"one fused Triton {_LOG_PROB_HOW}"
     if call.method == "recompute":
         return _RECOMPUTE_HOW
     chunked = (
@@ -260,6 +270,8 @@ def _cuda_how(call: Call) -> str:
         return f"{_CHUNKED_HOW}CUDA kernel{_LINEAR_HOW[call.operation]}"
     if call.operation == "log_softmax":
         return "one fused CUDA kernel each way"
+    if call.operation == "log_prob":
+        return f"one fused CUDA {_LOG_PROB_HOW}"
     how = "one fused CUDA kernel, which computes the gradient of a mean or sum in the forward pass"
     if call.like is None:
         return how
@@ -305,7 +317,8 @@ def explain(
     reference: plain PyTorch; holds the transformed logits [N, V] in float32 or float64
 
     Args:
-        operation: ``"cross_entropy"``, ``"linear_cross_entropy"``, ``"linear_token_statistics"`` or ``"log_softmax"``.
+        operation: ``"cross_entropy"``, ``"linear_cross_entropy"``, ``"linear_token_statistics"``,
+            ``"linear_log_prob"``, ``"log_softmax"`` or ``"log_prob"``.
         input: the logits, or the input of the head. Only its device, its dtype and the shape of logits [N, V] matter,
             not its values.
         transform: as given to the call.
@@ -329,7 +342,7 @@ def explain(
         raise ValueError(f'target must be class indices for operation "{operation}", got class probabilities')
     if dtype is not None and operation != "log_softmax":
         raise ValueError(f'dtype must be None for operation "{operation}", which does not have it, got {dtype}')
-    of_logits = operation in ("cross_entropy", "log_softmax") and input.dim() > 0
+    of_logits = operation in ("cross_entropy", "log_softmax", "log_prob") and input.dim() > 0
     class_dim = 1 if operation == "cross_entropy" and input.dim() > 1 else -1
     call = Call(
         operation,

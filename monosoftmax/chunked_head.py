@@ -23,6 +23,7 @@ from .float16 import float16_shift
 from .groups import Head, HeadGradients, LossOptions, Upstream
 from .reductions import reduced, scale_of
 from .row_kernels import row_kernels
+from .token_gradients import TokenUpstream, token_gradients
 from .transforms.base import arithmetic_dtype
 
 #: Bytes of logits in a chunk: at most, unless it had fewer than _FEWEST_ROWS; and at least, whatever its rows.
@@ -274,6 +275,30 @@ def _linear_token_statistics(call: ops.LinearTokenStatistics) -> ops.TokenStatis
     return ops.TokenStatistics(*_joined(parts))
 
 
+def _linear_token_statistics_backward(call: ops.LinearTokenStatisticsBackward) -> HeadGradients:
+    *head_mask, need_coefficients = call.output_mask
+    head, target = _Head(call.head, head_mask), call.target
+    upstream = TokenUpstream(call.grad_log_prob, call.grad_entropy, call.grad_lse)
+    shift: Tensor | None = None
+    if head.input.dtype == torch.float16 and target.numel() > 0:
+        largest = torch.stack([each.abs().amax() for each in upstream if each is not None]).amax()
+        shift = float16_shift(largest, target, None, call.ignore_index)
+        upstream = upstream.map(shift.mul)
+    mask = (head.needs_logit_gradient, need_coefficients)
+    grad_coefficients: Tensor | None = None
+    for chunk, logits in head:
+        dz, part = token_gradients(
+            row_kernels(call.backend), logits, _of(target, chunk), call.transform, call.ignore_index,
+            upstream.map(functools.partial(_of, rows=chunk)), mask,
+        )  # fmt: skip
+        grad_coefficients = _sum(grad_coefficients, part)
+        if mask[0]:
+            head.add_gradients(chunk, dz)
+        del logits, dz
+    gradients = head.summed(grad_coefficients)
+    return gradients if shift is None else HeadGradients(*(each.div_(shift) for each in gradients))
+
+
 def _joined(parts: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
     """What the chunks say of their rows, as if all rows had been one chunk."""
     return parts[0] if len(parts) == 1 else [torch.cat(each, -1) for each in zip(*parts, strict=True)]
@@ -329,3 +354,4 @@ def _without_autocast(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 ops.linear_cross_entropy.computes(_without_autocast(_linear_cross_entropy))
 ops.linear_cross_entropy_backward.computes(_without_autocast(_linear_cross_entropy_backward))
 ops.linear_token_statistics.computes(_without_autocast(_linear_token_statistics))
+ops.linear_token_statistics_backward.computes(_without_autocast(_linear_token_statistics_backward))

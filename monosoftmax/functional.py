@@ -197,8 +197,8 @@ def cross_entropy(
     call = Call("cross_entropy", input.device.type, input.dtype, transform, target_kind=kind, classes=classes)
     chosen = choose(call, backend)
     if dim != 2:
-        input = _rows_of(input.movedim(class_dim, -1))
-        target = target.reshape(-1) if kind == "indices" else _rows_of(target.movedim(class_dim, -1))
+        input = rows_of(input.movedim(class_dim, -1))
+        target = target.reshape(-1) if kind == "indices" else rows_of(target.movedim(class_dim, -1))
     losses = _losses_of_rows(chosen, input, target, transform, options, reduction=reduction)
     return _reshaped(losses, without_classes).result(return_lse)
 
@@ -335,7 +335,7 @@ def linear_losses(
         classes=classes,
     )
     chosen = choose(call, backend)
-    rows, shape = _rows_of(input), target.shape
+    rows, shape = rows_of(input), target.shape
     target = target if target.dim() == 1 else target.reshape(-1)
     if chosen == "reference":
         logits = F.linear(rows, linear_weight, linear_bias)
@@ -344,8 +344,8 @@ def linear_losses(
             plain = LossOptions(None, options.ignore_index, 0.0, 0.0, False)
             losses = losses._replace(log_prob=-reference.cross_entropy(logits, target, transform, plain)[0])
         return _reshaped(losses, shape)
-    rows = _autocast(rows)
-    options, f = _typed(options, rows), _for_kernels(transform, rows)
+    rows = autocast_input(rows)
+    options, f = _typed(options, rows), for_kernels(transform, rows)
     operands = (rows, linear_weight, linear_bias, f.coefficients)
     method: str = how.method
     if method == "auto":
@@ -383,8 +383,8 @@ def linear_token_statistics(
     r"""What is known of each token under :math:`p = \mathrm{softmax}(f(z))`, for metrics and reinforcement learning.
 
     The logits :math:`z = \text{input}\,\text{linear\_weight}^T + \text{linear\_bias}` exist for a chunk of rows at a
-    time, except on the reference backend. The results carry no gradients, as under ``torch.no_grad()``. The
-    log-probability of the target is differentiable as ``-linear_cross_entropy(..., reduction="none")``.
+    time, except on the reference backend. The results carry no gradients, as under ``torch.no_grad()``:
+    :func:`linear_log_prob` gives them with gradients.
 
     Args:
         input, linear_weight, target, transform, linear_bias, ignore_index, backend: as in
@@ -423,11 +423,11 @@ def linear_token_statistics(
     rows = target.reshape(-1)
     with torch.no_grad():
         bias = None if linear_bias is None else linear_bias.detach()
-        head = Head(_autocast(_rows_of(input)).detach(), linear_weight.detach(), bias)
+        head = Head(autocast_input(rows_of(input)).detach(), linear_weight.detach(), bias)
         if chosen == "reference":
-            statistics = reference.linear_token_statistics(head, rows, transform, ignore_index)
+            statistics = reference.token_statistics(F.linear(*head), rows, transform, ignore_index)
         else:
-            f = _for_kernels(transform, head.input)
+            f = for_kernels(transform, head.input)
             arguments = ops.LinearTokenStatistics(chosen, head, rows, f, ignore_index)
             statistics = ops.linear_token_statistics(arguments)
     return TokenStatistics(*(each.reshape(target.shape) for each in statistics))
@@ -473,12 +473,12 @@ def log_softmax(
     check_device("transform", transform, input.device)
     call = Call("log_softmax", input.device.type, input.dtype, transform, classes=classes, result_dtype=dtype)
     chosen = choose(call, backend)
-    rows = _rows_of(input)
+    rows = rows_of(input)
     if chosen == "reference":
         output = reference.log_softmax(rows, transform, dtype)
     else:
-        rows = _rows_for_kernel(rows)
-        output = ops.log_softmax(ops.LogSoftmax(chosen, rows, _for_kernels(transform, rows), dtype)).output
+        rows = rows_for_kernel(rows)
+        output = ops.log_softmax(ops.LogSoftmax(chosen, rows, for_kernels(transform, rows), dtype)).output
     return output.reshape(input.shape)
 
 
@@ -497,8 +497,8 @@ def _losses_of_rows(
         loss, lse = reference.cross_entropy(rows, target, transform, options)
         divisor = normalizer(reduction, target, options, rows.shape[1], loss.dtype)
         return Losses(loss, lse, None if divisor is None else loss.sum() / divisor)
-    rows, f = _rows_for_kernel(rows), _for_kernels(transform, rows)
-    target = _rows_for_kernel(target) if target.dim() == 2 else target
+    rows, f = rows_for_kernel(rows), for_kernels(transform, rows)
+    target = rows_for_kernel(target) if target.dim() == 2 else target
     results = ops.cross_entropy(
         ops.CrossEntropy(
             backend=backend,
@@ -520,13 +520,13 @@ def _typed(options: LossOptions, rows: Tensor) -> LossOptions:
     return options._replace(weight=options.weight.to(arithmetic_dtype(rows.dtype)))
 
 
-def _for_kernels(transform: MonotonicTransform, input: Tensor) -> Transform:
+def for_kernels(transform: MonotonicTransform, input: Tensor) -> Transform:
     assert transform.kernel is not None  # backends.choose() has made sure
     coefficients = coefficients_of(transform, input.device, arithmetic_dtype(input.dtype))
     return Transform(coefficients, transform.kernel, list(transform.constants()))
 
 
-def _autocast(input: Tensor) -> Tensor:
+def autocast_input(input: Tensor) -> Tensor:
     """The input of a head in the type that torch.nn.functional.linear would multiply it in.
 
     The operators bring the other operands to this type themselves, so that nobody holds a copy of the weight.
@@ -537,12 +537,12 @@ def _autocast(input: Tensor) -> Tensor:
     return input.to(torch.get_autocast_dtype(device))
 
 
-def _rows_of(input: Tensor) -> Tensor:
+def rows_of(input: Tensor) -> Tensor:
     """``input`` (..., V) as [N, V]. V may be 0, from which reshape() could not tell N."""
     return input if input.dim() == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
 
 
-def _rows_for_kernel(rows: Tensor) -> Tensor:
+def rows_for_kernel(rows: Tensor) -> Tensor:
     """``rows`` as the kernels take them, with columns next to each other; a copy only where they are not."""
     return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
 

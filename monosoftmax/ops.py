@@ -133,6 +133,40 @@ class TokenStatistics(NamedTuple):
     rank: Tensor
 
 
+class LinearTokenStatisticsBackward(NamedTuple):
+    backend: str
+    grad_log_prob: Tensor | None
+    grad_entropy: Tensor | None
+    grad_lse: Tensor | None
+    head: Head
+    target: Tensor
+    transform: Transform
+    ignore_index: int
+    output_mask: Sequence[bool]
+
+
+class RowTokenStatistics(NamedTuple):
+    """:class:`LinearTokenStatistics` of given logits."""
+
+    backend: str
+    input: Tensor
+    target: Tensor
+    transform: Transform
+    ignore_index: int
+
+
+class RowTokenStatisticsBackward(NamedTuple):
+    backend: str
+    grad_log_prob: Tensor | None
+    grad_entropy: Tensor | None
+    grad_lse: Tensor | None
+    input: Tensor
+    target: Tensor
+    transform: Transform
+    ignore_index: int
+    output_mask: Sequence[bool]
+
+
 class LogSoftmax(NamedTuple):
     backend: str
     input: Tensor
@@ -279,11 +313,13 @@ def _fake_cross_entropy(call: CrossEntropy) -> Losses:
     return Losses(loss, lse, row_stats, *_scale_and_total(call.reduction, loss), *gradients)
 
 
-def _fake_gradients(call: CrossEntropyBackward | LogSoftmaxBackward) -> Gradients:
+def _fake_gradients(call: CrossEntropyBackward | LogSoftmaxBackward | RowTokenStatisticsBackward) -> Gradients:
     return Gradients(*_masked(call.output_mask, call.input, call.transform.coefficients))
 
 
-def _fake_linear_gradients(call: LinearCrossEntropy | LinearCrossEntropyBackward) -> HeadGradients:
+def _fake_linear_gradients(
+    call: LinearCrossEntropy | LinearCrossEntropyBackward | LinearTokenStatisticsBackward,
+) -> HeadGradients:
     input, linear_weight, _ = call.head
     weight = linear_weight.to(arithmetic_dtype(input.dtype))
     return HeadGradients(*_masked(call.output_mask, input, weight, weight[:, 0], call.transform.coefficients))
@@ -296,8 +332,8 @@ def _fake_linear_cross_entropy(call: LinearCrossEntropy) -> LinearLosses:
     return LinearLosses(*of_rows, *reduced, *_fake_linear_gradients(call))
 
 
-def _fake_linear_token_statistics(call: LinearTokenStatistics) -> TokenStatistics:
-    log_prob, entropy, _ = _row_results(call.head.input)
+def _fake_token_statistics(call: LinearTokenStatistics | RowTokenStatistics) -> TokenStatistics:
+    log_prob, entropy, _ = _row_results(call.head.input if isinstance(call, LinearTokenStatistics) else call.input)
     argmax, rank = torch.empty_like(call.target), torch.empty_like(call.target)
     return TokenStatistics(log_prob, entropy, argmax, torch.empty_like(log_prob), rank)
 
@@ -313,12 +349,19 @@ linear_cross_entropy_backward = Operator(
     "linear_cross_entropy_backward", LinearCrossEntropyBackward, HeadGradients, _fake_linear_gradients
 )
 linear_token_statistics = Operator(
-    "linear_token_statistics", LinearTokenStatistics, TokenStatistics, _fake_linear_token_statistics
+    "linear_token_statistics", LinearTokenStatistics, TokenStatistics, _fake_token_statistics
+)
+linear_token_statistics_backward = Operator(
+    "linear_token_statistics_backward", LinearTokenStatisticsBackward, HeadGradients, _fake_linear_gradients
+)
+token_statistics = Operator("token_statistics", RowTokenStatistics, TokenStatistics, _fake_token_statistics)
+token_statistics_backward = Operator(
+    "token_statistics_backward", RowTokenStatisticsBackward, Gradients, _fake_gradients
 )
 log_softmax = Operator("log_softmax", LogSoftmax, LogProbabilities, _fake_log_softmax)
 log_softmax_backward = Operator("log_softmax_backward", LogSoftmaxBackward, Gradients, _fake_gradients)
 
-#: The seven by name.
+#: All of them by name.
 OPERATORS: dict[str, Operator[Any, Any]] = {
     each.name.partition("::")[2]: each for each in list(globals().values()) if type(each) is Operator
 }

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._dispatch import tells_values
-from .groups import Head, LossOptions
+from .groups import LossOptions
 from .transforms.base import MonotonicTransform, arithmetic_dtype, coefficients_of
 
 
@@ -96,16 +96,15 @@ def log_softmax(input: Tensor, transform: MonotonicTransform, dtype: torch.dtype
     return F.log_softmax(transformed(input, transform), dim=1).to(dtype)
 
 
-def linear_token_statistics(
-    head: Head, target: Tensor, transform: MonotonicTransform, ignore_index: int
+def token_statistics(
+    z: Tensor, target: Tensor, transform: MonotonicTransform, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """log p(target), entropy, argmax, lse and rank of the target, each [N], for the rows [N, d] of a head.
+    """log p(target), entropy, argmax, lse and rank of the target, each [N], for logits [N, V].
 
     The argmax is the first class with the largest logit, the rank the number of classes with a larger logit than the
     target's. In ignored rows log p is 0 and the rank -1. Where a row of logits has no distribution (NaN, +inf, all
     -inf), log p and entropy are NaN, lse is not finite, and argmax and rank mean nothing.
     """
-    z = F.linear(*head)
     classes = z.shape[1]
     valid = target != ignore_index
     outside = valid & ((target < 0) | (target >= classes))
@@ -114,7 +113,7 @@ def linear_token_statistics(
     y = transformed(z, transform)
     log_p = F.log_softmax(y, dim=1)
     # p log p -> 0 as p -> 0
-    entropy = -torch.where(torch.isneginf(log_p), 0.0, log_p.exp() * log_p).sum(1)
+    entropy = -(log_p.exp() * log_p.masked_fill(torch.isneginf(log_p), 0.0)).sum(1)
     log_prob = log_p.gather(1, index).squeeze(1)
     log_prob = torch.where(valid, torch.where(outside, torch.nan, log_prob), 0.0)
     # torch.argmax promises the first of equals for some devices only.

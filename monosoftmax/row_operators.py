@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from . import ops
+import torch
+from torch import Tensor
+
+from . import chunked_head, ops, reference
 from .groups import Upstream
 from .reductions import reduced, scale_of
 from .row_kernels import row_kernels
+from .token_gradients import TokenUpstream, token_gradients
 
 
 def _cross_entropy(call: ops.CrossEntropy) -> ops.Losses:
@@ -46,7 +50,38 @@ def _log_softmax_backward(call: ops.LogSoftmaxBackward) -> ops.Gradients:
     )
 
 
+def _token_statistics(call: ops.RowTokenStatistics) -> ops.TokenStatistics:
+    classes, target = call.input.shape[1], call.target
+    outside = (target != call.ignore_index) & ((target < 0) | (target >= classes))
+    reference.raise_if_any(outside, target, classes, call.ignore_index)
+    kernel = row_kernels(call.backend).token_statistics
+    return ops.TokenStatistics(*kernel(call.input, target, call.transform, call.ignore_index))
+
+
+def _token_statistics_backward(call: ops.RowTokenStatisticsBackward) -> ops.Gradients:
+    """In chunks, because :func:`.token_gradients` needs memory of the size of the logits that it is given."""
+    input, coefficients = call.input, call.transform.coefficients
+    (count, classes), need_input = input.shape, call.output_mask[0]
+    step = chunked_head.chunk_rows(classes, coefficients.dtype, input.device.type)
+    grad_input = torch.empty(input.shape if need_input else 0, dtype=input.dtype, device=input.device)
+    total: Tensor | None = None
+    for start in range(0, max(count, 1), step):
+        chunk = slice(start, min(start + step, count))
+        upstream = TokenUpstream(call.grad_log_prob, call.grad_entropy, call.grad_lse)
+        dz, part = token_gradients(
+            row_kernels(call.backend), input[chunk], call.target[chunk], call.transform, call.ignore_index,
+            upstream.map(lambda each, chunk=chunk: each[chunk]), call.output_mask,
+        )  # fmt: skip
+        if need_input:
+            grad_input[chunk] = dz
+        total = part if total is None else total.double() + part
+    assert total is not None  # there is at least one chunk
+    return ops.Gradients(grad_input, total.to(coefficients.dtype))
+
+
 ops.cross_entropy.computes(_cross_entropy)
 ops.cross_entropy_backward.computes(_cross_entropy_backward)
+ops.token_statistics.computes(_token_statistics)
+ops.token_statistics_backward.computes(_token_statistics_backward)
 ops.log_softmax.computes(_log_softmax)
 ops.log_softmax_backward.computes(_log_softmax_backward)

@@ -289,3 +289,22 @@ def check_case(
         again = loss_and_gradients(backend=backend, **arguments)
         for key, value in got.items():
             assert torch.equal(value, again[key]), f"{key} is not the same twice"
+
+
+def check_log_prob(
+    logits: Tensor, target: Tensor, transform: ms.transforms.MonotonicTransform, outputs: tuple[Any, ...], backend: Any
+) -> None:
+    """``ms.log_prob`` and its gradients, each token with a factor of its own, against the reference in float64."""
+    factors = torch.randn(len(outputs), len(target), generator=torch.Generator().manual_seed(1)).to(logits.device)
+
+    def results(dtype: torch.dtype, of: Any) -> list[Tensor]:
+        leaf = logits.detach().to(dtype).requires_grad_()
+        f = copy.deepcopy(transform).to(dtype)
+        found = ms.log_prob(leaf, target, f, outputs=outputs, backend=of)
+        each = [getattr(found, name) for name in outputs]
+        total = torch.stack([(a * b).sum() for a, b in zip(each, factors, strict=True)]).sum()
+        return [*each, *torch.autograd.grad(total, [leaf, *f.parameters()])]
+
+    for got, true in zip(results(logits.dtype, backend), results(torch.float64, "reference"), strict=True):
+        eps = max(torch.finfo(got.dtype).eps, 1e-6)
+        torch.testing.assert_close(got.double(), true, rtol=3 * eps, atol=10 * eps * max(1.0, true.abs().max().item()))

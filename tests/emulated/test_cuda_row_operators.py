@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_host import executing
-from losses import TRANSFORMS, disturbed
+from losses import TRANSFORMS, check_log_prob, disturbed
 from operator_calls import check_function, kernel_transform, opcheck
 from torch import Tensor
 
@@ -161,6 +161,15 @@ def test_the_head() -> None:
     got = ms.linear_token_statistics(*head, target, transform, backend="cuda")
     for one, other in zip(got, ms.linear_token_statistics(*head, target, transform, backend="cpu"), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.grid(2)
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [("log_prob",), ("log_prob", "entropy", "lse")])
+def test_gradients_of_log_prob_and_entropy(name: str, dtype: torch.dtype, outputs: Any) -> None:
+    input, transform = rows(70, dtype), disturbed(name)
+    check_log_prob(input, torch.tensor([0, 5, 69, -100, 17]), transform, outputs, "cuda")
 
 
 def test_operators_check_out() -> None:

@@ -15,7 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from losses import SOME_TRANSFORMS, TRANSFORMS, distance, disturbed, head_loss_and_gradients, loss_and_gradients
+from losses import (
+    SOME_TRANSFORMS,
+    TRANSFORMS,
+    check_log_prob,
+    distance,
+    disturbed,
+    head_loss_and_gradients,
+    loss_and_gradients,
+)
 from operator_calls import PLAIN, kernel_transform
 from tiers import mostly_slow
 from torch import Tensor
@@ -430,6 +438,15 @@ def test_token_statistics(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(argmax, (input == largest).int().argmax(1))
     assert torch.equal(rank[valid], (input > input.gather(1, at[:, None])).sum(1)[valid])
     assert log_prob[IGNORED] == 0 and rank[IGNORED] == -1
+
+
+@pytest.mark.grid(1)
+@pytest.mark.parametrize("name", mostly_slow(TRANSFORMS, SOME_TRANSFORMS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [("log_prob",), ("log_prob", "entropy", "lse")])
+def test_gradients_of_log_prob_and_entropy(name: str, dtype: torch.dtype, outputs: Any) -> None:
+    transform = disturbed(name).to(DEVICE)
+    check_log_prob(_rows(70, dtype), _target(70), transform, outputs, "triton")
 
 
 def test_no_rows() -> None:

@@ -36,7 +36,9 @@ def test_examples(name: str) -> None:
     [
         ms.cross_entropy,
         ms.linear_cross_entropy,
+        ms.linear_log_prob,
         ms.linear_token_statistics,
+        ms.log_prob,
         ms.log_softmax,
         ms.parameter_groups,
         ms.clip_grad_norm_,

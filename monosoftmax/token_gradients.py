@@ -1,0 +1,90 @@
+"""The gradients of log p of the targets, of the entropy and of lse, from the logits of some rows.
+
+    dL/dy_j = a ([j = t] - p_j) - e p_j (log p_j + H) + h p_j
+
+for the upstream gradients a of log p(t), e of the entropy H and h of lse. Two kernels of a backend make it. That of the
+loss has the terms of a and h. That of log_softmax takes a gradient u of all log p, and gives u_j - p_j sum_k u_k: with
+u_j = a [j = t] - e p_j log p_j, these are the terms of a and e. So an upstream gradient of the entropy costs four
+numbers of the arithmetic type for each logit of a chunk, in memory that the next chunk uses again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .groups import LossOptions, Transform, Upstream
+from .row_kernels import RowKernels
+
+
+class TokenUpstream(NamedTuple):
+    """Upstream gradients, each [N] in the type of the coefficients. An absent gradient is zero."""
+
+    log_prob: Tensor | None
+    entropy: Tensor | None
+    lse: Tensor | None
+
+    def map(self, function: object) -> TokenUpstream:
+        assert callable(function)
+        return TokenUpstream(*(None if each is None else function(each) for each in self))
+
+
+def token_gradients(
+    kernels: RowKernels,
+    rows: Tensor,
+    target: Tensor,
+    transform: Transform,
+    ignore_index: int,
+    upstream: TokenUpstream,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``rows`` [N, V] and of the coefficients; empty unless the mask asks for them.
+
+    An ignored row has no log p. What it holds has no effect if it has no other upstream gradient either.
+    """
+    mask, valid = (output_mask[0], output_mask[1]), target != ignore_index
+    counts = valid
+    for each in (upstream.entropy, upstream.lse):
+        counts = counts if each is None else counts | (each != 0)
+    if upstream.entropy is None:
+        options = LossOptions(None, ignore_index, 0.0, 0.0, True)
+        return _of_loss(kernels, rows, target, transform, options, upstream, mask)
+    # An ignored row may hold NaN, which an upstream gradient of 0 would not keep out of the sums.
+    rows = rows.masked_fill(~counts.unsqueeze(1), 0)
+    log_p, row_stats = kernels.log_softmax(rows, transform, transform.coefficients.dtype)
+    # p log p -> 0 as p -> 0: a finite number in the place of -inf.
+    of_log_p = log_p.exp().mul_(log_p.clamp_(min=torch.finfo(log_p.dtype).min))
+    of_log_p.mul_(upstream.entropy.neg().unsqueeze(1))
+    if upstream.log_prob is not None:
+        inside = valid & (target >= 0) & (target < rows.shape[1])
+        place = torch.where(inside, target, 0).unsqueeze(1)
+        added = torch.where(valid, torch.where(inside, upstream.log_prob, torch.nan), 0.0)
+        of_log_p.scatter_add_(1, place, added.unsqueeze(1))
+    del log_p
+    grad_rows, grad_coefficients = kernels.log_softmax_backward(of_log_p, rows, transform, row_stats, mask)
+    if upstream.lse is None:
+        return grad_rows, grad_coefficients
+    options = LossOptions(None, ignore_index, 0.0, 0.0, True)
+    alone = upstream._replace(log_prob=None, entropy=None)
+    of_lse = _of_loss(kernels, rows, target, transform, options, alone, mask)
+    return grad_rows.add_(of_lse[0]), grad_coefficients + of_lse[1]
+
+
+def _of_loss(
+    kernels: RowKernels,
+    rows: Tensor,
+    target: Tensor,
+    transform: Transform,
+    options: LossOptions,
+    upstream: TokenUpstream,
+    mask: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """The terms of log p and of lse, by the kernel of the loss, which is -log p."""
+    loss = torch.zeros_like(upstream.lse) if upstream.log_prob is None else -upstream.log_prob  # type: ignore[arg-type]
+    results = kernels.cross_entropy(
+        rows, target, transform, options, upstream=Upstream(loss, upstream.lse), output_mask=mask
+    )
+    return results[3], results[4]

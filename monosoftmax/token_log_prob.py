@@ -1,0 +1,179 @@
+"""log p and entropy of each token, with gradients: what reinforcement learning and distillation ask of a head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import ops, reference
+from .backends import BackendName, Call, choose
+from .checks import (
+    IGNORE_INDEX,
+    check_classes,
+    check_device,
+    check_floating,
+    check_head,
+    check_ignore_index,
+    check_target,
+    check_transform,
+)
+from .functional import autocast_input, for_kernels, rows_for_kernel, rows_of
+from .groups import Head
+from .transforms import MonotonicTransform
+
+OutputName = Literal["log_prob", "entropy", "is_top1", "rank", "argmax", "lse", "target_logit"]
+
+
+class TokenLogProb(NamedTuple):
+    """What :func:`linear_log_prob` returns: each of the shape of ``target``; None where it was not asked for."""
+
+    log_prob: Tensor | None = None
+    entropy: Tensor | None = None
+    is_top1: Tensor | None = None
+    rank: Tensor | None = None
+    argmax: Tensor | None = None
+    lse: Tensor | None = None
+    target_logit: Tensor | None = None
+
+
+def linear_log_prob(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    transform: MonotonicTransform | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    outputs: Sequence[OutputName] = ("log_prob", "entropy"),
+    backend: BackendName = "auto",
+) -> TokenLogProb:
+    r"""log p of each target and the entropy of each row under :math:`p = \mathrm{softmax}(f(z))`, with gradients.
+
+    The logits :math:`z = \text{input}\,\text{linear\_weight}^T + \text{linear\_bias}` exist for a chunk of rows at a
+    time, except on the reference backend: one product forward, and three backward, which computes the logits again. The
+    gradients, for upstream gradients a, e and h of log_prob, entropy and lse, are those of
+
+    .. math:: \frac{\partial L}{\partial f(z_j)} = a\,(1[j = t] - p_j) - e\,p_j (\log p_j + H) + h\,p_j
+
+    Args:
+        input, linear_weight, target, transform, linear_bias, ignore_index, backend: as in
+            :func:`linear_cross_entropy`.
+        outputs: what to return, at least one of the names below. All of it is computed in one pass; a gradient of the
+            entropy takes another kernel, and two numbers of float32 for each logit of a chunk.
+
+    Returns:
+        Named tensors of the shape of ``target``, or None where ``outputs`` does not name them. Arithmetic is in float32
+        (float64 for float64), and so are the results:
+
+        - ``log_prob``: log p of the target, never above 0; 0 where the target is ``ignore_index``. Differentiable.
+        - ``entropy``: :math:`H = -\sum_j p_j \log p_j`, in nats, of every row, ignored or not. Differentiable.
+        - ``lse``: :math:`\log \sum_j e^{f(z_j)}`, of every row. Differentiable.
+        - ``target_logit``: f(z) of the target; 0 where the target is ``ignore_index``. Differentiable.
+        - ``is_top1``, bool: whether no class has a larger logit than the target; False where the target is ignored.
+        - ``rank``, int64: the number of classes with a larger logit than the target; -1 where the target is ignored.
+        - ``argmax``, int64: the class of the largest logit, the first of equals.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError, IndexError: as in :func:`cross_entropy`.
+
+    Example:
+        >>> head, transform = torch.nn.Linear(64, 10_000, bias=False), monosoftmax.transforms.SoftCap(30.0)
+        >>> hidden, action, advantage = torch.randn(8, 64), torch.randint(10_000, (8,)), torch.randn(8)
+        >>> policy = monosoftmax.linear_log_prob(hidden, head.weight, action, transform)
+        >>> loss = -(advantage * policy.log_prob + 0.01 * policy.entropy).mean()
+        >>> loss.backward()
+        >>> head.weight.grad.shape
+        torch.Size([10000, 64])
+    """
+    _check_outputs(outputs)
+    transform = check_transform(transform)
+    head = Head(input, linear_weight, linear_bias)
+    target = check_head(head, target)
+    ignore_index = check_ignore_index(ignore_index)
+    check_device("transform", transform, input.device)
+    call = Call("linear_log_prob", input.device.type, input.dtype, transform, classes=linear_weight.shape[0])
+    chosen, indices = choose(call, backend), target.reshape(-1)
+    if chosen == "reference":
+        logits = F.linear(rows_of(input), linear_weight, linear_bias)
+        found = ops.TokenStatistics(*reference.token_statistics(logits, indices, transform, ignore_index))
+    else:
+        rows = autocast_input(rows_of(input))
+        f = for_kernels(transform, rows)
+        arguments = ops.LinearTokenStatistics(chosen, head._replace(input=rows), indices, f, ignore_index)
+        found = ops.linear_token_statistics(arguments)
+    return _asked(found, outputs, target, ignore_index)
+
+
+def log_prob(
+    input: Tensor,
+    target: Tensor,
+    transform: MonotonicTransform | None = None,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    outputs: Sequence[OutputName] = ("log_prob", "entropy"),
+    backend: BackendName = "auto",
+) -> TokenLogProb:
+    r""":func:`linear_log_prob` of given logits.
+
+    Args:
+        input: logits z, (..., V); float32, bfloat16, float16 or float64.
+        target: class indices, int64 or uint8, of the shape of ``input`` without V.
+        transform, ignore_index, outputs, backend: as in :func:`linear_log_prob`.
+
+    Returns, Raises:
+        As :func:`linear_log_prob`.
+
+    Example:
+        >>> logits, target = torch.randn(2, 8, 10_000, requires_grad=True), torch.randint(10_000, (2, 8))
+        >>> found = monosoftmax.log_prob(logits, target, outputs=("log_prob", "is_top1"))
+        >>> found.log_prob.sum().backward()
+        >>> found.is_top1.shape, found.entropy
+        (torch.Size([2, 8]), None)
+    """
+    _check_outputs(outputs)
+    transform = check_transform(transform)
+    check_floating("input", input)
+    if input.dim() == 0:
+        raise ValueError("input must have at least 1 dimension, (..., V), got a scalar")
+    check_classes(input.shape[-1])
+    target = check_target(target, input.device, input.shape[:-1])
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"target must have the shape of input without its last dimension, {tuple(input.shape[:-1])}, "
+            f"got {tuple(target.shape)}"
+        )
+    ignore_index = check_ignore_index(ignore_index)
+    check_device("transform", transform, input.device)
+    call = Call("log_prob", input.device.type, input.dtype, transform, classes=input.shape[-1])
+    chosen, rows, indices = choose(call, backend), rows_of(input), target.reshape(-1)
+    if chosen == "reference":
+        found = ops.TokenStatistics(*reference.token_statistics(rows, indices, transform, ignore_index))
+    else:
+        rows = rows_for_kernel(rows)
+        arguments = ops.RowTokenStatistics(chosen, rows, indices, for_kernels(transform, rows), ignore_index)
+        found = ops.token_statistics(arguments)
+    return _asked(found, outputs, target, ignore_index)
+
+
+def _check_outputs(outputs: Sequence[OutputName]) -> None:
+    names = get_args(OutputName)
+    if isinstance(outputs, str) or len(outputs) == 0:
+        raise ValueError(f"outputs must be a sequence of at least one of {', '.join(names)}, got {outputs!r}")
+    for each in outputs:
+        if each not in names:
+            raise ValueError(f"outputs must be some of {', '.join(names)}, got {each!r}")
+
+
+def _asked(
+    found: ops.TokenStatistics, outputs: Sequence[OutputName], target: Tensor, ignore_index: int
+) -> TokenLogProb:
+    results = found._asdict()
+    if "is_top1" in outputs:
+        results["is_top1"] = found.rank == 0
+    if "target_logit" in outputs:
+        ignored = target.reshape(-1) == ignore_index
+        results["target_logit"] = (found.log_prob + found.lse).masked_fill(ignored, 0.0)
+    return TokenLogProb(**{name: results[name].reshape(target.shape) for name in outputs})

@@ -288,8 +288,8 @@ def _linear_token_statistics_backward(call: ops.LinearTokenStatisticsBackward) -
     grad_coefficients: Tensor | None = None
     for chunk, logits in head:
         dz, part = token_gradients(
-            row_kernels(call.backend), logits, _of(target, chunk), call.transform, call.ignore_index,
-            upstream.map(functools.partial(_of, rows=chunk)), mask,
+            row_kernels(call.backend), logits, _of(target, chunk), call.transform, ignore_index=call.ignore_index,
+            upstream=upstream.map(functools.partial(_of, rows=chunk)), output_mask=mask,
         )  # fmt: skip
         grad_coefficients = _sum(grad_coefficients, part)
         if mask[0]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -69,8 +71,8 @@ def _token_statistics_backward(call: ops.RowTokenStatisticsBackward) -> ops.Grad
         chunk = slice(start, min(start + step, count))
         upstream = TokenUpstream(call.grad_log_prob, call.grad_entropy, call.grad_lse)
         dz, part = token_gradients(
-            row_kernels(call.backend), input[chunk], call.target[chunk], call.transform, call.ignore_index,
-            upstream.map(lambda each, chunk=chunk: each[chunk]), call.output_mask,
+            row_kernels(call.backend), input[chunk], call.target[chunk], call.transform, ignore_index=call.ignore_index,
+            upstream=upstream.map(operator.itemgetter(chunk)), output_mask=call.output_mask,
         )  # fmt: skip
         if need_input:
             grad_input[chunk] = dz

@@ -10,7 +10,7 @@ numbers of the arithmetic type for each logit of a chunk, in memory that the nex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,8 +27,8 @@ class TokenUpstream(NamedTuple):
     entropy: Tensor | None
     lse: Tensor | None
 
-    def map(self, function: object) -> TokenUpstream:
-        assert callable(function)
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenUpstream:
+        """``function`` of the gradients that are there."""
         return TokenUpstream(*(None if each is None else function(each) for each in self))
 
 
@@ -37,6 +37,7 @@ def token_gradients(
     rows: Tensor,
     target: Tensor,
     transform: Transform,
+    *,
     ignore_index: int,
     upstream: TokenUpstream,
     output_mask: Sequence[bool],
@@ -45,13 +46,23 @@ def token_gradients(
 
     An ignored row has no log p. What it holds has no effect if it has no other upstream gradient either.
     """
-    mask, valid = (output_mask[0], output_mask[1]), target != ignore_index
-    counts = valid
-    for each in (upstream.entropy, upstream.lse):
-        counts = counts if each is None else counts | (each != 0)
+    mask = output_mask[0], output_mask[1]
+
+    def of_loss(rows: Tensor, upstream: TokenUpstream) -> tuple[Tensor, Tensor]:
+        """The terms of log p and of lse, by the kernel of the loss, which is -log p."""
+        (a, _, h), options = upstream, LossOptions(None, ignore_index, 0.0, 0.0, True)
+        if a is None:
+            assert h is not None
+            a = torch.zeros_like(h)
+        found = kernels.cross_entropy(rows, target, transform, options, upstream=Upstream(-a, h), output_mask=mask)
+        return found[3], found[4]
+
     if upstream.entropy is None:
-        options = LossOptions(None, ignore_index, 0.0, 0.0, True)
-        return _of_loss(kernels, rows, target, transform, options, upstream, mask)
+        return of_loss(rows, upstream)
+    valid = target != ignore_index
+    counts = valid | (upstream.entropy != 0)
+    if upstream.lse is not None:
+        counts |= upstream.lse != 0
     # An ignored row may hold NaN, which an upstream gradient of 0 would not keep out of the sums.
     rows = rows.masked_fill(~counts.unsqueeze(1), 0)
     log_p, row_stats = kernels.log_softmax(rows, transform, transform.coefficients.dtype)
@@ -67,24 +78,5 @@ def token_gradients(
     grad_rows, grad_coefficients = kernels.log_softmax_backward(of_log_p, rows, transform, row_stats, mask)
     if upstream.lse is None:
         return grad_rows, grad_coefficients
-    options = LossOptions(None, ignore_index, 0.0, 0.0, True)
-    alone = upstream._replace(log_prob=None, entropy=None)
-    of_lse = _of_loss(kernels, rows, target, transform, options, alone, mask)
+    of_lse = of_loss(rows, TokenUpstream(None, None, upstream.lse))
     return grad_rows.add_(of_lse[0]), grad_coefficients + of_lse[1]
-
-
-def _of_loss(
-    kernels: RowKernels,
-    rows: Tensor,
-    target: Tensor,
-    transform: Transform,
-    options: LossOptions,
-    upstream: TokenUpstream,
-    mask: tuple[bool, bool],
-) -> tuple[Tensor, Tensor]:
-    """The terms of log p and of lse, by the kernel of the loss, which is -log p."""
-    loss = torch.zeros_like(upstream.lse) if upstream.log_prob is None else -upstream.log_prob  # type: ignore[arg-type]
-    results = kernels.cross_entropy(
-        rows, target, transform, options, upstream=Upstream(loss, upstream.lse), output_mask=mask
-    )
-    return results[3], results[4]

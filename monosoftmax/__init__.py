@@ -10,11 +10,11 @@ from . import (
     row_operators,  # noqa: F401, what the others compute
     transforms,
 )
-from .functional import cross_entropy, linear_cross_entropy, linear_token_statistics, log_softmax
+from .functional import cross_entropy, linear_cross_entropy, log_softmax
 from .mixtures import MixtureOfContexts, MixtureOfSoftmaxes
 from .modules import MonotonicCrossEntropyLoss, MonotonicSoftmax, OutputAndLoss
 from .ops import TokenStatistics
-from .token_log_prob import TokenLogProb, linear_log_prob, log_prob
+from .token_log_prob import TokenLogProb, linear_log_prob, linear_token_statistics, log_prob
 from .training import GradientNorms, clip_grad_norm_, parameter_groups
 
 __version__ = "0.1.0"

@@ -58,6 +58,13 @@ class _Derivative(Generic[Arguments, Results]):
         """Which gradients autograd asks for: an output_mask."""
         return tuple(ctx.needs_input_grad[each] for each in self.places)
 
+    @staticmethod
+    def computed(backward: Operator[Any, Any], call: Any, **more: Any) -> Sequence[Tensor]:
+        """What ``backward`` computes from the arguments of ``call``, as far as it takes them, and from ``more``."""
+        given, arguments = call._asdict() | more, backward.arguments
+        results: Sequence[Tensor] = backward(arguments(**{name: given[name] for name in arguments._fields}))
+        return results
+
     def placed(self, gradients: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
         """``gradients``, as far as they are needed, at the places of the arguments."""
         by_place: list[Tensor | None] = [None] * len(self.operator.names)
@@ -131,10 +138,8 @@ class _OfLoss(_Derivative[Any, Any]):
 
     def _of_rows(self, call: Any, row_stats: Tensor, upstream: Upstream, needs: tuple[bool, ...]) -> list[Tensor]:
         """The gradients, computed now."""
-        given = call._asdict() | {"row_stats": row_stats, "output_mask": needs}
-        given |= {"grad_loss": upstream.loss, "grad_lse": upstream.lse}
-        arguments = self.gradients.arguments
-        return list(self.gradients(arguments(**{name: given[name] for name in arguments._fields})))
+        grads = {"grad_loss": upstream.loss, "grad_lse": upstream.lse}
+        return list(self.computed(self.gradients, call, row_stats=row_stats, output_mask=needs, **grads))
 
     def _scaled(
         self, call: Any, row_stats: Tensor, scale: Tensor, ahead: list[Tensor], total: Tensor
@@ -203,11 +208,8 @@ class _OfTokenStatistics(_Derivative[Any, ops.TokenStatistics]):
         if (grads.log_prob is None and grads.entropy is None and grads.lse is None) or not any(needs):
             return self.placed([None] * len(needs), needs)
         inputs, _ = self.saved(ctx)
-        call = self.operator.named(inputs)
-        given = call._asdict() | {"output_mask": needs}
-        given |= {"grad_log_prob": grads.log_prob, "grad_entropy": grads.entropy, "grad_lse": grads.lse}
-        arguments = self.gradients.arguments
-        found = self.gradients(arguments(**{name: given[name] for name in arguments._fields}))
+        given = {f"grad_{name}": getattr(grads, name) for name in ("log_prob", "entropy", "lse")}
+        found = self.computed(self.gradients, self.operator.named(inputs), output_mask=needs, **given)
         gradients = [
             each.to(inputs[place].dtype) if needed else None
             for each, place, needed in zip(found, self.places, needs, strict=True)

@@ -248,8 +248,7 @@ def _linear_cross_entropy_backward(call: ops.LinearCrossEntropyBackward) -> Head
     grad_coefficients: Tensor | None = None
     shift: Tensor | None = None
     if head.input.dtype == torch.float16 and target.numel() > 0:
-        largest = torch.stack([each.abs().amax() for each in upstream if each is not None]).amax()
-        shift = float16_shift(largest, target, options.weight, options.ignore_index)
+        shift = float16_shift(_largest(upstream), target, options.weight, options.ignore_index)
         upstream = Upstream(*(None if each is None else each * shift for each in upstream))
     for chunk, logits in head:
         wanted = head.gradients(logits, need_coefficients)
@@ -281,15 +280,14 @@ def _linear_token_statistics_backward(call: ops.LinearTokenStatisticsBackward) -
     upstream = TokenUpstream(call.grad_log_prob, call.grad_entropy, call.grad_lse)
     shift: Tensor | None = None
     if head.input.dtype == torch.float16 and target.numel() > 0:
-        largest = torch.stack([each.abs().amax() for each in upstream if each is not None]).amax()
-        shift = float16_shift(largest, target, None, call.ignore_index)
+        shift = float16_shift(_largest(upstream), target, None, call.ignore_index)
         upstream = upstream.map(shift.mul)
     mask = (head.needs_logit_gradient, need_coefficients)
     grad_coefficients: Tensor | None = None
     for chunk, logits in head:
         dz, part = token_gradients(
             row_kernels(call.backend), logits, _of(target, chunk), call.transform, ignore_index=call.ignore_index,
-            upstream=upstream.map(functools.partial(_of, rows=chunk)), output_mask=mask,
+            upstream=upstream.map(functools.partial(_of, rows=chunk)), output_mask=mask, in_place=True,
         )  # fmt: skip
         grad_coefficients = _sum(grad_coefficients, part)
         if mask[0]:
@@ -297,6 +295,11 @@ def _linear_token_statistics_backward(call: ops.LinearTokenStatisticsBackward) -
         del logits, dz
     gradients = head.summed(grad_coefficients)
     return gradients if shift is None else HeadGradients(*(each.div_(shift) for each in gradients))
+
+
+def _largest(upstream: Sequence[Tensor | None]) -> Tensor:
+    """The largest absolute value of upstream gradients, of which there is one at least."""
+    return torch.stack([each.abs().amax() for each in upstream if each is not None]).amax()
 
 
 def _joined(parts: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:

@@ -30,7 +30,6 @@ from .checks import (
 )
 from .gradients_ahead import output_mask
 from .groups import Head, HeadOptions, LossOptions, Transform
-from .ops import TokenStatistics
 from .reductions import normalizer
 from .transforms import MonotonicTransform
 from .transforms.base import arithmetic_dtype, coefficients_of
@@ -368,69 +367,6 @@ def linear_losses(
     )
     total = None if reduction == "none" else results.total
     return _reshaped(Losses(results.loss, results.lse, total, results.log_prob if how.return_log_prob else None), shape)
-
-
-def linear_token_statistics(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    transform: MonotonicTransform | None = None,
-    *,
-    linear_bias: Tensor | None = None,
-    ignore_index: int = -100,
-    backend: BackendName = "auto",
-) -> TokenStatistics:
-    r"""What is known of each token under :math:`p = \mathrm{softmax}(f(z))`, for metrics and reinforcement learning.
-
-    The logits :math:`z = \text{input}\,\text{linear\_weight}^T + \text{linear\_bias}` exist for a chunk of rows at a
-    time, except on the reference backend. The results carry no gradients, as under ``torch.no_grad()``:
-    :func:`linear_log_prob` gives them with gradients.
-
-    Args:
-        input, linear_weight, target, transform, linear_bias, ignore_index, backend: as in
-            :func:`linear_cross_entropy`.
-
-    Returns:
-        Named tensors, each of the shape of ``target``; the arithmetic is in float32 (float64 for float64):
-
-        - ``log_prob``: log p of the target; 0 where it is ``ignore_index``.
-        - ``entropy``: :math:`-\sum_j p_j \log p_j`, in nats.
-        - ``argmax``, int64: the class of the largest logit, which is the most probable one; the first of equals.
-        - ``lse``: :math:`\log \sum_j e^{f(z_j)}`.
-        - ``rank``, int64: the number of classes with a larger logit than the target, 0 for the most probable one; -1
-          where the target is ``ignore_index``.
-
-        Logits of -inf are allowed. Where a row has no distribution (a NaN, a +inf, nothing but -inf), log_prob and
-        entropy are NaN, lse is not finite, and argmax and rank mean nothing.
-
-    Raises:
-        TypeError, ValueError, NotImplementedError, IndexError: as in :func:`cross_entropy`.
-
-    Example:
-        >>> hidden, weight, target = torch.randn(8, 64), torch.randn(10_000, 64), torch.randint(10_000, (8,))
-        >>> statistics = monosoftmax.linear_token_statistics(hidden, weight, target)
-        >>> bool((statistics.rank == 0).eq(statistics.argmax == target).all())
-        True
-    """
-    transform = check_transform(transform)
-    head = Head(input, linear_weight, linear_bias)
-    target = check_head(head, target)
-    ignore_index = check_ignore_index(ignore_index)
-    classes = linear_weight.shape[0]
-    check_device("transform", transform, input.device)
-    call = Call("linear_token_statistics", input.device.type, input.dtype, transform, classes=classes)
-    chosen = choose(call, backend)
-    rows = target.reshape(-1)
-    with torch.no_grad():
-        bias = None if linear_bias is None else linear_bias.detach()
-        head = Head(autocast_input(rows_of(input)).detach(), linear_weight.detach(), bias)
-        if chosen == "reference":
-            statistics = reference.token_statistics(F.linear(*head), rows, transform, ignore_index)
-        else:
-            f = for_kernels(transform, head.input)
-            arguments = ops.LinearTokenStatistics(chosen, head, rows, f, ignore_index)
-            statistics = ops.linear_token_statistics(arguments)
-    return TokenStatistics(*(each.reshape(target.shape) for each in statistics))
 
 
 def log_softmax(

@@ -110,7 +110,10 @@ def token_statistics(
     outside = valid & ((target < 0) | (target >= classes))
     raise_if_any(outside, target, classes, ignore_index)
     index = torch.where(valid & ~outside, target, 0).unsqueeze(1)
-    y = transformed(z, transform)
+    # An ignored row without a distribution must stay out of the backward pass, as in cross_entropy.
+    largest = z.detach().amax(1)
+    left_out = ~valid & (torch.isnan(largest) if transform.bounded_below else ~torch.isfinite(largest))
+    y = transformed(torch.where(left_out.unsqueeze(1), torch.zeros_like(z), z), transform)
     log_p = F.log_softmax(y, dim=1)
     # p log p -> 0 as p -> 0
     entropy = -(log_p.exp() * log_p.masked_fill(torch.isneginf(log_p), 0.0)).sum(1)
@@ -120,7 +123,9 @@ def token_statistics(
     place = torch.arange(classes, device=z.device).expand_as(z)
     argmax = torch.where(z == z.amax(1, keepdim=True), place, classes).amin(1).clamp(max=classes - 1)
     rank = torch.where(valid & ~outside, (z > z.gather(1, index)).sum(1), -1)
-    return log_prob, entropy, argmax, torch.logsumexp(y, 1), rank
+    entropy = torch.where(left_out, torch.nan, entropy)
+    lse = torch.where(left_out, largest.to(y.dtype), torch.logsumexp(y, 1))
+    return log_prob, entropy, argmax, lse, rank
 
 
 def transformed(input: Tensor, transform: MonotonicTransform) -> Tensor:

@@ -61,23 +61,29 @@ def _token_statistics(call: ops.RowTokenStatistics) -> ops.TokenStatistics:
 
 
 def _token_statistics_backward(call: ops.RowTokenStatisticsBackward) -> ops.Gradients:
-    """In chunks, because :func:`.token_gradients` needs memory of the size of the logits that it is given."""
+    """In one call; in chunks of rows, where :func:`.token_gradients` would need memory of the size of the logits."""
     input, coefficients = call.input, call.transform.coefficients
-    (count, classes), need_input = input.shape, call.output_mask[0]
+    count, classes = input.shape
     step = chunked_head.chunk_rows(classes, coefficients.dtype, input.device.type)
-    grad_input = torch.empty(input.shape if need_input else 0, dtype=input.dtype, device=input.device)
-    total: Tensor | None = None
-    for start in range(0, max(count, 1), step):
-        chunk = slice(start, min(start + step, count))
+
+    def of(chunk: slice) -> tuple[Tensor, Tensor]:
         upstream = TokenUpstream(call.grad_log_prob, call.grad_entropy, call.grad_lse)
-        dz, part = token_gradients(
+        return token_gradients(
             row_kernels(call.backend), input[chunk], call.target[chunk], call.transform, ignore_index=call.ignore_index,
-            upstream=upstream.map(operator.itemgetter(chunk)), output_mask=call.output_mask,
+            upstream=upstream.map(operator.itemgetter(chunk)), output_mask=call.output_mask, in_place=False,
         )  # fmt: skip
+
+    if call.grad_entropy is None or count <= step:
+        return ops.Gradients(*of(slice(None)))
+    need_input, need_coefficients = call.output_mask
+    grad_input = torch.empty(input.shape if need_input else 0, dtype=input.dtype, device=input.device)
+    total = coefficients.new_zeros(coefficients.shape if need_coefficients else 0, dtype=torch.float64)
+    for start in range(0, count, step):
+        chunk = slice(start, start + step)
+        dz, part = of(chunk)
         if need_input:
             grad_input[chunk] = dz
-        total = part if total is None else total.double() + part
-    assert total is not None  # there is at least one chunk
+        total += part
     return ops.Gradients(grad_input, total.to(coefficients.dtype))
 
 

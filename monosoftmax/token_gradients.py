@@ -2,10 +2,10 @@
 
     dL/dy_j = a ([j = t] - p_j) - e p_j (log p_j + H) + h p_j
 
-for the upstream gradients a of log p(t), e of the entropy H and h of lse. Two kernels of a backend make it. That of the
-loss has the terms of a and h. That of log_softmax takes a gradient u of all log p, and gives u_j - p_j sum_k u_k: with
-u_j = a [j = t] - e p_j log p_j, these are the terms of a and e. So an upstream gradient of the entropy costs four
-numbers of the arithmetic type for each logit of a chunk, in memory that the next chunk uses again.
+for the upstream gradients a of log p(t), e of the entropy H and h of lse. Two kernels of a backend make it. The kernel
+of the loss has the terms of a and h. The backward kernel of log_softmax takes a gradient u of all log p, and gives
+u_j - p_j sum_k u_k: with u_j = a [j = t] - e p_j log p_j, these are the terms of a and e. Beside the gradient, u and
+log p take memory, two numbers of the arithmetic type for each logit, so that callers give chunks of rows.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ def token_gradients(
     ignore_index: int,
     upstream: TokenUpstream,
     output_mask: Sequence[bool],
+    in_place: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of ``rows`` [N, V] and of the coefficients; empty unless the mask asks for them.
 
-    An ignored row has no log p. What it holds has no effect if it has no other upstream gradient either.
+    An ignored row has no log p. What it holds has no effect if it has no other upstream gradient either. ``in_place``:
+    nobody needs ``rows`` afterwards, and they may be overwritten.
     """
     mask = output_mask[0], output_mask[1]
 
@@ -54,7 +56,10 @@ def token_gradients(
         if a is None:
             assert h is not None
             a = torch.zeros_like(h)
-        found = kernels.cross_entropy(rows, target, transform, options, upstream=Upstream(-a, h), output_mask=mask)
+        found = kernels.cross_entropy(
+            rows, target, transform, options, upstream=Upstream(-a, h), output_mask=mask,
+            grad_rows=rows if in_place and mask[0] else None,
+        )  # fmt: skip
         return found[3], found[4]
 
     if upstream.entropy is None:
@@ -64,7 +69,8 @@ def token_gradients(
     if upstream.lse is not None:
         counts |= upstream.lse != 0
     # An ignored row may hold NaN, which an upstream gradient of 0 would not keep out of the sums.
-    rows = rows.masked_fill(~counts.unsqueeze(1), 0)
+    left_out = ~counts.unsqueeze(1)
+    rows = rows.masked_fill_(left_out, 0) if in_place else rows.masked_fill(left_out, 0)
     log_p, row_stats = kernels.log_softmax(rows, transform, transform.coefficients.dtype)
     # p log p -> 0 as p -> 0: a finite number in the place of -inf.
     of_log_p = log_p.exp().mul_(log_p.clamp_(min=torch.finfo(log_p.dtype).min))

@@ -1,15 +1,16 @@
-"""log p and entropy of each token, with gradients: what reinforcement learning and distillation ask of a head."""
+"""The statistics of each token, such as log p and entropy: with gradients for reinforcement learning, or without."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import ops, reference
-from .backends import BackendName, Call, choose
+from .backends import BackendName, Call, Operation, choose
 from .checks import (
     IGNORE_INDEX,
     check_classes,
@@ -22,6 +23,7 @@ from .checks import (
 )
 from .functional import autocast_input, for_kernels, rows_for_kernel, rows_of
 from .groups import Head
+from .ops import TokenStatistics
 from .transforms import MonotonicTransform
 
 OutputName = Literal["log_prob", "entropy", "is_top1", "rank", "argmax", "lse", "target_logit"]
@@ -37,6 +39,55 @@ class TokenLogProb(NamedTuple):
     argmax: Tensor | None = None
     lse: Tensor | None = None
     target_logit: Tensor | None = None
+
+
+def linear_token_statistics(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    transform: MonotonicTransform | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    backend: BackendName = "auto",
+) -> TokenStatistics:
+    r"""What is known of each token under :math:`p = \mathrm{softmax}(f(z))`, for metrics and reinforcement learning.
+
+    The logits :math:`z = \text{input}\,\text{linear\_weight}^T + \text{linear\_bias}` exist for a chunk of rows at a
+    time, except on the reference backend. The results carry no gradients, as under ``torch.no_grad()``:
+    :func:`linear_log_prob` gives them with gradients.
+
+    Args:
+        input, linear_weight, target, transform, linear_bias, ignore_index, backend: as in
+            :func:`linear_cross_entropy`.
+
+    Returns:
+        Named tensors, each of the shape of ``target``; the arithmetic is in float32 (float64 for float64):
+
+        - ``log_prob``: log p of the target; 0 where it is ``ignore_index``.
+        - ``entropy``: :math:`-\sum_j p_j \log p_j`, in nats.
+        - ``argmax``, int64: the class of the largest logit, which is the most probable one; the first of equals.
+        - ``lse``: :math:`\log \sum_j e^{f(z_j)}`.
+        - ``rank``, int64: the number of classes with a larger logit than the target, 0 for the most probable one; -1
+          where the target is ``ignore_index``.
+
+        Logits of -inf are allowed. Where a row has no distribution (a NaN, a +inf, nothing but -inf), log_prob and
+        entropy are NaN, lse is not finite, and argmax and rank mean nothing.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError, IndexError: as in :func:`cross_entropy`.
+
+    Example:
+        >>> hidden, weight, target = torch.randn(8, 64), torch.randn(10_000, 64), torch.randint(10_000, (8,))
+        >>> statistics = monosoftmax.linear_token_statistics(hidden, weight, target)
+        >>> bool((statistics.rank == 0).eq(statistics.argmax == target).all())
+        True
+    """
+    with torch.no_grad():
+        bias = None if linear_bias is None else linear_bias.detach()
+        head = Head(input.detach(), linear_weight.detach(), bias)
+        found = _of_head("linear_token_statistics", head, target, transform, ignore_index, backend=backend)
+    return TokenStatistics(*(each.reshape(target.shape) for each in found))
 
 
 def linear_log_prob(
@@ -62,7 +113,7 @@ def linear_log_prob(
         input, linear_weight, target, transform, linear_bias, ignore_index, backend: as in
             :func:`linear_cross_entropy`.
         outputs: what to return, at least one of the names below. All of it is computed in one pass; a gradient of the
-            entropy takes another kernel, and two numbers of float32 for each logit of a chunk.
+            entropy takes another kernel, and two more numbers of float32 for each logit of a chunk.
 
     Returns:
         Named tensors of the shape of ``target``, or None where ``outputs`` does not name them. Arithmetic is in float32
@@ -89,21 +140,8 @@ def linear_log_prob(
         torch.Size([10000, 64])
     """
     _check_outputs(outputs)
-    transform = check_transform(transform)
     head = Head(input, linear_weight, linear_bias)
-    target = check_head(head, target)
-    ignore_index = check_ignore_index(ignore_index)
-    check_device("transform", transform, input.device)
-    call = Call("linear_log_prob", input.device.type, input.dtype, transform, classes=linear_weight.shape[0])
-    chosen, indices = choose(call, backend), target.reshape(-1)
-    if chosen == "reference":
-        logits = F.linear(rows_of(input), linear_weight, linear_bias)
-        found = ops.TokenStatistics(*reference.token_statistics(logits, indices, transform, ignore_index))
-    else:
-        rows = autocast_input(rows_of(input))
-        f = for_kernels(transform, rows)
-        arguments = ops.LinearTokenStatistics(chosen, head._replace(input=rows), indices, f, ignore_index)
-        found = ops.linear_token_statistics(arguments)
+    found = _of_head("linear_log_prob", head, target, transform, ignore_index, backend=backend)
     return _asked(found, outputs, target, ignore_index)
 
 
@@ -150,12 +188,36 @@ def log_prob(
     call = Call("log_prob", input.device.type, input.dtype, transform, classes=input.shape[-1])
     chosen, rows, indices = choose(call, backend), rows_of(input), target.reshape(-1)
     if chosen == "reference":
-        found = ops.TokenStatistics(*reference.token_statistics(rows, indices, transform, ignore_index))
+        found = TokenStatistics(*reference.token_statistics(rows, indices, transform, ignore_index))
     else:
         rows = rows_for_kernel(rows)
         arguments = ops.RowTokenStatistics(chosen, rows, indices, for_kernels(transform, rows), ignore_index)
         found = ops.token_statistics(arguments)
     return _asked(found, outputs, target, ignore_index)
+
+
+def _of_head(
+    operation: Operation,
+    head: Head,
+    target: Tensor,
+    transform: MonotonicTransform | None,
+    ignore_index: int,
+    *,
+    backend: BackendName,
+) -> TokenStatistics:
+    """The statistics of the tokens of a head, whose arguments are checked here; each [N]."""
+    transform, target, device = check_transform(transform), check_head(head, target), head.input.device
+    ignore_index = check_ignore_index(ignore_index)
+    check_device("transform", transform, device)
+    call = Call(operation, device.type, head.input.dtype, transform, classes=head.linear_weight.shape[0])
+    chosen, indices, rows = choose(call, backend), target.reshape(-1), rows_of(head.input)
+    if chosen == "reference":
+        logits = F.linear(rows, head.linear_weight, head.linear_bias)
+        return TokenStatistics(*reference.token_statistics(logits, indices, transform, ignore_index))
+    rows = autocast_input(rows)
+    f = for_kernels(transform, rows)
+    arguments = ops.LinearTokenStatistics(chosen, head._replace(input=rows), indices, f, ignore_index)
+    return ops.linear_token_statistics(arguments)
 
 
 def _check_outputs(outputs: Sequence[OutputName]) -> None:
@@ -167,9 +229,7 @@ def _check_outputs(outputs: Sequence[OutputName]) -> None:
             raise ValueError(f"outputs must be some of {', '.join(names)}, got {each!r}")
 
 
-def _asked(
-    found: ops.TokenStatistics, outputs: Sequence[OutputName], target: Tensor, ignore_index: int
-) -> TokenLogProb:
+def _asked(found: TokenStatistics, outputs: Sequence[OutputName], target: Tensor, ignore_index: int) -> TokenLogProb:
     results = found._asdict()
     if "is_top1" in outputs:
         results["is_top1"] = found.rank == 0

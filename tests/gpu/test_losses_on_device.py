@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from losses import DTYPES, TRANSFORMS, LossCase, check_case, distance, disturbed, loss_and_gradients, loss_cases
+from losses import (
+    DTYPES,
+    TRANSFORMS,
+    LossCase,
+    check_case,
+    check_log_prob,
+    distance,
+    disturbed,
+    loss_and_gradients,
+    loss_cases,
+)
 from operator_calls import PLAIN, kernel_transform
 
 import monosoftmax as ms
@@ -64,6 +74,16 @@ def test_gradient_ahead_later_and_in_place(backend: Any, name: str, device: torc
     assert torch.equal(ahead, later)
     for each in (later_sums, sums_in_place):
         torch.testing.assert_close(sums, each, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("outputs", [("log_prob",), ("log_prob", "entropy", "lse")])
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_log_prob_and_entropy(backend: Any, name: str, outputs: Any, device: torch.device) -> None:
+    shape = (40, 32003) if device.type == "cuda" else (3, 139)
+    input, target = LossCase(name, {}, (*shape, 0, 0), torch.bfloat16, "plain").logits_and_target(device)
+    check_log_prob(input, target, disturbed(name).to(device), outputs, backend)
 
 
 @pytest.mark.emulated

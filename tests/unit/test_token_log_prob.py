@@ -144,19 +144,36 @@ def test_p_next_to_one(backend: Any) -> None:
         torch.testing.assert_close(fused.double(), true, rtol=1e-4, atol=2e-7)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["identity", "plif", "soft_cap"])
 @pytest.mark.parametrize("outputs", [("log_prob",), ("log_prob", "entropy", "lse")])
-def test_ignored_rows_may_hold_anything(name: str, outputs: tuple[OutputName, ...]) -> None:
+def test_ignored_rows_may_hold_anything(backend: Any, name: str, outputs: tuple[OutputName, ...]) -> None:
     """Their entropy is that of their logits; if nobody asks for its gradient, they have none."""
     z = torch.randn(3, V)
     z[1] = torch.nan
     z.requires_grad_()
     transform, valid = disturbed(name), torch.tensor([True, False, True])
-    found = ms.log_prob(z, torch.tensor([0, -100, 5]), transform, outputs=outputs, backend="cpu")
+    found = ms.log_prob(z, torch.tensor([0, -100, 5]), transform, outputs=outputs, backend=backend)
     assert found.log_prob is not None and found.log_prob[1] == 0
     sum(getattr(found, each)[valid].sum() for each in outputs).backward()  # type: ignore[union-attr]
     assert z.grad is not None and (z.grad[1] == 0).all() and z.grad.isfinite().all()
     assert all(each.grad is not None and each.grad.isfinite().all() for each in transform.parameters())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ignored_rows_may_overflow_in_the_head(backend: Any) -> None:
+    """Their logits are infinite; the gradients of what all rows share are those of the other rows."""
+    (input, weight, _), target = batch(torch.float32)
+    transform, others = disturbed("plif"), target != -100
+    with torch.no_grad():
+        input[~others] = 3e38
+    leaves, grads = [weight, *transform.parameters()], []
+    for x, t in ((input, target), (input[others], target[others])):
+        found = ms.linear_log_prob(x, weight, t, transform, backend=backend)
+        assert found.log_prob is not None and found.entropy is not None
+        total = found.log_prob.sum() + found.entropy[t != -100].sum()
+        grads.append(torch.autograd.grad(total, leaves))
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -87,7 +87,7 @@ def linear_token_statistics(
         bias = None if linear_bias is None else linear_bias.detach()
         head = Head(input.detach(), linear_weight.detach(), bias)
         found = _of_head("linear_token_statistics", head, target, transform, ignore_index, backend=backend)
-    return TokenStatistics(*(each.reshape(target.shape) for each in found))
+    return TokenStatistics(*(each.reshape(input.shape[:-1]) for each in found))
 
 
 def linear_log_prob(
@@ -142,7 +142,7 @@ def linear_log_prob(
     _check_outputs(outputs)
     head = Head(input, linear_weight, linear_bias)
     found = _of_head("linear_log_prob", head, target, transform, ignore_index, backend=backend)
-    return _asked(found, outputs, target, ignore_index)
+    return _asked(found, outputs, target, ignore_index, shape=input.shape[:-1])
 
 
 def log_prob(
@@ -193,7 +193,7 @@ def log_prob(
         rows = rows_for_kernel(rows)
         arguments = ops.RowTokenStatistics(chosen, rows, indices, for_kernels(transform, rows), ignore_index)
         found = ops.token_statistics(arguments)
-    return _asked(found, outputs, target, ignore_index)
+    return _asked(found, outputs, target, ignore_index, shape=input.shape[:-1])
 
 
 def _of_head(
@@ -229,11 +229,14 @@ def _check_outputs(outputs: Sequence[OutputName]) -> None:
             raise ValueError(f"outputs must be some of {', '.join(names)}, got {each!r}")
 
 
-def _asked(found: TokenStatistics, outputs: Sequence[OutputName], target: Tensor, ignore_index: int) -> TokenLogProb:
-    results = found._asdict()
+def _asked(
+    found: TokenStatistics, outputs: Sequence[OutputName], target: Tensor, ignore_index: int, *, shape: torch.Size
+) -> TokenLogProb:
+    # In the shape of the targets as they were checked: (1,) counts as ().
+    results = {name: each.reshape(shape) for name, each in found._asdict().items()}
     if "is_top1" in outputs:
-        results["is_top1"] = found.rank == 0
+        results["is_top1"] = results["rank"] == 0
     if "target_logit" in outputs:
-        ignored = target.reshape(-1) == ignore_index
-        results["target_logit"] = (found.log_prob + found.lse).masked_fill(ignored, 0.0)
-    return TokenLogProb(**{name: results[name].reshape(target.shape) for name in outputs})
+        target_logit = results["log_prob"] + results["lse"]
+        results["target_logit"] = target_logit.masked_fill(target.reshape(shape) == ignore_index, 0.0)
+    return TokenLogProb(**{name: results[name] for name in outputs})

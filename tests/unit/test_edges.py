@@ -38,6 +38,11 @@ def test_one_row_and_a_target_of_one_element(backend: Any) -> None:
         torch.testing.assert_close(head, F.cross_entropy(weight @ h, target, reduction=reduction))
     statistics = ms.linear_token_statistics(h, weight, target, backend=backend)
     torch.testing.assert_close(statistics.log_prob, -F.cross_entropy(weight @ h, target[0]))
+    for found in (
+        ms.linear_log_prob(h, weight, target, backend=backend),
+        ms.log_prob(weight @ h, target, backend=backend),
+    ):
+        torch.testing.assert_close(found.log_prob, statistics.log_prob)
     output = ms.MonotonicSoftmax(4, 5, backend=backend)(h, target)
     assert output.output.shape == () and output.loss.shape == ()
     with pytest.raises(ValueError, match="target must have the shape of input"):

@@ -232,7 +232,7 @@ def test_public_functions_say_what_a_backend_refuses_before_its_operators_do(
         (lambda: ms.cross_entropy(logits.expand(2, 4, 9).mT, target.expand(2, 4), backend=backend), "input has 9"),
         (lambda: ms.log_softmax(logits, backend=backend), "classes, input has 9"),
         (lambda: ms.linear_cross_entropy(*head, backend=backend), "classes, input has 9"),
-        (lambda: ms.functional.linear_token_statistics(*head, backend=backend), "classes, input has 9"),
+        (lambda: ms.linear_token_statistics(*head, backend=backend), "classes, input has 9"),
         (lambda: ms.backends.explain("log_softmax", logits[0], backend=backend), "up to 8 classes, input has 9"),
         (lambda: ms.backends.explain("cross_entropy", logits[0], backend=backend), "up to 8 classes, input has 9"),
         (lambda: ms.backends.explain("cross_entropy", logits[:, :, None], backend=backend), "input has 9"),

@@ -407,7 +407,7 @@ def test_the_head_refuses_them() -> None:
     layer = ms.MonotonicSoftmax(5, 9)
     for call in (
         lambda: ms.linear_cross_entropy(hidden, weight, target),
-        lambda: ms.functional.linear_token_statistics(hidden, weight, target),
+        lambda: ms.linear_token_statistics(hidden, weight, target),
         lambda: layer(hidden, target),
     ):
         with pytest.raises(NotImplementedError, match=r"class probabilities are not supported.*ms|monosoftmax"):

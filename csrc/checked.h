@@ -53,7 +53,7 @@ inline Tensor checked_like(const Memory& memory, const char* name, const Tensor&
 
 // Checks the arguments of a transform. Returns the shape of its coefficients.
 inline TransformShape check_transform(const groups::Transform& transform, const Tensor& rows) {
-  const auto& [coefficients, name, constants] = transform;
+  const auto& [coefficients, name, constants, inner, temperature] = transform;
   TransformShape shape{};
   TORCH_CHECK_VALUE(find_transform(name, &shape), "monosoftmax: unknown transform \"", name, "\"");
   const bool fits = coefficients.dim() == (shape.table_rows > 0 ? 2 : 1) && shape.smallest <= coefficients.size(-1) &&
@@ -65,6 +65,9 @@ inline TransformShape check_transform(const groups::Transform& transform, const 
   TORCH_CHECK_VALUE(name != "plif" || constants.size() == 3, "monosoftmax: plif takes 3 constants");
   TORCH_CHECK_VALUE(name != "monotonic_mlp" || coefficients.size(-1) % 3 == 1,
                     "monosoftmax: monotonic_mlp takes 3H + 1 coefficients");
+  TORCH_CHECK_VALUE(inner.empty() || (inner.size() == 2 && inner[0] > 0 && inner[1] >= 0),
+                    "monosoftmax: inner must be empty, or a scale > 0 and a cap >= 0");
+  if (temperature.has_value()) check_beside("temperature", *temperature, rows, {});
   return shape;
 }
 
@@ -81,11 +84,12 @@ inline void check_upstream(const std::optional<groups::Upstream>& upstream, cons
                            groups::OutputMask mask) {
   TORCH_CHECK_VALUE(upstream.has_value() || !mask.any(), "monosoftmax: gradients need a scale");
   if (!upstream.has_value()) return;
-  const auto& [loss, lse, factor] = *upstream;
+  const auto& [loss, lse, factor, entropy] = *upstream;
   if (loss.has_value() && loss->dim() == 0) check_beside("scale", *loss, rows, {});
   if (loss.has_value() && loss->dim() > 0) check_beside("grad_loss", *loss, rows, {rows.size(0)});
   if (lse.has_value()) check_beside("grad_lse", *lse, rows, {rows.size(0)});
   if (factor.has_value()) check_beside("factor", *factor, rows, {});
+  if (entropy.has_value()) check_beside("grad_entropy", *entropy, rows, {rows.size(0)});
 }
 
 // `given` receives the gradient of rows. Without it, the gradient is written into new memory.
@@ -129,11 +133,22 @@ inline groups::RowResults room_for_losses(const Tensor& rows, int64_t numbers_in
           Tensor()};
 }
 
-// Memory for log p, entropy, argmax, lse and rank.
-inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> room_for_statistics(const Tensor& rows) {
+inline groups::TokenStatistics room_for_statistics(const Tensor& rows) {
   const auto empty = [&](at::ScalarType type) { return at::empty({rows.size(0)}, rows.options().dtype(type)); };
   const at::ScalarType type = arithmetic_type(rows);
-  return {empty(type), empty(type), empty(at::kLong), empty(type), empty(at::kLong)};
+  return {empty(type), empty(type),      empty(at::kLong),
+          empty(type), empty(at::kLong), at::empty({3, rows.size(0)}, rows.options().dtype(type))};
+}
+
+// The divergences of monosoftmax/row_kernels.py.
+enum class Divergence { kForwardKl, kReverseKl, kJsd };
+
+inline Divergence divergence_of(std::string_view kind, double beta) {
+  if (kind == "forward_kl") return Divergence::kForwardKl;
+  if (kind == "reverse_kl") return Divergence::kReverseKl;
+  TORCH_CHECK_VALUE(kind == "jsd", "monosoftmax: kind must be forward_kl, reverse_kl or jsd, got \"", kind, "\"");
+  TORCH_CHECK_VALUE(0 < beta && beta < 1, "monosoftmax: beta must be between 0 and 1, got ", beta);
+  return Divergence::kJsd;
 }
 
 }  // namespace monosoftmax

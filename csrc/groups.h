@@ -16,7 +16,8 @@ using Optional = std::optional<Tensor>;
 struct Transform {
   Tensor coefficients;
   std::string_view name;  // points into the Python string, which the caller holds
-  c10::SmallVector<double, 4> constants;
+  c10::SmallVector<double, 4> constants, inner;
+  Optional temperature;
 };
 
 struct LossOptions {
@@ -27,7 +28,11 @@ struct LossOptions {
 };
 
 struct Upstream {
-  Optional loss, lse, factor;
+  Optional loss, lse, factor, entropy;
+};
+
+struct TokenStatistics {
+  Tensor log_prob, entropy, argmax, lse, rank, row_stats;
 };
 
 // Which gradients a call computes. Python has a plain tuple of two bools.

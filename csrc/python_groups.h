@@ -60,10 +60,12 @@ template <>
 struct type_caster<monosoftmax::groups::Transform> {
   PYBIND11_TYPE_CASTER(monosoftmax::groups::Transform, const_name("Transform"));
   bool load(handle source, bool) {
-    monosoftmax::Fields(source, "Transform", 3)
+    monosoftmax::Fields(source, "Transform", 5)
         .read("coefficients", value.coefficients)
         .read("name", value.name)
-        .read("constants", value.constants);
+        .read("constants", value.constants)
+        .read("inner", value.inner)
+        .read("temperature", value.temperature);
     return true;
   }
 };
@@ -86,10 +88,11 @@ template <>
 struct type_caster<monosoftmax::groups::Upstream> {
   PYBIND11_TYPE_CASTER(monosoftmax::groups::Upstream, const_name("Upstream"));
   bool load(handle source, bool) {
-    monosoftmax::Fields(source, "Upstream", 3)
+    monosoftmax::Fields(source, "Upstream", 4)
         .read("loss", value.loss)
         .read("lse", value.lse)
-        .read("factor", value.factor);
+        .read("factor", value.factor)
+        .read("entropy", value.entropy);
     return true;
   }
 };
@@ -100,6 +103,15 @@ struct type_caster<monosoftmax::groups::OutputMask> {
   bool load(handle source, bool) {
     monosoftmax::Fields(source, "output_mask", 2).read("rows", value.rows).read("coefficients", value.coefficients);
     return true;
+  }
+};
+
+template <>
+struct type_caster<monosoftmax::groups::TokenStatistics> {
+  PYBIND11_TYPE_CASTER(monosoftmax::groups::TokenStatistics, const_name("TokenStatistics"));
+  static handle cast(const monosoftmax::groups::TokenStatistics& results, return_value_policy, handle) {
+    const auto& [log_prob, entropy, argmax, lse, rank, row_stats] = results;
+    return make_tuple(log_prob, entropy, argmax, lse, rank, row_stats).release();
   }
 };
 

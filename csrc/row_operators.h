@@ -14,9 +14,11 @@ struct RowOperators {
   groups::RowResults (*cross_entropy)(const Tensor& rows, const Tensor& target, const groups::Transform&,
                                       const groups::LossOptions&, const std::optional<groups::Upstream>&,
                                       const Optional& row_stats, groups::OutputMask, const Optional& grad_rows);
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> (*token_statistics)(const Tensor& rows, const Tensor& target,
-                                                                         const groups::Transform&,
-                                                                         int64_t ignore_index);
+  groups::TokenStatistics (*token_statistics)(const Tensor& rows, const Tensor& target, const groups::Transform&,
+                                              int64_t ignore_index);
+  groups::RowResults (*divergence)(const Tensor& rows, const Tensor& log_target, const groups::Transform&,
+                                   std::string_view kind, double beta, const std::optional<groups::Upstream>&,
+                                   const Optional& row_stats, groups::OutputMask, const Optional& grad_rows);
   std::tuple<Tensor, Tensor> (*log_softmax)(const Tensor& rows, const groups::Transform&, at::ScalarType dtype);
   std::tuple<Tensor, Tensor> (*log_softmax_backward)(const Tensor& grad_output, const Tensor& rows,
                                                      const groups::Transform&, const Tensor& row_stats,

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from . import gradients_ahead, ops
 from ._dispatch import has_values, keeps_graph, within_functorch
-from .float16 import float16_shift
-from .groups import LossOptions, Upstream
+from .float16 import float16_power, float16_shift
+from .groups import LossOptions, TokenStatistics, Upstream
 from .ops import Arguments, Operator, Results
 from .row_kernels import row_kernels
 
@@ -87,6 +87,7 @@ class _OfLoss(_Derivative[Any, Any]):
         self.asked = [(fields.index("lse"), place("return_lse"))]
         if self.linear:
             self.asked.append((fields.index("log_prob"), place("return_log_prob")))
+        self.statistics = [fields.index(each) for each in ("entropy", "argmax", "rank")] if self.linear else []
 
     def setup_context(self, ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
         if ctx.needs_input_grad[self.target]:
@@ -102,7 +103,8 @@ class _OfLoss(_Derivative[Any, Any]):
         unasked = [output[result] for result, argument in self.asked if not inputs[argument]]
         if inputs[self.reduction] == "none":
             unasked.append(total)
-        ctx.mark_non_differentiable(row_stats, scale, *gradients, *unasked)
+        statistics = [output[each] for each in self.statistics]
+        ctx.mark_non_differentiable(row_stats, scale, *statistics, *gradients, *unasked)
 
     def backward(self, ctx: Any, *upstream: Tensor | None) -> Any:
         grads = dict(zip(self.operator.results._fields, upstream, strict=True))
@@ -191,7 +193,7 @@ class _OfLogSoftmax(_Derivative[ops.LogSoftmax, ops.LogProbabilities]):
         return self.placed(ops.log_softmax_backward(call), needs)
 
 
-class _OfTokenStatistics(_Derivative[Any, ops.TokenStatistics]):
+class _OfTokenStatistics(_Derivative[Any, TokenStatistics]):
     """Of :class:`.ops.LinearTokenStatistics` and :class:`.ops.RowTokenStatistics`, from the logits again."""
 
     def __init__(self, operator: Operator[Any, Any], backward: Operator[Any, Any], *names: str) -> None:
@@ -199,22 +201,77 @@ class _OfTokenStatistics(_Derivative[Any, ops.TokenStatistics]):
         self.gradients = backward
 
     def setup_context(self, ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-        self.save(ctx, inputs)
-        statistics = ops.TokenStatistics(*output)
-        ctx.mark_non_differentiable(statistics.argmax, statistics.rank)
+        statistics = TokenStatistics(*output)
+        self.save(ctx, inputs, statistics.row_stats)
+        ctx.mark_non_differentiable(statistics.argmax, statistics.rank, statistics.row_stats)
 
     def backward(self, ctx: Any, *upstream: Tensor | None) -> Any:
-        needs, grads = self.needs(ctx), ops.TokenStatistics(*upstream)  # type: ignore[arg-type]
+        needs, grads = self.needs(ctx), TokenStatistics(*upstream)  # type: ignore[arg-type]
         if (grads.log_prob is None and grads.entropy is None and grads.lse is None) or not any(needs):
             return self.placed([None] * len(needs), needs)
-        inputs, _ = self.saved(ctx)
+        inputs, (row_stats,) = self.saved(ctx)
         given = {f"grad_{name}": getattr(grads, name) for name in ("log_prob", "entropy", "lse")}
-        found = self.computed(self.gradients, self.operator.named(inputs), output_mask=needs, **given)
+        call = self.operator.named(inputs)
+        found = self.computed(self.gradients, call, row_stats=row_stats, output_mask=needs, **given)
         gradients = [
             each.to(inputs[place].dtype) if needed else None
             for each, place, needed in zip(found, self.places, needs, strict=True)
         ]
         return self.placed(gradients, needs)
+
+
+class _OfDistillation(_Derivative[ops.LinearDistillation, ops.DistillationLosses]):
+    """With gradients of ``total`` computed ahead, all that are needed or none; from the logits again for the losses."""
+
+    def setup_context(self, ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+        results, call = ops.DistillationLosses(*output), self.operator.named(inputs)
+        gradients = output[3:]
+        ctx.ahead = tuple(call.output_mask)
+        ahead = [each for each, computed in zip(gradients, ctx.ahead, strict=True) if computed]
+        if ahead and type(ahead[0]) is Tensor and not torch.compiler.is_compiling():
+            gradients_ahead.let_wait(ahead)
+        self.save(ctx, inputs, results.row_stats, *ahead)
+        unasked = [results.total] if call.scale is None else []
+        ctx.mark_non_differentiable(results.row_stats, *gradients, *unasked)
+
+    def backward(self, ctx: Any, *upstream: Tensor | None) -> Any:
+        needs, (loss, _, total) = self.needs(ctx), upstream[:3]
+        if (loss is None and total is None) or not any(needs):
+            return self.placed([None] * len(needs), needs)
+        inputs, (row_stats, *ahead) = self.saved(ctx)
+        call = self.operator.named(inputs)
+        covered = all(computed or not needed for computed, needed in zip(ctx.ahead, needs, strict=True))
+        if ahead and covered and total is not None and loss is None and not torch.is_grad_enabled():
+            gradients = self._scaled(call, ahead, total, ctx.ahead)
+        else:
+            if total is not None:
+                assert call.scale is not None
+                loss = call.scale * total if loss is None else loss + call.scale * total
+            gradients = list(
+                self.computed(
+                    ops.linear_distillation_backward, call, grad_loss=loss, row_stats=row_stats, output_mask=needs
+                )
+            )
+        cast = [
+            each.to(inputs[place].dtype) if needed and each is not None else None
+            for each, place, needed in zip(gradients, self.places, needs, strict=True)
+        ]
+        return self.placed(cast, needs)
+
+    @staticmethod
+    def _scaled(
+        call: ops.LinearDistillation, ahead: list[Tensor], total: Tensor, computed: tuple[bool, ...]
+    ) -> list[Tensor | None]:
+        in_place, kernels = not keeps_graph(), row_kernels(call.backend)
+        if in_place:
+            gradients_ahead.let_go(ahead)
+        if call.head.input.dtype == torch.float16:
+            assert call.scale is not None
+            total = total / float16_power(call.scale.amax())
+        scaled = gradients_ahead.scaled(ahead, total, rounded=False, in_place=in_place, kernels=kernels)
+        assert scaled is not None  # which is for gradients that must not be rounded twice
+        waiting = iter(scaled)
+        return [next(waiting) if each else None for each in computed]
 
 
 class _WithoutDerivative(_Derivative[Any, Any]):
@@ -243,11 +300,13 @@ _OfLoss(ops.linear_cross_entropy, ops.linear_cross_entropy_backward, *_HEAD, "co
 _OfLogSoftmax(ops.log_softmax, "input", "coefficients")
 _OfTokenStatistics(ops.token_statistics, ops.token_statistics_backward, "input", "coefficients")
 _OfTokenStatistics(ops.linear_token_statistics, ops.linear_token_statistics_backward, *_HEAD, "coefficients")
+_OfDistillation(ops.linear_distillation, *_HEAD, "coefficients")
 for _operator in (
     ops.cross_entropy_backward,
     ops.linear_cross_entropy_backward,
     ops.log_softmax_backward,
     ops.token_statistics_backward,
     ops.linear_token_statistics_backward,
+    ops.linear_distillation_backward,
 ):
     _WithoutDerivative(_operator, 'the {backend} backend does not support double backward; use backend="reference"')

@@ -18,11 +18,18 @@ from torch import Tensor
 
 from .row_kernels import PROBLEMS, extension_problem, host_execution, interpreting, row_kernels
 from .row_kernels import extension as extension
-from .transforms import Identity, MonotonicTransform
+from .transforms import Chain, Identity, MonotonicTransform
 
 BackendName = Literal["auto", "reference", "cpu", "triton", "cuda"]
 Operation = Literal[
-    "cross_entropy", "linear_cross_entropy", "linear_token_statistics", "linear_log_prob", "log_softmax", "log_prob"
+    "cross_entropy",
+    "linear_cross_entropy",
+    "linear_token_statistics",
+    "linear_log_prob",
+    "linear_token_loss",
+    "linear_distillation",
+    "log_softmax",
+    "log_prob",
 ]
 
 #: The kinds of targets: class indices, class probabilities, or class probabilities that require a gradient.
@@ -42,6 +49,8 @@ class Call(NamedTuple):
     has_grad_in_forward: bool = False
     #: For cross_entropy.
     target_kind: TargetKind = "indices"
+    #: For cross_entropy: whether the gradient overwrites the logits.
+    inplace: bool = False
     #: For :func:`explain`: logits of the shape in question.
     like: Tensor | None = None
     #: The number of classes; 0 if it is unknown.
@@ -105,6 +114,8 @@ def _reference_refusal(call: Call) -> str | None:
         return "it holds the logits in full, and has no use for chunk_rows"
     if call.has_grad_in_forward:
         return "autograd computes its gradients, and it has no use for grad_in_forward"
+    if call.inplace:
+        return "autograd computes its gradients, none of them inplace"
     return None
 
 
@@ -118,18 +129,18 @@ def _cpu_refusal(call: Call) -> str | None:
         return f"it takes CPU tensors, input is on {call.device}"
     if call.method == "recompute":
         return 'it has no method="recompute": the triton backend has'
-    if call.target_kind == "differentiated probabilities":
-        return "it does not differentiate with respect to class probabilities, target requires a gradient"
     return _no_fused_kernel(call)
 
 
 def _no_fused_kernel(call: Call) -> str | None:
+    if call.target_kind == "differentiated probabilities":
+        return "it does not differentiate with respect to class probabilities, target requires a gradient"
     if call.transform.kernel is None:
+        if isinstance(call.transform, Chain) and call.transform.unfused:
+            return call.transform.unfused
         return f"{type(call.transform).__name__} has no fused kernel"
     return None
 
-
-_NO_PROBABILITIES = "its cross_entropy takes class indices, class probabilities are not implemented in it"
 
 #: The GPU kernels number the columns of a row by int32, with room for a tile beyond the last column.
 _MOST_CLASSES_ON_GPU = (2**31 - 1) // 2
@@ -144,8 +155,6 @@ def _gpu_refusal(call: Call) -> str | None:
         return "it computes in float32, input is float64"
     if call.classes > _MOST_CLASSES_ON_GPU:
         return f"it takes up to {_MOST_CLASSES_ON_GPU} classes, input has {call.classes}"
-    if call.target_kind != "indices":
-        return _NO_PROBABILITIES
     return _no_fused_kernel(call)
 
 
@@ -159,10 +168,14 @@ _LINEAR_HOW = {
     ),
     "linear_token_statistics": "",
     "linear_log_prob": "; the backward pass computes the logits again, and three more products of them",
+    "linear_token_loss": ", products of the gradients, all in the forward pass",
+    "linear_distillation": (
+        " of both heads, products of the student's gradients of a mean or sum, all in the forward pass"
+    ),
 }
 
 #: The words of :func:`explain` for log_prob, after the name of the language.
-_LOG_PROB_HOW = "kernel; its gradients by two others, in chunks of rows"
+_LOG_PROB_HOW = "kernel each way"
 
 
 def _cpu_how(call: Call) -> str:
@@ -318,7 +331,8 @@ def explain(
 
     Args:
         operation: ``"cross_entropy"``, ``"linear_cross_entropy"``, ``"linear_token_statistics"``,
-            ``"linear_log_prob"``, ``"log_softmax"`` or ``"log_prob"``.
+            ``"linear_log_prob"``, ``"linear_token_loss"``, ``"linear_distillation"``, ``"log_softmax"`` or
+            ``"log_prob"``.
         input: the logits, or the input of the head. Only its device, its dtype and the shape of logits [N, V] matter,
             not its values.
         transform: as given to the call.

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from .groups import Head, LossOptions
 from .transforms import Identity, MonotonicTransform
-from .transforms.base import require_count
+from .transforms.base import arithmetic_dtype, require_count, require_finite
 
 Reduction = Literal["none", "mean", "sum"]
+ZLossDivisor = Literal["loss", "rows"]
 HeadMethod = Literal["auto", "chunked", "recompute"]
 
 FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -78,8 +79,8 @@ def check_target(target: Tensor, device: torch.device, shape: torch.Size) -> Ten
     check_tensor("target", target)
     if target.is_floating_point():
         raise NotImplementedError(
-            f"target must be int64 class indices, got {target.dtype}: class probabilities are not supported here, "
-            "where nothing of the size of the logits is held; monosoftmax.cross_entropy takes them"
+            f"target must be int64 class indices, got {target.dtype}: class probabilities are for "
+            "monosoftmax.cross_entropy and linear_cross_entropy"
         )
     if target.dtype not in (torch.int64, torch.uint8):
         raise TypeError(f"target must be int64 or uint8 class indices, got {target.dtype}")
@@ -107,18 +108,29 @@ def check_class_probabilities(target: Tensor, input: Tensor, ignore_index: int) 
         )
 
 
-def check_head(head: Head, target: Tensor) -> Tensor:
-    """Checks the head, and returns ``target`` as :func:`check_target` does."""
+def check_head(head: Head, target: Tensor, *, probabilities: bool = False) -> Tensor:
+    """Checks the head, and returns ``target`` as :func:`check_target` does; class probabilities as they are."""
     input, linear_weight, linear_bias = head
     check_floating("input", input)
     check_floating("linear_weight", linear_weight)
-    target = check_target(target, input.device, input.shape[:-1])
+    check_tensor("target", target)
+    probabilities = probabilities and target.is_floating_point()
+    if not probabilities:
+        target = check_target(target, input.device, input.shape[:-1])
     if input.dim() == 0 or linear_weight.dim() != 2 or input.shape[-1] != linear_weight.shape[1]:
         raise ValueError(
             f"input (..., d) and linear_weight (V, d) must agree in d, got {tuple(input.shape)} and "
             f"{tuple(linear_weight.shape)}"
         )
-    if target.shape != input.shape[:-1]:
+    if probabilities:
+        shape = (*input.shape[:-1], linear_weight.shape[0])
+        check_floating("target", target)
+        if target.shape != shape or target.device != input.device:
+            raise ValueError(
+                f"target must have shape {shape} and be on {input.device} where it is {target.dtype} class "
+                f"probabilities, got {tuple(target.shape)} on {target.device}"
+            )
+    elif target.shape != input.shape[:-1]:
         raise ValueError(
             f"target must have the shape of input without its last dimension, {tuple(input.shape[:-1])}, "
             f"got {tuple(target.shape)}"
@@ -179,6 +191,11 @@ def check_loss_options(options: LossOptions, classes: int, device: torch.device,
         raise ValueError(f'reduction must be "none", "mean" or "sum", got {reduction!r}')
 
 
+def check_z_loss_divisor(z_loss_divisor: ZLossDivisor) -> None:
+    if z_loss_divisor not in get_args(ZLossDivisor):
+        raise ValueError(f'z_loss_divisor must be "loss" or "rows", got {z_loss_divisor!r}')
+
+
 def check_head_options(
     method: HeadMethod, chunk_rows: int | None, filter_eps: float, grad_in_forward: bool | None, reduction: Reduction
 ) -> None:
@@ -199,6 +216,27 @@ def check_head_options(
     for name, value in (("method", method), ("reduction", reduction)):
         if grad_in_forward and value in ("recompute", "none"):
             raise ValueError(f'grad_in_forward must not be True for {name}="{value}", got True')
+
+
+def check_temperature(temperature: float | Tensor, input: Tensor) -> Tensor | None:
+    """The temperature, 0-dim, in the type of the arithmetic on ``input`` and on its device; None for the number 1."""
+    dtype = arithmetic_dtype(input.dtype)
+    if not isinstance(temperature, Tensor):
+        temperature = require_finite("temperature", temperature)
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        return None if temperature == 1 else torch.full((), temperature, dtype=dtype, device=input.device)
+    check_floating("temperature", temperature)
+    if temperature.dim() != 0:
+        raise ValueError(f"temperature must be a number or a 0-dim tensor, got shape {tuple(temperature.shape)}")
+    if temperature.device != input.device:
+        raise ValueError(f"temperature must be on {input.device} like input, or a number, got {temperature.device}")
+    if temperature.requires_grad:
+        raise ValueError(
+            "temperature must not require a gradient, which it does not get: end the transform with a learned one, "
+            "monosoftmax.transforms.Temperature"
+        )
+    return temperature.to(dtype)
 
 
 def check_device(name: str, transform: MonotonicTransform, device: torch.device) -> None:

@@ -10,189 +10,18 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops, reference
-from ._dispatch import multiplies_bfloat16, onednn_linear
-from .checks import autocast_enabled
 from .float16 import float16_shift
-from .groups import Head, HeadGradients, LossOptions, Upstream
+from .groups import HeadGradients, HeadOptions, LossOptions, TokenStatistics, Upstream
+from .head_products import HeadProducts, operands_of, rows_in, sum_of_chunks, without_autocast
 from .reductions import reduced, scale_of
 from .row_kernels import row_kernels
-from .token_gradients import TokenUpstream, token_gradients
-from .transforms.base import arithmetic_dtype
-
-#: Bytes of logits in a chunk: at most, unless it had fewer than _FEWEST_ROWS; and at least, whatever its rows.
-_LARGEST, _SMALLEST = 64 * 2**20, 4 * 2**20
-_FEWEST_ROWS, _ENOUGH_ROWS = 128, 256
-
-#: The same on a GPU: rows in a chunk, at least and at most, and the bytes of logits that decide between them.
-_ROWS_ON_GPU, _LARGEST_ON_GPU = (2048, 8192), 2**30
-
-#: Classes in a block of a product whose result is widened, or whose operands are.
-_BLOCK = 2048
-
-
-def chunk_rows(classes: int, dtype: torch.dtype, device: str = "cpu") -> int:
-    """Rows in a chunk. Not a function of N, so that memory beyond inputs and gradients is not one either.
-
-    On a GPU 2048 to 8192, as many as 1 GiB of logits holds: its products want that many rows to be bound by arithmetic
-    (2 V d of them for each read of V d weights), and each chunk adds V d numbers to the gradient of the weight. Loss
-    and gradients of 8192 rows, d = 2048, V = 50304, bfloat16, took an H100 12.8 ms in chunks of 1024, 9.4 of 4096, 8.7
-    of 8192 (PLIF-64; ``benchmarks/results/gpu/h100_80gb_hbm3``).
-
-    On the CPU, by the caches:
-
-    A chunk reads the V d numbers of linear_weight and, where its gradient is formed, reads and writes as many sums: a
-    price that is independent of the rows, and like the products proportional to V d. So the rows that pay it back are
-    the same whatever V and d are. With float32, V = 32000 and d = 280 on Zen 4, a training step took 0.81 s in chunks
-    of 128 rows, 0.74 s of 256, 0.77 s of 512, whose logits no longer stay in the cache. For few classes the price of a
-    call of each operator counts instead, and rows are many.
-    """
-    if device != "cpu":
-        fewest, most = _ROWS_ON_GPU
-        return max(fewest, min(most, _LARGEST_ON_GPU // (classes * dtype.itemsize)))
-    largest, smallest = (size // (classes * dtype.itemsize) for size in (_LARGEST, _SMALLEST))
-    return max(_FEWEST_ROWS, min(largest, max(_ENOUGH_ROWS, smallest)))
-
-
-class _Head:
-    """The products around the row kernels, chunk by chunk, and the gradients that they add up to."""
-
-    def __init__(self, head: Head, output_mask: Sequence[bool] = (False, False, False), rows_in_chunk: int = 0) -> None:
-        self.input, self.weight, self.bias = input, weight, _ = _operands(head)
-        self.need_input, self.need_weight, self.need_bias = output_mask
-        self.needs_logit_gradient = any(output_mask)
-        rows, (classes, features) = input.shape[0], weight.shape
-        self.rows = rows_in_chunk or chunk_rows(classes, input.dtype, input.device.type)
-        self.wide = not _has_fast_products(input)
-        self._product = None if self.wide else _onednn_product(input)
-        #: One chunk of logits; oneDNN makes a new tensor of each.
-        self._buffer = input.new_empty((min(rows, self.rows), classes)) if self._product is None else input
-        # The first chunk overwrites, so that no pass over these is spent on zeros.
-        self.grad_input = input.new_empty(input.shape if self.need_input else 0)
-        dtype = arithmetic_dtype(input.dtype)
-        self.grad_weight = input.new_empty((classes, features) if self.need_weight else 0, dtype=dtype)
-        self.grad_bias = input.new_empty(classes if self.need_bias else 0, dtype=dtype)
-
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        """The chunks of rows, one at least, and the logits of each, to be let go of before the next are asked for."""
-        rows = self.input.shape[0]
-        for start in range(0, max(rows, 1), self.rows):
-            chunk = slice(start, min(start + self.rows, rows))
-            x = _of(self.input, chunk)
-            if self._product is not None:
-                yield chunk, self._product(x, self.weight, self.bias)
-            else:
-                logits = _of(self._buffer, slice(0, chunk.stop - start))
-                self._logits(x, logits)
-                yield chunk, logits
-
-    def _logits(self, x: Tensor, logits: Tensor) -> None:
-        if not self.wide:
-            if self.bias is None:
-                torch.mm(x, self.weight.t(), out=logits)
-            else:
-                torch.addmm(self.bias, x, self.weight.t(), out=logits)
-            return
-        x = x.float()
-        for block in self._blocks():
-            part = x @ self.weight[block].float().t()
-            logits[:, block] = part if self.bias is None else part.add_(self.bias[block])
-
-    def gradients(self, logits: Tensor, need_coefficients: bool) -> dict[str, Any]:
-        """What a row kernel is asked for: where a gradient of the logits is needed, it is written over them."""
-        needed = self.needs_logit_gradient
-        return {"output_mask": (needed, need_coefficients), "grad_rows": logits if needed else None}
-
-    def add_gradients(self, chunk: slice, dz: Tensor) -> None:
-        """Take in the gradient ``dz`` of the logits of ``chunk``."""
-        x = _of(self.input, chunk)
-        if self.need_input:
-            self._grad_input(dz, _of(self.grad_input, chunk))
-        if self.need_weight:
-            self._add_grad_weight(dz, x, chunk.start == 0)
-        if self.need_bias:
-            for block in self._blocks() if dz.dtype != self.grad_bias.dtype else (slice(None),):
-                part = dz[:, block].sum(0, dtype=self.grad_bias.dtype)
-                _add(self.grad_bias[block], part, chunk.start == 0)
-
-    def _grad_input(self, dz: Tensor, out: Tensor) -> None:
-        if not self.wide:
-            torch.mm(dz, self.weight, out=out)
-            return
-        total = dz.new_zeros(out.shape, dtype=torch.float32)
-        for block in self._blocks():
-            total.addmm_(dz[:, block].float(), self.weight[block].float())
-        out.copy_(total)
-
-    def _add_grad_weight(self, dz: Tensor, x: Tensor, first: bool) -> None:
-        total = self.grad_weight
-        if dz.dtype == total.dtype:
-            _add_product(total, dz, x, first)
-            return
-        x = x.to(total.dtype) if self.wide else x
-        for block in self._blocks():
-            if self.wide:
-                _add_product(total[block], dz[:, block].to(total.dtype), x, first)
-            else:
-                _add(total[block], _product_to_be_summed(dz[:, block].t(), x), first)
-
-    def summed(self, grad_coefficients: Tensor | None) -> HeadGradients:
-        """The gradients, with ``grad_coefficients``, a sum over the chunks."""
-        assert grad_coefficients is not None  # there is at least one chunk
-        if grad_coefficients.dtype != self.grad_weight.dtype:
-            grad_coefficients = grad_coefficients.to(self.grad_weight.dtype)
-        return HeadGradients(self.grad_input, self.grad_weight, self.grad_bias, grad_coefficients)
-
-    def _blocks(self) -> Iterator[slice]:
-        classes = self.weight.shape[0]
-        return (slice(start, min(start + _BLOCK, classes)) for start in range(0, classes, _BLOCK))
-
-
-def _add(total: Tensor, part: Tensor, first: bool) -> None:
-    total.copy_(part) if first else total.add_(part)
-
-
-def _add_product(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
-    torch.mm(dz.t(), x, out=total) if first else total.addmm_(dz.t(), x)
-
-
-def _product_to_be_summed(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for operands in half precision: not rounded to it, where torch can leave that out, which is on GPUs."""
-    return a @ b if a.device.type == "cpu" else torch.mm(a, b, out_dtype=torch.float32)
-
-
-def _of(tensor: Tensor, rows: slice) -> Tensor:
-    """``tensor[rows]``, where all of it is itself."""
-    return tensor if rows.start == 0 and rows.stop == tensor.shape[0] else tensor[rows]
-
-
-def _has_fast_products(input: Tensor) -> bool:
-    """Whether products of this type are faster than the products of operands converted to float32, block by block.
-
-    Without instructions for it, a float16 product of torch's takes up to 90 times as long as a float32 one (torch 2.13,
-    Zen 4). A float16 one could overflow, too, where it sums the gradient of the weight.
-    """
-    if input.dtype not in (torch.float16, torch.bfloat16) or input.device.type != "cpu":
-        return True
-    return input.dtype == torch.bfloat16 and multiplies_bfloat16()
-
-
-def _onednn_product(input: Tensor) -> Callable[..., Tensor] | None:
-    """oneDNN's linear; None where torch has none, or multiplies by it anyway.
-
-    MKL, which torch.mm calls for float32, packs all of linear_weight for each chunk: in chunks of 256 rows the logits
-    took 1.3 to 1.5 times as long as in one product, by oneDNN 0.8 to 1.0 times (d = 280 and 1024, V = 32000, Zen 4,
-    with AVX-512 and AVX2). It has no out argument, so that each chunk is a new tensor.
-    """
-    if input.dtype != torch.float32 or input.device.type != "cpu" or input.numel() == 0:
-        return None
-    return onednn_linear()
 
 
 def _linear_cross_entropy(call: ops.LinearCrossEntropy) -> ops.LinearLosses:
@@ -203,48 +32,69 @@ def _linear_cross_entropy(call: ops.LinearCrossEntropy) -> ops.LinearLosses:
     upstream = None if scale is None else Upstream(scale)
     if call.head_options.method == "recompute":
         _check_targets(call)
-        recompute = functools.partial(_recompute_head(call.backend), _operands(call.head), target, transform)
+        recompute = functools.partial(_recompute_head(call.backend), operands_of(call.head), target, transform)
         *of_rows, gradients = recompute(options, upstream=upstream, output_mask=call.output_mask)
         # By a second product: this method has no logits to look at twice.
         log_prob = recompute(plain)[0].neg_() if call.return_log_prob else of_rows[0].new_empty(0)
-        return ops.LinearLosses._make([*of_rows, log_prob, *reduced(of_rows[0], scale), *gradients])
-    head = _Head(call.head, head_mask, call.head_options.chunk_rows)
+        return ops.LinearLosses._make([*of_rows, *_statistics([log_prob]), *reduced(of_rows[0], scale), *gradients])
+    head = HeadProducts(call.head, head_mask, call.head_options.chunk_rows)
     if head.rows < target.shape[0] or call.backend != "cpu":
         # A row kernel counts rows from the start of a chunk, and a kernel for GPUs does not tell.
         _check_targets(call)
     if scale is not None and any(call.output_mask) and head.input.dtype == torch.float16:
         upstream = Upstream(scale * float16_shift(scale, target, options.weight, options.ignore_index))
-    kernel = row_kernels(call.backend).cross_entropy
+    kernels = row_kernels(call.backend)
     parts: list[Sequence[Tensor]] = []
-    log_probs: list[Tensor] = []
+    tokens: list[Sequence[Tensor]] = []
     grad_coefficients: Tensor | None = None
     for chunk, logits in head:
-        indices = _of(target, chunk)
-        if call.return_log_prob:
-            # Before the gradient is written over the logits.
-            log_probs.append(kernel(logits, indices, transform, plain)[0].neg_())
+        target_rows = rows_in(target, chunk)
+        # Before the gradient is written over the logits.
+        if call.return_statistics:
+            tokens.append(kernels.token_statistics(logits, target_rows, transform, options.ignore_index)[:5])
+        elif call.return_log_prob:
+            tokens.append([kernels.cross_entropy(logits, target_rows, transform, plain)[0].neg_()])
         wanted = head.gradients(logits, need_coefficients)
-        results = kernel(logits, indices, transform, options, upstream=upstream, **wanted)
+        results = kernels.cross_entropy(logits, target_rows, transform, options, upstream=upstream, **wanted)
         parts.append(results[:3])
-        grad_coefficients = _sum(grad_coefficients, results[4])
+        grad_coefficients = sum_of_chunks(grad_coefficients, results[4])
         head.add_gradients(chunk, logits)
         del logits, wanted, results
     of_rows = _joined(parts)
-    log_prob = torch.cat(log_probs) if call.return_log_prob else of_rows[0].new_empty(0)
+    statistics = _statistics(_joined(tokens) if tokens else [of_rows[0].new_empty(0)])
     gradients = head.summed(grad_coefficients)
-    return ops.LinearLosses._make([*of_rows, log_prob, *reduced(of_rows[0], scale), *gradients])
+    return ops.LinearLosses._make([*of_rows, *statistics, *reduced(of_rows[0], scale), *gradients])
+
+
+def _statistics(found: Sequence[Tensor]) -> list[Tensor]:
+    """log p, entropy, argmax and rank, of all statistics or of log p alone."""
+    log_prob, *others = found
+    if not others:
+        return [log_prob, log_prob.new_empty(0), *(log_prob.new_empty(0, dtype=torch.int64) for _ in range(2))]
+    entropy, argmax, _, rank = others
+    return [log_prob, entropy, argmax, rank]
 
 
 def _linear_cross_entropy_backward(call: ops.LinearCrossEntropyBackward) -> HeadGradients:
+    return _gradients_of_rows(call, call.options, Upstream(call.grad_loss, call.grad_lse), call.head_options)
+
+
+def _gradients_of_rows(
+    call: ops.LinearCrossEntropyBackward | ops.LinearTokenStatisticsBackward,
+    options: LossOptions,
+    upstream: Upstream,
+    head_options: HeadOptions,
+) -> HeadGradients:
+    """The gradients under ``upstream``, one number for each row, from the logits again and the row_stats of before."""
     *head_mask, need_coefficients = call.output_mask
-    target, options, upstream = call.target, call.options, Upstream(call.grad_loss, call.grad_lse)
-    if call.head_options.method == "recompute":
+    target = call.target
+    if head_options.method == "recompute":
         *_, recomputed = _recompute_head(call.backend)(
-            _operands(call.head), target, call.transform, options, upstream=upstream, row_stats=call.row_stats,
-            output_mask=call.output_mask, filter_eps=call.head_options.filter_eps,
+            operands_of(call.head), target, call.transform, options, upstream=upstream, row_stats=call.row_stats,
+            output_mask=call.output_mask, filter_eps=head_options.filter_eps,
         )  # fmt: skip
         return HeadGradients(*recomputed)
-    head = _Head(call.head, head_mask, call.head_options.chunk_rows)
+    head = HeadProducts(call.head, head_mask, head_options.chunk_rows)
     grad_coefficients: Tensor | None = None
     shift: Tensor | None = None
     if head.input.dtype == torch.float16 and target.numel() > 0:
@@ -253,48 +103,41 @@ def _linear_cross_entropy_backward(call: ops.LinearCrossEntropyBackward) -> Head
     for chunk, logits in head:
         wanted = head.gradients(logits, need_coefficients)
         results = row_kernels(call.backend).cross_entropy(
-            logits, _of(target, chunk), call.transform, options,
-            upstream=Upstream(*(None if each is None else _of(each, chunk) for each in upstream)),
+            logits, rows_in(target, chunk), call.transform, options,
+            upstream=Upstream(*(None if each is None else rows_in(each, chunk) for each in upstream)),
             row_stats=call.row_stats[:, chunk], **wanted,
         )  # fmt: skip
-        grad_coefficients = _sum(grad_coefficients, results[4])
+        grad_coefficients = sum_of_chunks(grad_coefficients, results[4])
         head.add_gradients(chunk, logits)
         del logits, wanted, results
     gradients = head.summed(grad_coefficients)
     return gradients if shift is None else HeadGradients(*(each.div_(shift) for each in gradients))
 
 
-def _linear_token_statistics(call: ops.LinearTokenStatistics) -> ops.TokenStatistics:
+def of_statistics(ignore_index: int) -> LossOptions:
+    """Of the loss -log p, whose kernel has the gradients of the statistics."""
+    return LossOptions(None, ignore_index, 0.0, 0.0, False)
+
+
+def upstream_of_statistics(call: ops.LinearTokenStatisticsBackward | ops.RowTokenStatisticsBackward) -> Upstream:
+    loss = None if call.grad_log_prob is None else -call.grad_log_prob
+    return Upstream(loss, call.grad_lse, None, call.grad_entropy)
+
+
+def _linear_token_statistics(call: ops.LinearTokenStatistics) -> TokenStatistics:
     _check_targets(call)
     parts = []
-    for chunk, logits in _Head(call.head):
-        target = _of(call.target, chunk)
+    for chunk, logits in HeadProducts(call.head):
+        target = rows_in(call.target, chunk)
         parts.append(row_kernels(call.backend).token_statistics(logits, target, call.transform, call.ignore_index))
         del logits
-    return ops.TokenStatistics(*_joined(parts))
+    return TokenStatistics(*_joined(parts))
 
 
 def _linear_token_statistics_backward(call: ops.LinearTokenStatisticsBackward) -> HeadGradients:
-    *head_mask, need_coefficients = call.output_mask
-    head, target = _Head(call.head, head_mask), call.target
-    upstream = TokenUpstream(call.grad_log_prob, call.grad_entropy, call.grad_lse)
-    shift: Tensor | None = None
-    if head.input.dtype == torch.float16 and target.numel() > 0:
-        shift = float16_shift(_largest(upstream), target, None, call.ignore_index)
-        upstream = upstream.map(shift.mul)
-    mask = (head.needs_logit_gradient, need_coefficients)
-    grad_coefficients: Tensor | None = None
-    for chunk, logits in head:
-        dz, part = token_gradients(
-            row_kernels(call.backend), logits, _of(target, chunk), call.transform, ignore_index=call.ignore_index,
-            upstream=upstream.map(functools.partial(_of, rows=chunk)), output_mask=mask, in_place=True,
-        )  # fmt: skip
-        grad_coefficients = _sum(grad_coefficients, part)
-        if mask[0]:
-            head.add_gradients(chunk, dz)
-        del logits, dz
-    gradients = head.summed(grad_coefficients)
-    return gradients if shift is None else HeadGradients(*(each.div_(shift) for each in gradients))
+    return _gradients_of_rows(
+        call, of_statistics(call.ignore_index), upstream_of_statistics(call), HeadOptions("chunked", 0, 0.0)
+    )
 
 
 def _largest(upstream: Sequence[Tensor | None]) -> Tensor:
@@ -307,11 +150,6 @@ def _joined(parts: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
     return parts[0] if len(parts) == 1 else [torch.cat(each, -1) for each in zip(*parts, strict=True)]
 
 
-def _sum(total: Tensor | None, part: Tensor) -> Tensor:
-    """The sum over chunks, in float64."""
-    return part if total is None else total.double() + part
-
-
 def _recompute_head(backend: str) -> Callable[..., Any]:
     """The head of a backend whose kernels compute the logits of a tile where they are used, twice."""
     if backend != "triton":
@@ -322,39 +160,17 @@ def _recompute_head(backend: str) -> Callable[..., Any]:
     return head
 
 
-def _operands(head: Head) -> Head:
-    """The weight and the bias in the type of ``input``, which they have but for autocast.
-
-    A copy of the weight lives as long as a call. oneDNN reads a bias as if it were contiguous, whatever its stride is.
-    """
-    input, weight, bias = head
-    weight = weight if weight.dtype == input.dtype else weight.to(input.dtype)
-    return Head(input, weight, None if bias is None else bias.to(input.dtype).contiguous())
-
-
 def _check_targets(call: ops.LinearCrossEntropy | ops.LinearTokenStatistics) -> None:
     classes = call.head.linear_weight.shape[0]
     ignore_index = call.options.ignore_index if isinstance(call, ops.LinearCrossEntropy) else call.ignore_index
     target = call.target
+    if target.is_floating_point():
+        return
     outside = (target != ignore_index) & ((target < 0) | (target >= classes))
     reference.raise_if_any(outside, target, classes, ignore_index)
 
 
-def _without_autocast(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """``function``, whose operands are multiplied in the type that its input has."""
-
-    @functools.wraps(function)
-    def kernel(call: Any) -> Any:
-        device = call.head.input.device.type
-        if not autocast_enabled(device):
-            return function(call)
-        with torch.autocast(device, enabled=False):
-            return function(call)
-
-    return kernel
-
-
-ops.linear_cross_entropy.computes(_without_autocast(_linear_cross_entropy))
-ops.linear_cross_entropy_backward.computes(_without_autocast(_linear_cross_entropy_backward))
-ops.linear_token_statistics.computes(_without_autocast(_linear_token_statistics))
-ops.linear_token_statistics_backward.computes(_without_autocast(_linear_token_statistics_backward))
+ops.linear_cross_entropy.computes(without_autocast(_linear_cross_entropy))
+ops.linear_cross_entropy_backward.computes(without_autocast(_linear_cross_entropy_backward))
+ops.linear_token_statistics.computes(without_autocast(_linear_token_statistics))
+ops.linear_token_statistics_backward.computes(without_autocast(_linear_token_statistics_backward))

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from . import ops, reference
-from .backends import BackendName, Call, choose, head_method, target_kind
+from . import in_place, ops, reference
+from .backends import BackendName, Call, choose, target_kind
+from .candidates import Candidates
 from .checks import (
     FLOATING_DTYPES,
-    HeadMethod,
     Reduction,
-    autocast_enabled,
+    ZLossDivisor,
     check_class_probabilities,
     check_classes,
     check_device,
     check_floating,
-    check_head,
-    check_head_options,
     check_ignore_index,
     check_loss_options,
     check_target,
+    check_temperature,
     check_tensor,
     check_transform,
+    check_z_loss_divisor,
 )
 from .gradients_ahead import output_mask
-from .groups import Head, HeadOptions, LossOptions, Transform
+from .groups import LossOptions, Transform
 from .reductions import normalizer
 from .transforms import MonotonicTransform
 from .transforms.base import arithmetic_dtype, coefficients_of
@@ -38,35 +38,47 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+class TokenStatistics(NamedTuple):
+    """What :func:`monosoftmax.linear_token_statistics` says of each token, in the shape of the targets."""
+
+    log_prob: Tensor
+    entropy: Tensor
+    argmax: Tensor
+    lse: Tensor
+    rank: Tensor
+
+    def reshape(self, shape: torch.Size) -> TokenStatistics:
+        return TokenStatistics(*(each.reshape(shape) for each in self))
+
+
 class Losses(NamedTuple):
     """The losses of the rows and lse, both of the shape of class indices, and their mean or sum, None for "none".
 
     ``log_prob`` is log p of the targets, 0 where they are ignored, whatever the options of the loss are; None where it
-    was not asked for.
+    was not asked for, and so are the statistics.
     """
 
     rows: Tensor
     lse: Tensor
     total: Tensor | None
     log_prob: Tensor | None = None
+    statistics: TokenStatistics | None = None
 
-    def result(self, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    def result(self, return_lse: bool) -> Any:
+        """The loss; a tuple where lse or statistics were asked for."""
         loss = self.rows if self.total is None else self.total
-        return (loss, self.lse) if return_lse else loss
+        more = [*([self.lse] if return_lse else []), *([] if self.statistics is None else [self.statistics])]
+        return (loss, *more) if more else loss
 
 
-class HeadCall(NamedTuple):
-    """What a call of the head asks for beside its loss: see :func:`linear_cross_entropy`."""
+class Tempered(NamedTuple):
+    """f and the temperature behind it."""
 
-    method: HeadMethod = "auto"
-    #: 0 leaves them to the backend.
-    chunk_rows: int = 0
-    filter_eps: float = 0.0
-    grad_in_forward: bool | None = None
-    return_log_prob: bool = False
+    f: MonotonicTransform
+    temperature: Tensor | None
 
 
-class _LossKeywords(TypedDict, total=False):
+class LossKeywords(TypedDict, total=False):
     """The keyword arguments of a loss, but for ``return_lse``, on which the type of its result depends."""
 
     weight: Tensor | None
@@ -74,15 +86,10 @@ class _LossKeywords(TypedDict, total=False):
     label_smoothing: float
     z_loss: float
     reduction: Reduction
+    temperature: float | Tensor
+    candidates: Tensor | None
+    z_loss_divisor: ZLossDivisor
     backend: BackendName
-
-
-class _HeadKeywords(_LossKeywords, total=False):
-    linear_bias: Tensor | None
-    method: HeadMethod
-    chunk_rows: int | None
-    filter_eps: float
-    grad_in_forward: bool | None
 
 
 @overload
@@ -92,7 +99,9 @@ def cross_entropy(
     transform: MonotonicTransform | None = ...,
     *,
     return_lse: Literal[False] = ...,
-    **options: Unpack[_LossKeywords],
+    return_statistics: Literal[False] = ...,
+    inplace: bool = ...,
+    **options: Unpack[LossKeywords],
 ) -> Tensor: ...
 @overload
 def cross_entropy(
@@ -101,8 +110,21 @@ def cross_entropy(
     transform: MonotonicTransform | None = ...,
     *,
     return_lse: Literal[True],
-    **options: Unpack[_LossKeywords],
+    return_statistics: Literal[False] = ...,
+    inplace: bool = ...,
+    **options: Unpack[LossKeywords],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    transform: MonotonicTransform | None = ...,
+    *,
+    return_lse: bool = ...,
+    return_statistics: Literal[True],
+    inplace: bool = ...,
+    **options: Unpack[LossKeywords],
+) -> tuple[Any, ...]: ...
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -114,12 +136,17 @@ def cross_entropy(
     z_loss: float = 0.0,
     reduction: Reduction = "mean",
     return_lse: bool = False,
+    return_statistics: bool = False,
+    temperature: float | Tensor = 1.0,
+    candidates: Tensor | None = None,
+    z_loss_divisor: ZLossDivisor = "loss",
+    inplace: bool = False,
     backend: BackendName = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     r"""Cross entropy of :math:`p = \mathrm{softmax}(f(z))`; :func:`torch.nn.functional.cross_entropy` for f = identity.
 
-    .. math:: \ell_i = \sum_j q_{ij} (\mathrm{lse}_i - f(z_{ij})) + \text{z\_loss}\cdot \mathrm{lse}_i^2,
-        \qquad \mathrm{lse}_i = \log \sum_j e^{f(z_{ij})}
+    .. math:: \ell_i = \sum_j q_{ij} (\mathrm{lse}_i - y_{ij}) + \text{z\_loss}\cdot \mathrm{lse}_i^2,
+        \qquad y = f(z) / \tau, \qquad \mathrm{lse}_i = \log \sum_j e^{y_{ij}}
 
     with q the target distribution after ``weight`` and ``label_smoothing``, exactly as in PyTorch. Arithmetic is in
     float32 (float64 for float64), and so is the result, whatever the dtype of ``input``.
@@ -147,6 +174,22 @@ def cross_entropy(
             their targets, where ``weight`` is given), and is NaN when there are none, as in PyTorch. For class
             probabilities it divides by the number of rows.
         return_lse: also return lse, of the shape of ``input`` without V; it is differentiable.
+        temperature: :math:`\tau > 0`, by which f(z) is divided: a number, or a 0-dim tensor on the device of ``input``,
+            which nothing waits for: if it is not positive, all results are NaN. It gets no gradient; for one that is
+            learned, see :class:`monosoftmax.transforms.Temperature`.
+        return_statistics: also return :class:`monosoftmax.TokenStatistics` of each row, without gradients: log p,
+            entropy, argmax, lse and rank. Not for class probabilities.
+        candidates: the classes that this call allows, a mask (V,) of bool or different indices (C,) of int64; ``None``:
+            all. The others have probability 0 exactly, even where f(-inf) is finite. Targets must be among them; what
+            class probabilities give to the others is dropped, and labels are smoothed over the candidates. Their logits
+            are copied. A mask on a GPU waits for the device, indices do not.
+        z_loss_divisor: what the sum of the z-losses is divided by in a mean where ``weight`` is given: ``"loss"``, by
+            what the loss is divided by, the sum of the weights; ``"rows"``, as Liger does, by the number of rows that
+            are not ignored (the gradients then take a second pass).
+        inplace: let the gradient of a mean or sum overwrite the memory of ``input`` in the forward pass, so that no
+            other memory of its size is needed. ``input`` then holds no logits any more, autograd knows that it has
+            changed, and its gradient can be handed out once. In half precision an upstream gradient that is not a power
+            of two rounds it a second time. Of fused backends.
         backend: ``"auto"``, or a name from :func:`monosoftmax.backends.available`.
 
     Returns:
@@ -193,180 +236,46 @@ def cross_entropy(
     options = LossOptions(weight, ignore_index, label_smoothing, z_loss, return_lse)
     check_loss_options(options, classes, input.device, reduction)
     check_device("transform", transform, input.device)
-    call = Call("cross_entropy", input.device.type, input.dtype, transform, target_kind=kind, classes=classes)
-    chosen = choose(call, backend)
-    if dim != 2:
-        input = rows_of(input.movedim(class_dim, -1))
-        target = target.reshape(-1) if kind == "indices" else rows_of(target.movedim(class_dim, -1))
-    losses = _losses_of_rows(chosen, input, target, transform, options, reduction=reduction)
-    return _reshaped(losses, without_classes).result(return_lse)
-
-
-@overload
-def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    transform: MonotonicTransform | None = ...,
-    *,
-    return_lse: Literal[False] = ...,
-    **options: Unpack[_HeadKeywords],
-) -> Tensor: ...
-@overload
-def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    transform: MonotonicTransform | None = ...,
-    *,
-    return_lse: Literal[True],
-    **options: Unpack[_HeadKeywords],
-) -> tuple[Tensor, Tensor]: ...
-def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    transform: MonotonicTransform | None = None,
-    *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    reduction: Reduction = "mean",
-    return_lse: bool = False,
-    backend: BackendName = "auto",
-    method: HeadMethod = "auto",
-    chunk_rows: int | None = None,
-    filter_eps: float = 0.0,
-    grad_in_forward: bool | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    r""":func:`cross_entropy` of the logits :math:`z = \text{input}\,\text{linear\_weight}^T + \text{linear\_bias}`.
-
-    A fused backend never holds the logits in full. It takes chunks of rows through one buffer, whose size does not
-    depend on the number of rows: product, loss and, for a mean or sum that needs gradients, the gradient of the logits
-    in place and the two products of it; the backward pass scales what is there. That makes three products in all, one
-    under ``torch.no_grad()``, and none for what needs no gradient. Gradients that depend on more than one number, those
-    of ``reduction="none"`` and of lse, cannot be computed ahead: the backward pass then computes the logits again (four
-    products), and so it does under ``torch.func.grad``. What is computed ahead waits, a gradient of the weight in
-    float32, until the backward pass: see ``grad_in_forward``. In bfloat16 and float16 the logits and their gradient are
-    rounded to that type, as they are by PyTorch, and the gradients of ``linear_weight`` and ``linear_bias`` are summed
-    over the chunks in float32 and rounded at the end; that of ``input`` is rounded twice where the upstream gradient of
-    a mean or sum is not a power of two. The reference backend holds the logits in full.
-
-    Args:
-        input: (..., d).
-        linear_weight: (V, d), of the dtype of ``input`` (or any, under autocast).
-        target: class indices, int64 or uint8, of the shape of ``input`` without d.
-        linear_bias: (V,).
-        transform, weight, ignore_index, label_smoothing, z_loss, reduction, return_lse, backend: as in
-            :func:`cross_entropy`.
-        method: how the logits are kept out of memory: ``"chunked"`` as above; ``"recompute"``, of the triton backend,
-            forms them tile by tile inside the kernels that use them, and again in the backward pass, so that no logit
-            is ever in memory: its sums of gradients are atomic, in an order that changes from run to run. ``"auto"``
-            is :func:`monosoftmax.backends.head_method`.
-        chunk_rows: rows in a chunk; the backend chooses by default.
-        filter_eps: with ``"recompute"``, tiles of logits in which no :math:`|\partial \ell_i / \partial z_{ij}|`
-            exceeds ``filter_eps`` add nothing to the gradients of ``input`` and ``linear_weight``; 0 leaves nothing
-            out.
-        grad_in_forward: whether the gradients of a mean or sum are computed in the forward pass: True for three
-            products, and gradients that wait for the backward pass; False for four products, and nothing that waits.
-            None computes them ahead for one loss at a time, and for more as long as all that waits on the device is
-            at most 64 MiB (:data:`monosoftmax.gradients_ahead.BESIDES_ONE`), so that many losses before one backward
-            pass do not hold a gradient of the weight each; ``torch.compile``, which cannot tell, takes True. Within
-            ``torch.utils.checkpoint``, which drops what waits, False saves a product.
-
-    Returns:
-        As :func:`cross_entropy`.
-
-    Raises:
-        As :func:`cross_entropy`.
-
-    Source: for gradients in the forward pass over chunks, Hsu et al., *Liger Kernel: Efficient Triton Kernels for LLM
-    Training*, 2024.
-
-    Example:
-        >>> head = torch.nn.Linear(64, 10_000, bias=False)
-        >>> hidden, target = torch.randn(2, 8, 64), torch.randint(10_000, (2, 8))
-        >>> loss = monosoftmax.linear_cross_entropy(hidden, head.weight, target, monosoftmax.transforms.PLIF())
-        >>> loss.backward()
-        >>> head.weight.grad.shape
-        torch.Size([10000, 64])
-    """
-    options = LossOptions(weight, check_ignore_index(ignore_index), label_smoothing, z_loss, return_lse)
-    check_head_options(method, chunk_rows, filter_eps, grad_in_forward, reduction)
-    losses = linear_losses(
-        Head(input, linear_weight, linear_bias),
-        target,
-        transform,
-        options,
-        HeadCall(method, chunk_rows or 0, filter_eps, grad_in_forward),
-        reduction=reduction,
-        backend=backend,
-    )
-    return losses.result(return_lse)
-
-
-def linear_losses(
-    head: Head,
-    target: Tensor,
-    transform: MonotonicTransform | None,
-    options: LossOptions,
-    how: HeadCall,
-    *,
-    reduction: Reduction,
-    backend: BackendName,
-) -> Losses:
-    """:func:`linear_cross_entropy`: the losses of the rows and their mean or sum both, and log p of the targets."""
-    input, linear_weight, linear_bias = head
-    transform = check_transform(transform)
-    target, classes = check_head(head, target), linear_weight.shape[0]
-    check_loss_options(options, classes, input.device, reduction)
-    check_device("transform", transform, input.device)
+    check_z_loss_divisor(z_loss_divisor)
+    f = Tempered(transform, check_temperature(temperature, input))
     call = Call(
-        "linear_cross_entropy",
-        input.device.type,
-        input.dtype,
-        transform,
-        how.method,
-        has_chunk_rows=how.chunk_rows > 0,
-        has_grad_in_forward=how.grad_in_forward is not None,
-        classes=classes,
+        "cross_entropy", input.device.type, input.dtype, transform, target_kind=kind, classes=classes, inplace=inplace
     )
     chosen = choose(call, backend)
-    rows, shape = rows_of(input), target.shape
-    target = target if target.dim() == 1 else target.reshape(-1)
-    if chosen == "reference":
-        logits = F.linear(rows, linear_weight, linear_bias)
-        losses = _losses_of_rows(chosen, logits, target, transform, options, reduction=reduction)
-        if how.return_log_prob:
-            plain = LossOptions(None, options.ignore_index, 0.0, 0.0, False)
-            losses = losses._replace(log_prob=-reference.cross_entropy(logits, target, transform, plain)[0])
-        return _reshaped(losses, shape)
-    rows = autocast_input(rows)
-    options, f = _typed(options, rows), for_kernels(transform, rows)
-    operands = (rows, linear_weight, linear_bias, f.coefficients)
-    method: str = how.method
-    if method == "auto":
-        needed = torch.is_grad_enabled() and any([each is not None and each.requires_grad for each in operands])
-        chunked = how.return_log_prob or how.chunk_rows > 0
-        method = "chunked" if chunked else head_method(chosen, rows.shape[1], rows.dtype, needed)
-    wish = False if reduction == "none" or method == "recompute" else how.grad_in_forward
-    results = ops.linear_cross_entropy(
-        ops.LinearCrossEntropy(
-            backend=chosen,
-            head=Head(rows, linear_weight, linear_bias),
-            target=target,
-            transform=f,
-            options=options,
-            head_options=HeadOptions(method, how.chunk_rows, how.filter_eps),
-            reduction=reduction,
-            return_log_prob=how.return_log_prob,
-            output_mask=output_mask(operands, chosen, wish),
-        )
-    )
-    total = None if reduction == "none" else results.total
-    return _reshaped(Losses(results.loss, results.lse, total, results.log_prob if how.return_log_prob else None), shape)
+    rows = input
+    if dim != 2:
+        rows = rows_of(input.movedim(class_dim, -1))
+        target = target.reshape(-1) if kind == "indices" else rows_of(target.movedim(class_dim, -1))
+    if return_statistics and kind != "indices":
+        raise ValueError("return_statistics must be False where target is class probabilities, got True")
+    if inplace:
+        if reduction == "none" or return_lse or candidates is not None or (weight is not None and z_loss > 0):
+            raise ValueError(
+                "inplace must be False with reduction='none', return_lse, candidates, or weight and z_loss together: "
+                "the gradient overwrites the logits in the forward pass"
+            )
+        if rows.data_ptr() != input.data_ptr() or (rows.shape[1] > 1 and rows.stride(1) != 1):
+            raise ValueError(f"inplace needs the classes of input next to each other, got strides {input.stride()}")
+    allowed: Candidates | None = None
+    if candidates is not None:
+        allowed = Candidates.of(candidates, classes, input.device)
+        rows = allowed.of_columns(rows)
+        target = allowed.of_target(target, ignore_index) if kind == "indices" else allowed.of_columns(target)
+        options = allowed.of_options(options)
+    statistics: TokenStatistics | None = None
+    if return_statistics:
+        with torch.no_grad():
+            statistics = statistics_of_rows(chosen, rows.detach(), target, f, options.ignore_index)
+        if allowed is not None:
+            statistics = statistics._replace(argmax=allowed.classes[statistics.argmax])
+
+    def of_rows(options: LossOptions) -> Losses:
+        if inplace and torch.is_grad_enabled() and rows.requires_grad:
+            return loss_in_place(chosen, rows, target, f, options, reduction=reduction)
+        return losses_of_rows(chosen, rows, target, f, options, reduction=reduction)
+
+    losses = with_z_loss(of_rows, options, target, reduction, z_loss_divisor)._replace(statistics=statistics)
+    return reshaped(losses, without_classes).result(return_lse)
 
 
 def log_softmax(
@@ -374,15 +283,17 @@ def log_softmax(
     transform: MonotonicTransform | None = None,
     *,
     dtype: torch.dtype | None = None,
+    temperature: float | Tensor = 1.0,
     backend: BackendName = "auto",
 ) -> Tensor:
-    r"""Log-probabilities :math:`f(z) - \mathrm{lse}` over the last dimension.
+    r"""Log-probabilities :math:`f(z) / \tau - \mathrm{lse}` over the last dimension.
 
     Args:
         input: logits z, (..., V); float32, bfloat16, float16 or float64.
         transform: f; ``None`` is Linear-Softmax.
         dtype: of the result; float32 by default, float64 for float64. Arithmetic is in float32 or float64 in any case,
             rounded once. The cuda backend has no float64 results.
+        temperature: :math:`\tau`, as in :func:`cross_entropy`.
         backend: ``"auto"``, or a name from :func:`monosoftmax.backends.available`.
 
     Returns:
@@ -408,32 +319,33 @@ def log_softmax(
         raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
     check_device("transform", transform, input.device)
     call = Call("log_softmax", input.device.type, input.dtype, transform, classes=classes, result_dtype=dtype)
-    chosen = choose(call, backend)
+    chosen, tau = choose(call, backend), check_temperature(temperature, input)
     rows = rows_of(input)
     if chosen == "reference":
-        output = reference.log_softmax(rows, transform, dtype)
+        output = reference.log_softmax(rows, transform, dtype, tau)
     else:
         rows = rows_for_kernel(rows)
-        output = ops.log_softmax(ops.LogSoftmax(chosen, rows, for_kernels(transform, rows), dtype)).output
+        output = ops.log_softmax(ops.LogSoftmax(chosen, rows, for_kernels(transform, rows, tau), dtype)).output
     return output.reshape(input.shape)
 
 
-def _losses_of_rows(
+def losses_of_rows(
     backend: str,
     rows: Tensor,
     target: Tensor,
-    transform: MonotonicTransform,
+    transform: Tempered,
     options: LossOptions,
     *,
     reduction: Reduction,
 ) -> Losses:
     """The losses of logits ``rows`` [N, V] for class indices [N] or class probabilities [N, V]."""
-    options = _typed(options, rows)
+    options = typed(options, rows)
     if backend == "reference":
-        loss, lse = reference.cross_entropy(rows, target, transform, options)
+        loss, lse = reference.cross_entropy(rows, target, transform.f, options, transform.temperature)
         divisor = normalizer(reduction, target, options, rows.shape[1], loss.dtype)
         return Losses(loss, lse, None if divisor is None else loss.sum() / divisor)
-    rows, f = rows_for_kernel(rows), for_kernels(transform, rows)
+    rows = rows_for_kernel(rows)
+    f = for_kernels(transform.f, rows, transform.temperature)
     target = rows_for_kernel(target) if target.dim() == 2 else target
     results = ops.cross_entropy(
         ops.CrossEntropy(
@@ -449,28 +361,61 @@ def _losses_of_rows(
     return Losses(results.loss, results.lse, None if reduction == "none" else results.total)
 
 
-def _typed(options: LossOptions, rows: Tensor) -> LossOptions:
+def loss_in_place(
+    backend: str, rows: Tensor, target: Tensor, transform: Tempered, options: LossOptions, *, reduction: Reduction
+) -> Losses:
+    """:func:`losses_of_rows`, whose gradient overwrites ``rows``; for fused backends."""
+    f = for_kernels(transform.f, rows, transform.temperature)
+    target = rows_for_kernel(target) if target.dim() == 2 else target
+    mask = (True, f.coefficients.requires_grad)
+    call = ops.CrossEntropy(backend, rows, target, f, typed(options, rows), reduction, mask)
+    total, loss = in_place.total_and_losses(call)
+    return Losses(loss, torch.zeros_like(loss), total)
+
+
+def with_z_loss(
+    losses_of: Callable[[LossOptions], Losses], options: LossOptions, target: Tensor, reduction: str, divisor: str
+) -> Losses:
+    """The losses under ``options``, the sum of their z-losses divided by ``divisor``: see :func:`cross_entropy`."""
+    same = divisor == "loss" or options.z_loss == 0 or options.weight is None
+    if same or reduction != "mean" or target.is_floating_point():
+        return losses_of(options)
+    found, valid = losses_of(options._replace(z_loss=0.0, return_lse=True)), target != options.ignore_index
+    z_losses = options.z_loss * torch.where(valid, found.lse, 0.0).square()
+    assert found.total is not None
+    lse = found.lse if options.return_lse else torch.where(valid, found.lse, 0.0)
+    return found._replace(rows=found.rows + z_losses, lse=lse, total=found.total + z_losses.sum() / valid.sum())
+
+
+def statistics_of_rows(
+    backend: str, rows: Tensor, target: Tensor, transform: Tempered, ignore_index: int
+) -> TokenStatistics:
+    """The statistics of logits ``rows`` [N, V]; on fused backends log p, entropy and lse have gradients."""
+    if backend == "reference":
+        f, tau = transform
+        return TokenStatistics(*reference.token_statistics(rows, target, f, ignore_index, tau))
+    rows = rows_for_kernel(rows)
+    f_of_kernels = for_kernels(transform.f, rows, transform.temperature)
+    found = ops.token_statistics(ops.RowTokenStatistics(backend, rows, target, f_of_kernels, ignore_index))
+    return TokenStatistics(*found[:5])
+
+
+def typed(options: LossOptions, rows: Tensor) -> LossOptions:
     """``options`` with the weight in the arithmetic type."""
     if options.weight is None:
         return options
     return options._replace(weight=options.weight.to(arithmetic_dtype(rows.dtype)))
 
 
-def for_kernels(transform: MonotonicTransform, input: Tensor) -> Transform:
+def for_kernels(transform: MonotonicTransform, input: Tensor, temperature: Tensor | None = None) -> Transform:
+    """``transform`` divided by ``temperature``, which :func:`check_temperature` has checked, for kernels."""
     assert transform.kernel is not None  # backends.choose() has made sure
     coefficients = coefficients_of(transform, input.device, arithmetic_dtype(input.dtype))
-    return Transform(coefficients, transform.kernel, list(transform.constants()))
-
-
-def autocast_input(input: Tensor) -> Tensor:
-    """The input of a head in the type that torch.nn.functional.linear would multiply it in.
-
-    The operators bring the other operands to this type themselves, so that nobody holds a copy of the weight.
-    """
-    device = input.device.type
-    if input.dtype == torch.float64 or not autocast_enabled(device):
-        return input
-    return input.to(torch.get_autocast_dtype(device))
+    scale, cap, factor = transform.around
+    if factor != 1:
+        temperature = coefficients.new_full((), 1 / factor) if temperature is None else temperature / factor
+    inner = [] if (scale, cap) == (1.0, 0.0) else [scale, cap]
+    return Transform(coefficients, transform.kernel, list(transform.constants()), inner, temperature)
 
 
 def rows_of(input: Tensor) -> Tensor:
@@ -483,9 +428,10 @@ def rows_for_kernel(rows: Tensor) -> Tensor:
     return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
-def _reshaped(losses: Losses, shape: torch.Size) -> Losses:
+def reshaped(losses: Losses, shape: torch.Size) -> Losses:
     """What ``losses`` say of each row, in the shape of the targets."""
     if losses.rows.shape == shape:
         return losses
     log_prob = None if losses.log_prob is None else losses.log_prob.reshape(shape)
-    return Losses(losses.rows.reshape(shape), losses.lse.reshape(shape), losses.total, log_prob)
+    statistics = None if losses.statistics is None else losses.statistics.reshape(shape)
+    return Losses(losses.rows.reshape(shape), losses.lse.reshape(shape), losses.total, log_prob, statistics)

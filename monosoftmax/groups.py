@@ -12,12 +12,17 @@ from torch import Tensor
 
 
 class Transform(NamedTuple):
-    """f for the kernels: the coefficients, kernel and constants of a ``MonotonicTransform``."""
+    """What the kernels do to logits: y = f(inner(z)) / temperature."""
 
     #: [P], or a table [R, K]; float64 for float64 logits, otherwise float32.
     coefficients: Tensor
     name: str
     constants: list[float]
+    #: Empty: inner(z) = z. Otherwise [scale, cap] with scale > 0: inner(z) = cap tanh(scale z / cap), and scale z where
+    #: cap is 0.
+    inner: list[float] = []  # noqa: RUF012 (nobody writes to it)
+    #: 0-dim, of the type and on the device of the coefficients; None is 1. What is not positive makes all results NaN.
+    temperature: Tensor | None = None
 
 
 class LossOptions(NamedTuple):
@@ -54,6 +59,32 @@ class HeadOptions(NamedTuple):
     filter_eps: float
 
 
+class Teacher(NamedTuple):
+    """The head and the transform whose probabilities are a target: as :class:`Head` and :class:`Transform`."""
+
+    teacher_input: Tensor
+    teacher_weight: Tensor
+    teacher_bias: Tensor | None
+    teacher_coefficients: Tensor
+    teacher_name: str
+    teacher_constants: list[float]
+    teacher_inner: list[float]
+    teacher_temperature: Tensor | None
+
+    def head(self) -> Head:
+        return Head(*self[:3])
+
+    def transform(self) -> Transform:
+        return Transform(*self[3:])
+
+
+class Divergence(NamedTuple):
+    """A divergence of p from q: see ``RowKernels.divergence``."""
+
+    kind: str
+    beta: float
+
+
 class Upstream(NamedTuple):
     """The gradients of the results of a loss of rows, in the type of the coefficients. An absent gradient is zero."""
 
@@ -63,6 +94,22 @@ class Upstream(NamedTuple):
     lse: Tensor | None = None
     #: 0-dim. It multiplies ``loss``. If it is 1, the kernel does nothing, and ``grad_rows`` stays as it is.
     factor: Tensor | None = None
+    #: [N]: of the entropy of p. It needs indices as the target, and the row_stats of ``token_statistics``.
+    entropy: Tensor | None = None
+
+
+class TokenStatistics(NamedTuple):
+    """What a row kernel finds out about each token, [N]. Entropy, argmax and lse are also those of ignored rows."""
+
+    #: Of the target; 0 in ignored rows.
+    log_prob: Tensor
+    entropy: Tensor
+    argmax: Tensor
+    lse: Tensor
+    #: The number of logits larger than that of the target; -1 in ignored rows.
+    rank: Tensor
+    #: [3, N]: those of :class:`RowResults`, and what the kernel needs for the gradient of the entropy.
+    row_stats: Tensor
 
 
 class RowResults(NamedTuple):
@@ -72,8 +119,8 @@ class RowResults(NamedTuple):
     loss: Tensor
     #: [N]; empty if ``row_stats`` was given.
     lse: Tensor
-    #: [2, N]: the largest y of a row, and sum exp(y - largest). [3, N] for class probabilities, with the sum of q.
-    #: Without a meaning if ``row_stats`` was given.
+    #: [2, N]: the largest y of a row, and sum exp(y - largest). [3, N] for a target of all classes: the third number is
+    #: the kernel's own. Without a meaning if ``row_stats`` was given.
     row_stats: Tensor
     #: [N, V]
     grad_rows: Tensor

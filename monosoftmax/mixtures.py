@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from . import reference
 from .backends import BackendName, Call, choose
 from .checks import check_floating, check_target, check_tensor
-from .functional import cross_entropy, linear_cross_entropy, log_softmax
+from .functional import cross_entropy, log_softmax
+from .linear import linear_cross_entropy
 from .modules import MonotonicSoftmax, OutputAndLoss
 from .transforms.base import arithmetic_dtype, require_count
 

@@ -18,8 +18,9 @@ from .checks import (
     check_tensor,
     check_transform,
 )
-from .functional import HeadCall, cross_entropy, linear_losses, log_softmax
+from .functional import cross_entropy, log_softmax
 from .groups import Head, LossOptions
+from .linear import HeadCall, linear_losses
 from .transforms import Identity, MonotonicTransform
 from .transforms.base import require_count
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import _dispatch
-from .groups import Head, HeadGradients, HeadOptions, LossOptions, Transform
+from .groups import Divergence, Head, HeadGradients, HeadOptions, LossOptions, Teacher, TokenStatistics, Transform
 from .transforms.base import arithmetic_dtype
 
 Arguments = TypeVar("Arguments", bound=tuple[Any, ...])
@@ -75,7 +75,8 @@ class LinearCrossEntropy(NamedTuple):
 
     The gradients of linear_weight and linear_bias are sums over the chunks, in the arithmetic type. For float16 the
     gradients are multiplied by ``float16_shift(scale, ...)``. ``log_prob`` is log p of the target, 0 in ignored rows,
-    whatever weight, label_smoothing and z_loss are.
+    whatever weight, label_smoothing and z_loss are. ``return_statistics`` asks for it too, then without a derivative,
+    and for entropy, argmax and rank.
     """
 
     backend: str
@@ -86,6 +87,7 @@ class LinearCrossEntropy(NamedTuple):
     head_options: HeadOptions
     reduction: str
     return_log_prob: bool
+    return_statistics: bool
     output_mask: Sequence[bool]
 
 
@@ -94,6 +96,9 @@ class LinearLosses(NamedTuple):
     lse: Tensor
     row_stats: Tensor
     log_prob: Tensor
+    entropy: Tensor
+    argmax: Tensor
+    rank: Tensor
     scale: Tensor
     total: Tensor
     grad_input: Tensor
@@ -123,16 +128,6 @@ class LinearTokenStatistics(NamedTuple):
     ignore_index: int
 
 
-class TokenStatistics(NamedTuple):
-    """What :func:`monosoftmax.linear_token_statistics` returns: each of the shape of ``target``."""
-
-    log_prob: Tensor
-    entropy: Tensor
-    argmax: Tensor
-    lse: Tensor
-    rank: Tensor
-
-
 class LinearTokenStatisticsBackward(NamedTuple):
     backend: str
     grad_log_prob: Tensor | None
@@ -142,6 +137,7 @@ class LinearTokenStatisticsBackward(NamedTuple):
     target: Tensor
     transform: Transform
     ignore_index: int
+    row_stats: Tensor
     output_mask: Sequence[bool]
 
 
@@ -164,6 +160,45 @@ class RowTokenStatisticsBackward(NamedTuple):
     target: Tensor
     transform: Transform
     ignore_index: int
+    row_stats: Tensor
+    output_mask: Sequence[bool]
+
+
+class LinearDistillation(NamedTuple):
+    """The divergence of a student's head from a teacher's, whose logits exist for one chunk of rows at a time.
+
+    ``total`` is the sum of the losses times ``scale`` [N], of which the gradients are computed, as far as
+    ``output_mask`` asks for them; the gradients of linear_weight and linear_bias in the arithmetic type, and in float16
+    multiplied by ``float16_shift(scale.amax(), ...)``. Without a scale there is no total and no gradient.
+    """
+
+    backend: str
+    head: Head
+    transform: Transform
+    teacher: Teacher
+    divergence: Divergence
+    scale: Tensor | None
+    output_mask: Sequence[bool]
+
+
+class DistillationLosses(NamedTuple):
+    loss: Tensor
+    row_stats: Tensor
+    total: Tensor
+    grad_input: Tensor
+    grad_linear_weight: Tensor
+    grad_linear_bias: Tensor
+    grad_coefficients: Tensor
+
+
+class LinearDistillationBackward(NamedTuple):
+    backend: str
+    grad_loss: Tensor
+    head: Head
+    transform: Transform
+    teacher: Teacher
+    divergence: Divergence
+    row_stats: Tensor
     output_mask: Sequence[bool]
 
 
@@ -318,7 +353,11 @@ def _fake_gradients(call: CrossEntropyBackward | LogSoftmaxBackward | RowTokenSt
 
 
 def _fake_linear_gradients(
-    call: LinearCrossEntropy | LinearCrossEntropyBackward | LinearTokenStatisticsBackward,
+    call: LinearCrossEntropy
+    | LinearCrossEntropyBackward
+    | LinearTokenStatisticsBackward
+    | LinearDistillation
+    | LinearDistillationBackward,
 ) -> HeadGradients:
     input, linear_weight, _ = call.head
     weight = linear_weight.to(arithmetic_dtype(input.dtype))
@@ -326,16 +365,25 @@ def _fake_linear_gradients(
 
 
 def _fake_linear_cross_entropy(call: LinearCrossEntropy) -> LinearLosses:
-    loss, lse, row_stats = _row_results(call.head.input)
-    log_prob = loss.new_empty(loss.shape if call.return_log_prob else 0)
-    of_rows, reduced = (loss, lse, row_stats, log_prob), _scale_and_total(call.reduction, loss)
-    return LinearLosses(*of_rows, *reduced, *_fake_linear_gradients(call))
+    loss, lse, row_stats = _row_results(call.head.input, 3 if call.target.is_floating_point() else 2)
+    log_prob = loss.new_empty(loss.shape if call.return_log_prob or call.return_statistics else 0)
+    entropy = loss.new_empty(loss.shape if call.return_statistics else 0)
+    argmax, rank = (entropy.new_empty(entropy.shape, dtype=torch.int64) for _ in range(2))
+    of_rows, reduced = (loss, lse, row_stats), _scale_and_total(call.reduction, loss)
+    return LinearLosses(*of_rows, log_prob, entropy, argmax, rank, *reduced, *_fake_linear_gradients(call))
 
 
 def _fake_token_statistics(call: LinearTokenStatistics | RowTokenStatistics) -> TokenStatistics:
-    log_prob, entropy, _ = _row_results(call.head.input if isinstance(call, LinearTokenStatistics) else call.input)
+    input = call.head.input if isinstance(call, LinearTokenStatistics) else call.input
+    log_prob, entropy, row_stats = _row_results(input, 3)
     argmax, rank = torch.empty_like(call.target), torch.empty_like(call.target)
-    return TokenStatistics(log_prob, entropy, argmax, torch.empty_like(log_prob), rank)
+    return TokenStatistics(log_prob, entropy, argmax, torch.empty_like(log_prob), rank, row_stats)
+
+
+def _fake_linear_distillation(call: LinearDistillation) -> DistillationLosses:
+    loss, _, row_stats = _row_results(call.head.input, 3)
+    total = loss.new_empty((0,) if call.scale is None else ())
+    return DistillationLosses(loss, row_stats, total, *_fake_linear_gradients(call))
 
 
 def _fake_log_softmax(call: LogSoftmax) -> LogProbabilities:
@@ -357,6 +405,10 @@ linear_token_statistics_backward = Operator(
 token_statistics = Operator("token_statistics", RowTokenStatistics, TokenStatistics, _fake_token_statistics)
 token_statistics_backward = Operator(
     "token_statistics_backward", RowTokenStatisticsBackward, Gradients, _fake_gradients
+)
+linear_distillation = Operator("linear_distillation", LinearDistillation, DistillationLosses, _fake_linear_distillation)
+linear_distillation_backward = Operator(
+    "linear_distillation_backward", LinearDistillationBackward, HeadGradients, _fake_linear_gradients
 )
 log_softmax = Operator("log_softmax", LogSoftmax, LogProbabilities, _fake_log_softmax)
 log_softmax_backward = Operator("log_softmax_backward", LogSoftmaxBackward, Gradients, _fake_gradients)

@@ -1,6 +1,7 @@
 """The definition of right: every operation in plain, differentiable PyTorch, on any device and twice differentiable.
 
-Rows are [N, V] logits z. With y = f(z), lse = logsumexp(y), q the smoothed and weighted target distribution:
+Rows are [N, V] logits z. With y = f(z) / temperature, lse = logsumexp(y), q the smoothed and weighted target
+distribution:
 
     loss_i = sum_j q_ij (lse_i - y_ij) + z_loss * lse_i^2        q_ij = (1 - eps) w_t [j = t] + eps / V * w_j
 
@@ -11,6 +12,7 @@ exactly as ``torch.nn.functional.cross_entropy`` combines ``weight`` and ``label
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +30,7 @@ def cross_entropy(
     target: Tensor,
     transform: MonotonicTransform,
     options: LossOptions,
+    temperature: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss [N] and lse [N] of rows ``input`` [N, V]; ignored rows have loss 0, and lse 0 unless ``return_lse``.
 
@@ -35,7 +38,7 @@ def cross_entropy(
     [0, V) that is not ``ignore_index`` raises on the CPU and gives a NaN row elsewhere.
     """
     if target.is_floating_point():
-        return _of_probabilities(input, target, transform, options)
+        return _of_probabilities(transformed(input, transform, temperature), target, options)
     weight, ignore_index, label_smoothing, z_loss, return_lse = options
     classes = input.shape[1]
     valid = target != ignore_index
@@ -48,7 +51,7 @@ def cross_entropy(
         left_out = left_out & (torch.isnan(largest) if transform.bounded_below else ~torch.isfinite(largest))
     input = torch.where(left_out.unsqueeze(1), torch.zeros_like(input), input)
 
-    y = transformed(input, transform)
+    y = transformed(input, transform, temperature)
     log_p = F.log_softmax(y, dim=1)
     index = torch.where(valid & ~outside, target, 0).unsqueeze(1)
     loss = -log_p.gather(1, index).squeeze(1)
@@ -69,16 +72,13 @@ def cross_entropy(
     return loss, lse
 
 
-def _of_probabilities(
-    input: Tensor, target: Tensor, transform: MonotonicTransform, options: LossOptions
-) -> tuple[Tensor, Tensor]:
+def _of_probabilities(y: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
     """A class with q = 0 adds nothing, also where its log p is -inf: there the gradient of ``target`` is 0."""
     weight, _, label_smoothing, z_loss, return_lse = options
-    y = transformed(input, transform)
     log_p = F.log_softmax(y, dim=1)
     q = target.to(log_p.dtype)
     if label_smoothing > 0:
-        q = (1 - label_smoothing) * q + label_smoothing / input.shape[1]
+        q = (1 - label_smoothing) * q + label_smoothing / y.shape[1]
     if weight is not None:
         q = q * weight
     # 0 * inf is NaN, and so would its derivative be.
@@ -91,13 +91,32 @@ def _of_probabilities(
     return loss, lse
 
 
-def log_softmax(input: Tensor, transform: MonotonicTransform, dtype: torch.dtype) -> Tensor:
+def log_softmax(
+    input: Tensor, transform: MonotonicTransform, dtype: torch.dtype, temperature: Tensor | None = None
+) -> Tensor:
     """log p of rows ``input`` [N, V], computed in float32 (float64 for float64) and returned as ``dtype``."""
-    return F.log_softmax(transformed(input, transform), dim=1).to(dtype)
+    return F.log_softmax(transformed(input, transform, temperature), dim=1).to(dtype)
+
+
+def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
+    """The divergence of p from q, [N]: the formulas of ``RowKernels.divergence``. A term whose factor is 0 is 0."""
+
+    def expected(probability: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
+        there = probability > 0
+        gap = torch.where(there, log_a, 0.0) - torch.where(there, log_b, 0.0)
+        return (probability * gap).sum(1)
+
+    p, q = log_p.exp(), log_q.exp()
+    if kind == "forward_kl":
+        return expected(q, log_q, log_p)
+    if kind == "reverse_kl":
+        return expected(p, log_p, log_q)
+    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log(1 - beta))
+    return beta * expected(q, log_q, log_m) + (1 - beta) * expected(p, log_p, log_m)
 
 
 def token_statistics(
-    z: Tensor, target: Tensor, transform: MonotonicTransform, ignore_index: int
+    z: Tensor, target: Tensor, transform: MonotonicTransform, ignore_index: int, temperature: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """log p(target), entropy, argmax, lse and rank of the target, each [N], for logits [N, V].
 
@@ -113,7 +132,7 @@ def token_statistics(
     # An ignored row without a distribution must stay out of the backward pass, as in cross_entropy.
     largest = z.detach().amax(1)
     left_out = ~valid & (torch.isnan(largest) if transform.bounded_below else ~torch.isfinite(largest))
-    y = transformed(torch.where(left_out.unsqueeze(1), torch.zeros_like(z), z), transform)
+    y = transformed(torch.where(left_out.unsqueeze(1), torch.zeros_like(z), z), transform, temperature)
     log_p = F.log_softmax(y, dim=1)
     # p log p -> 0 as p -> 0
     entropy = -(log_p.exp() * log_p.masked_fill(torch.isneginf(log_p), 0.0)).sum(1)
@@ -128,18 +147,25 @@ def token_statistics(
     return log_prob, entropy, argmax, lse, rank
 
 
-def transformed(input: Tensor, transform: MonotonicTransform) -> Tensor:
-    """f(input) in the type of the arithmetic, with gradients that stay finite at logits of -inf."""
-    compute = arithmetic_dtype(input.dtype)
-    z = input.to(compute)
-    coefficients = coefficients_of(transform, z.device, compute)
+def transformed(input: Tensor, transform: MonotonicTransform, temperature: Tensor | None = None) -> Tensor:
+    """y = f(input) / temperature in the type of the arithmetic; NaN for a temperature that is not positive."""
+    z = input.to(arithmetic_dtype(input.dtype))
+    return evaluated(z, transform, coefficients_of(transform, z.device, z.dtype), temperature)
+
+
+def evaluated(
+    z: Tensor, transform: MonotonicTransform, coefficients: Tensor, temperature: Tensor | None = None
+) -> Tensor:
+    """:func:`transformed` for coefficients at hand, with gradients that stay finite at logits of -inf."""
     if transform.bounded_below:
-        return transform.evaluate(z, coefficients)
-    # Where f(-inf) = -inf, autograd would form 0 * inf for the gradients of f's parameters. A class whose probability
-    # is 0 may still be a target: then its logit has a gradient, that of a logit far below all others.
-    masked = torch.isneginf(z)
-    replace: Callable[..., Tensor] = (_Replace if torch.compiler.is_compiling() else _ReplaceForward).apply
-    return replace(transform.evaluate(replace(z, masked, -_FAR), coefficients), masked, -torch.inf)
+        y = transform.evaluate(z, coefficients)
+    else:
+        # Where f(-inf) = -inf, autograd would form 0 * inf for the gradients of f's parameters. A class whose
+        # probability is 0 may still be a target: then its logit has a gradient, that of one far below all others.
+        masked = torch.isneginf(z)
+        replace: Callable[..., Tensor] = (_Replace if torch.compiler.is_compiling() else _ReplaceForward).apply
+        y = replace(transform.evaluate(replace(z, masked, -_FAR), coefficients), masked, -torch.inf)
+    return y if temperature is None else y / torch.where(temperature > 0, temperature, torch.nan)
 
 
 #: A logit this far below 0 is as good as -inf, and its product with a coefficient fits float32.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import _installation
 from ._dispatch import assume_constant
-from .groups import LossOptions, RowResults, Transform, Upstream
+from .groups import LossOptions, RowResults, TokenStatistics, Transform, Upstream
 
 #: The compiled extension ``monosoftmax._C``, or None; and the reason why it is None.
 extension, extension_problem = _installation.load_extension()
@@ -43,6 +43,11 @@ class RowKernels(Protocol):
     ) -> RowResults:
         """Losses of rows, and the gradients in ``output_mask``: of rows, and of the coefficients.
 
+        An upstream gradient e of the entropy H adds -e p_j (log p_j + H) to dL/dy_j. The kernel forms it from the third
+        number M = sum_j p_j (largest - y_j) of the row_stats of :meth:`token_statistics`, as
+        -e p_j ((y_j - largest) + M), in which no logarithm of the sum is left to cancel. An ignored row has the
+        gradients of lse and of the entropy; where both are 0 it is not read.
+
         Args:
             rows: [N, V].
             target: [N] int64, or class probabilities [N, V] of any floating type.
@@ -57,10 +62,40 @@ class RowKernels(Protocol):
 
     def token_statistics(
         self, rows: Tensor, target: Tensor, transform: Transform, ignore_index: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """log p(target), entropy, argmax, lse, and rank of the target (the number of larger logits), each [N].
+    ) -> TokenStatistics:
+        """The statistics of rows: a tuple of the fields of :class:`.groups.TokenStatistics`."""
 
-        In an ignored row log p is 0 and the rank is -1.
+    def divergence(
+        self,
+        rows: Tensor,
+        log_target: Tensor,
+        transform: Transform,
+        kind: str,
+        beta: float,
+        upstream: Upstream | None = None,
+        row_stats: Tensor | None = None,
+        output_mask: Sequence[bool] = (False, False),
+        grad_rows: Tensor | None = None,
+    ) -> RowResults:
+        """The divergence of p = softmax(y) from q = exp(``log_target``), as the loss of each row, and its gradients.
+
+        ==============  ======================================================  =====================================
+        kind            loss                                                    dL/dy_j
+        ==============  ======================================================  =====================================
+        "forward_kl"    sum_j q_j (log q_j - log p_j)                           g (Q p_j - q_j), Q = sum_j q_j
+        "reverse_kl"    R = sum_j p_j (log p_j - log q_j)                       g p_j (log p_j - log q_j - R)
+        "jsd"           beta sum_j q_j (log q_j - log m_j) + (1 - beta) R,      g (1 - beta) p_j (log p_j - log m_j - R)
+                        R = sum_j p_j (log p_j - log m_j),
+                        m = beta q + (1 - beta) p
+        ==============  ======================================================  =====================================
+
+        A term whose first factor is 0 is 0, also where a logarithm in it is infinite. So a class with q = 0 < p makes a
+        reverse KL +inf; its gradient has no meaning then. q need not add up to 1. 0 < ``beta`` < 1 for "jsd"; the
+        others do not read it. row_stats are [3, N]. The results' lse is that of p, and has no gradient: of ``upstream``
+        only ``loss`` is read.
+
+        ``log_target`` [N, V] is of any floating type, with any row stride and columns next to each other. The other
+        arguments are those of :meth:`cross_entropy`; ``grad_rows`` may be ``rows``.
         """
 
     def log_softmax(self, rows: Tensor, transform: Transform, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

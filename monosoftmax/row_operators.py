@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import operator
-
-import torch
-from torch import Tensor
-
-from . import chunked_head, ops, reference
-from .groups import Upstream
+from . import ops, reference
+from .chunked_head import of_statistics, upstream_of_statistics
+from .groups import TokenStatistics, Upstream
 from .reductions import reduced, scale_of
 from .row_kernels import row_kernels
-from .token_gradients import TokenUpstream, token_gradients
 
 
 def _cross_entropy(call: ops.CrossEntropy) -> ops.Losses:
@@ -52,39 +47,25 @@ def _log_softmax_backward(call: ops.LogSoftmaxBackward) -> ops.Gradients:
     )
 
 
-def _token_statistics(call: ops.RowTokenStatistics) -> ops.TokenStatistics:
+def _token_statistics(call: ops.RowTokenStatistics) -> TokenStatistics:
     classes, target = call.input.shape[1], call.target
     outside = (target != call.ignore_index) & ((target < 0) | (target >= classes))
     reference.raise_if_any(outside, target, classes, call.ignore_index)
     kernel = row_kernels(call.backend).token_statistics
-    return ops.TokenStatistics(*kernel(call.input, target, call.transform, call.ignore_index))
+    return TokenStatistics(*kernel(call.input, target, call.transform, call.ignore_index))
 
 
 def _token_statistics_backward(call: ops.RowTokenStatisticsBackward) -> ops.Gradients:
-    """In one call; in chunks of rows, where :func:`.token_gradients` would need memory of the size of the logits."""
-    input, coefficients = call.input, call.transform.coefficients
-    count, classes = input.shape
-    step = chunked_head.chunk_rows(classes, coefficients.dtype, input.device.type)
-
-    def of(chunk: slice) -> tuple[Tensor, Tensor]:
-        upstream = TokenUpstream(call.grad_log_prob, call.grad_entropy, call.grad_lse)
-        return token_gradients(
-            row_kernels(call.backend), input[chunk], call.target[chunk], call.transform, ignore_index=call.ignore_index,
-            upstream=upstream.map(operator.itemgetter(chunk)), output_mask=call.output_mask, in_place=False,
-        )  # fmt: skip
-
-    if call.grad_entropy is None or count <= step:
-        return ops.Gradients(*of(slice(None)))
-    need_input, need_coefficients = call.output_mask
-    grad_input = torch.empty(input.shape if need_input else 0, dtype=input.dtype, device=input.device)
-    total = coefficients.new_zeros(coefficients.shape if need_coefficients else 0, dtype=torch.float64)
-    for start in range(0, count, step):
-        chunk = slice(start, start + step)
-        dz, part = of(chunk)
-        if need_input:
-            grad_input[chunk] = dz
-        total += part
-    return ops.Gradients(grad_input, total.to(coefficients.dtype))
+    results = row_kernels(call.backend).cross_entropy(
+        call.input,
+        call.target,
+        call.transform,
+        of_statistics(call.ignore_index),
+        upstream=upstream_of_statistics(call),
+        row_stats=call.row_stats,
+        output_mask=tuple(call.output_mask),
+    )
+    return ops.Gradients(*results[-2:])
 
 
 ops.cross_entropy.computes(_cross_entropy)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import ops, reference
+from . import ops
 from .backends import BackendName, Call, Operation, choose
+from .candidates import Candidates
 from .checks import (
     IGNORE_INDEX,
     check_classes,
@@ -19,14 +20,21 @@ from .checks import (
     check_head,
     check_ignore_index,
     check_target,
+    check_temperature,
     check_transform,
 )
-from .functional import autocast_input, for_kernels, rows_for_kernel, rows_of
+from .functional import Tempered, TokenStatistics, for_kernels, rows_of, statistics_of_rows
 from .groups import Head
-from .ops import TokenStatistics
+from .linear import autocast_input
 from .transforms import MonotonicTransform
 
 OutputName = Literal["log_prob", "entropy", "is_top1", "rank", "argmax", "lse", "target_logit"]
+
+
+class StatisticsOptions(NamedTuple):
+    ignore_index: int
+    temperature: float | Tensor
+    candidates: Tensor | None = None
 
 
 class TokenLogProb(NamedTuple):
@@ -49,6 +57,7 @@ def linear_token_statistics(
     *,
     linear_bias: Tensor | None = None,
     ignore_index: int = -100,
+    temperature: float | Tensor = 1.0,
     backend: BackendName = "auto",
 ) -> TokenStatistics:
     r"""What is known of each token under :math:`p = \mathrm{softmax}(f(z))`, for metrics and reinforcement learning.
@@ -58,7 +67,7 @@ def linear_token_statistics(
     :func:`linear_log_prob` gives them with gradients.
 
     Args:
-        input, linear_weight, target, transform, linear_bias, ignore_index, backend: as in
+        input, linear_weight, target, transform, linear_bias, ignore_index, temperature, backend: as in
             :func:`linear_cross_entropy`.
 
     Returns:
@@ -67,7 +76,7 @@ def linear_token_statistics(
         - ``log_prob``: log p of the target; 0 where it is ``ignore_index``.
         - ``entropy``: :math:`-\sum_j p_j \log p_j`, in nats.
         - ``argmax``, int64: the class of the largest logit, which is the most probable one; the first of equals.
-        - ``lse``: :math:`\log \sum_j e^{f(z_j)}`.
+        - ``lse``: :math:`\log \sum_j e^{y_j}`.
         - ``rank``, int64: the number of classes with a larger logit than the target, 0 for the most probable one; -1
           where the target is ``ignore_index``.
 
@@ -86,7 +95,8 @@ def linear_token_statistics(
     with torch.no_grad():
         bias = None if linear_bias is None else linear_bias.detach()
         head = Head(input.detach(), linear_weight.detach(), bias)
-        found = _of_head("linear_token_statistics", head, target, transform, ignore_index, backend=backend)
+        options = StatisticsOptions(ignore_index, temperature)
+        found = _of_head("linear_token_statistics", head, target, transform, options, backend=backend)
     return TokenStatistics(*(each.reshape(input.shape[:-1]) for each in found))
 
 
@@ -98,22 +108,24 @@ def linear_log_prob(
     *,
     linear_bias: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
+    temperature: float | Tensor = 1.0,
+    candidates: Tensor | None = None,
     outputs: Sequence[OutputName] = ("log_prob", "entropy"),
     backend: BackendName = "auto",
 ) -> TokenLogProb:
-    r"""log p of each target and the entropy of each row under :math:`p = \mathrm{softmax}(f(z))`, with gradients.
+    r"""log p of each target and the entropy of each row of :math:`p = \mathrm{softmax}(f(z) / \tau)`, with gradients.
 
     The logits :math:`z = \text{input}\,\text{linear\_weight}^T + \text{linear\_bias}` exist for a chunk of rows at a
     time, except on the reference backend: one product forward, and three backward, which computes the logits again. The
     gradients, for upstream gradients a, e and h of log_prob, entropy and lse, are those of
 
-    .. math:: \frac{\partial L}{\partial f(z_j)} = a\,(1[j = t] - p_j) - e\,p_j (\log p_j + H) + h\,p_j
+    .. math:: \frac{\partial L}{\partial y_j} = a\,(1[j = t] - p_j) - e\,p_j (\log p_j + H) + h\,p_j,
+        \qquad y = f(z) / \tau
 
     Args:
-        input, linear_weight, target, transform, linear_bias, ignore_index, backend: as in
+        input, linear_weight, target, transform, linear_bias, ignore_index, temperature, candidates, backend: as in
             :func:`linear_cross_entropy`.
-        outputs: what to return, at least one of the names below. All of it is computed in one pass; a gradient of the
-            entropy takes another kernel, and two more numbers of float32 for each logit of a chunk.
+        outputs: what to return, at least one of the names below. All of it is computed in one pass.
 
     Returns:
         Named tensors of the shape of ``target``, or None where ``outputs`` does not name them. Arithmetic is in float32
@@ -121,8 +133,8 @@ def linear_log_prob(
 
         - ``log_prob``: log p of the target, never above 0; 0 where the target is ``ignore_index``. Differentiable.
         - ``entropy``: :math:`H = -\sum_j p_j \log p_j`, in nats, of every row, ignored or not. Differentiable.
-        - ``lse``: :math:`\log \sum_j e^{f(z_j)}`, of every row. Differentiable.
-        - ``target_logit``: f(z) of the target; 0 where the target is ``ignore_index``. Differentiable.
+        - ``lse``: :math:`\log \sum_j e^{y_j}`, of every row. Differentiable.
+        - ``target_logit``: :math:`f(z) / \tau` of the target; 0 where the target is ``ignore_index``. Differentiable.
         - ``is_top1``, bool: whether no class has a larger logit than the target; False where the target is ignored.
         - ``rank``, int64: the number of classes with a larger logit than the target; -1 where the target is ignored.
         - ``argmax``, int64: the class of the largest logit, the first of equals.
@@ -141,7 +153,8 @@ def linear_log_prob(
     """
     _check_outputs(outputs)
     head = Head(input, linear_weight, linear_bias)
-    found = _of_head("linear_log_prob", head, target, transform, ignore_index, backend=backend)
+    options = StatisticsOptions(ignore_index, temperature, candidates)
+    found = _of_head("linear_log_prob", head, target, transform, options, backend=backend)
     return _asked(found, outputs, target, ignore_index, shape=input.shape[:-1])
 
 
@@ -151,6 +164,8 @@ def log_prob(
     transform: MonotonicTransform | None = None,
     *,
     ignore_index: int = IGNORE_INDEX,
+    temperature: float | Tensor = 1.0,
+    candidates: Tensor | None = None,
     outputs: Sequence[OutputName] = ("log_prob", "entropy"),
     backend: BackendName = "auto",
 ) -> TokenLogProb:
@@ -159,7 +174,7 @@ def log_prob(
     Args:
         input: logits z, (..., V); float32, bfloat16, float16 or float64.
         target: class indices, int64 or uint8, of the shape of ``input`` without V.
-        transform, ignore_index, outputs, backend: as in :func:`linear_log_prob`.
+        transform, ignore_index, temperature, candidates, outputs, backend: as in :func:`linear_log_prob`.
 
     Returns, Raises:
         As :func:`linear_log_prob`.
@@ -183,16 +198,15 @@ def log_prob(
             f"target must have the shape of input without its last dimension, {tuple(input.shape[:-1])}, "
             f"got {tuple(target.shape)}"
         )
-    ignore_index = check_ignore_index(ignore_index)
+    ignore_index, tau = check_ignore_index(ignore_index), check_temperature(temperature, input)
     check_device("transform", transform, input.device)
     call = Call("log_prob", input.device.type, input.dtype, transform, classes=input.shape[-1])
     chosen, rows, indices = choose(call, backend), rows_of(input), target.reshape(-1)
-    if chosen == "reference":
-        found = TokenStatistics(*reference.token_statistics(rows, indices, transform, ignore_index))
-    else:
-        rows = rows_for_kernel(rows)
-        arguments = ops.RowTokenStatistics(chosen, rows, indices, for_kernels(transform, rows), ignore_index)
-        found = ops.token_statistics(arguments)
+    allowed = None if candidates is None else Candidates.of(candidates, input.shape[-1], input.device)
+    if allowed is not None:
+        rows, indices = allowed.of_columns(rows), allowed.of_target(indices, ignore_index)
+    index = ignore_index if allowed is None else IGNORE_INDEX
+    found = _classes(statistics_of_rows(chosen, rows, indices, Tempered(transform, tau), index), allowed)
     return _asked(found, outputs, target, ignore_index, shape=input.shape[:-1])
 
 
@@ -201,23 +215,32 @@ def _of_head(
     head: Head,
     target: Tensor,
     transform: MonotonicTransform | None,
-    ignore_index: int,
+    options: StatisticsOptions,
     *,
     backend: BackendName,
 ) -> TokenStatistics:
     """The statistics of the tokens of a head, whose arguments are checked here; each [N]."""
     transform, target, device = check_transform(transform), check_head(head, target), head.input.device
-    ignore_index = check_ignore_index(ignore_index)
+    ignore_index, tau = check_ignore_index(options.ignore_index), check_temperature(options.temperature, head.input)
     check_device("transform", transform, device)
     call = Call(operation, device.type, head.input.dtype, transform, classes=head.linear_weight.shape[0])
     chosen, indices, rows = choose(call, backend), target.reshape(-1), rows_of(head.input)
+    allowed: Candidates | None = None
+    if options.candidates is not None:
+        allowed = Candidates.of(options.candidates, head.linear_weight.shape[0], device)
+        head, indices, ignore_index = allowed.of_head(head), allowed.of_target(indices, ignore_index), IGNORE_INDEX
     if chosen == "reference":
         logits = F.linear(rows, head.linear_weight, head.linear_bias)
-        return TokenStatistics(*reference.token_statistics(logits, indices, transform, ignore_index))
+        return _classes(statistics_of_rows(chosen, logits, indices, Tempered(transform, tau), ignore_index), allowed)
     rows = autocast_input(rows)
-    f = for_kernels(transform, rows)
+    f = for_kernels(transform, rows, tau)
     arguments = ops.LinearTokenStatistics(chosen, head._replace(input=rows), indices, f, ignore_index)
-    return ops.linear_token_statistics(arguments)
+    return _classes(TokenStatistics(*ops.linear_token_statistics(arguments)[:5]), allowed)
+
+
+def _classes(found: TokenStatistics, allowed: Candidates | None) -> TokenStatistics:
+    """``found`` with the argmax as a class, where it is a place among candidates."""
+    return found if allowed is None else found._replace(argmax=allowed.classes[found.argmax])
 
 
 def _check_outputs(outputs: Sequence[OutputName]) -> None:

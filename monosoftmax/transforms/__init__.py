@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import REGISTRY, MonotonicTransform, settings_of
+from .base import COMPOSITIONS, REGISTRY, Around, MonotonicTransform, from_dict
+from .chain import Chain, Scale
 from .gss import GSS
 from .identity import Identity
 from .monotonic_mlp import MonotonicMLP
@@ -15,6 +16,7 @@ from .soft_cap import SoftCap
 from .spline import RationalQuadraticSpline
 from .temperature import Temperature
 
+COMPOSITIONS.update({"scale": Scale, "chain": Chain})
 # For a new transform, add its row here.
 REGISTRY.update(
     {
@@ -42,38 +44,17 @@ def make(name: str, **settings: Any) -> MonotonicTransform:
     return REGISTRY[name](**settings)
 
 
-def from_dict(config: dict[str, Any]) -> MonotonicTransform:
-    """The transform that ``config``, from :meth:`MonotonicTransform.to_dict`, describes, as it was built.
-
-    Raises:
-        TypeError: ``config`` is no dict, or has names that are no arguments of the transform.
-        ValueError: ``"type"`` is missing, or names no transform. The transform's constructor may raise other errors.
-    """
-    if not isinstance(config, dict):
-        raise TypeError(f"config must be a dict, got {type(config).__name__}")
-    if "type" not in config:
-        raise ValueError(f'config must have a "type", one of {", ".join(REGISTRY)}')
-    name = config["type"]
-    if not isinstance(name, str) or name not in REGISTRY:
-        raise ValueError(f'config["type"] must be one of {", ".join(REGISTRY)}, got {name!r}')
-    arguments = {key: value for key, value in config.items() if key != "type"}
-    known = settings_of(REGISTRY[name])
-    unknown = [key for key in arguments if key not in known]
-    if unknown:
-        raise TypeError(
-            f"{name} has no {', '.join(map(str, unknown))}: its arguments are {', '.join(known) or 'none at all'}"
-        )
-    return REGISTRY[name](**arguments)
-
-
 __all__ = [
     "GSS",
     "PLIF",
     "REGISTRY",
+    "Around",
+    "Chain",
     "Identity",
     "MonotonicMLP",
     "MonotonicTransform",
     "RationalQuadraticSpline",
+    "Scale",
     "SigSoftmax",
     "SigmoidCap",
     "SoftCap",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,22 @@ MOST_PIECES = 2**24
 #: ``transforms/__init__.py`` fills this table. Classes from elsewhere must add their own row.
 REGISTRY: dict[str, type[MonotonicTransform]] = {}
 
+#: The same for what has no kernels of its own: :class:`.chain.Scale` and :class:`.chain.Chain`.
+COMPOSITIONS: dict[str, type[MonotonicTransform]] = {}
+
 #: Arguments of constructors for the device, the dtype and the random numbers. They do not choose the function f.
 _NO_SETTINGS = ("device", "dtype", "generator")
+
+
+class Around(NamedTuple):
+    """What kernels do before and after a transform f: factor f(inner(z)), inner(z) = cap tanh(scale z / cap).
+
+    A cap of 0 stands for none, inner(z) = scale z.
+    """
+
+    scale: float = 1.0
+    cap: float = 0.0
+    factor: float = 1.0
 
 
 class MonotonicTransform(nn.Module):
@@ -63,9 +77,9 @@ class MonotonicTransform(nn.Module):
     """
 
     #: The name of the fused kernels of this transform (``csrc/transforms``, ``triton_kernels/transforms``).
-    kernel: ClassVar[str | None] = None
+    kernel: str | None = None
     #: True if f(-inf) is finite, so that a logit of -inf keeps some probability.
-    bounded_below: ClassVar[bool] = False
+    bounded_below: bool = False
 
     def __init__(self) -> None:
         # No arguments, unlike nn.Module, so that to_dict() knows the arguments of a subclass without __init__.
@@ -82,6 +96,11 @@ class MonotonicTransform(nn.Module):
     def constants(self) -> tuple[float, ...]:
         """Numbers for kernels, in addition to the coefficients. They are never learned."""
         return ()
+
+    @property
+    def around(self) -> Around:
+        """What kernels do before and after f. Of a single transform: nothing."""
+        return Around()
 
     @property
     def table_size(self) -> int:
@@ -117,7 +136,7 @@ class MonotonicTransform(nn.Module):
         """
         # Skips the classes that torch derives on the fly, such as ParametrizedPLIF and FSDPPLIF.
         kind = next(each for each in type(self).__mro__ if not each.__module__.startswith("torch."))
-        name = next((name for name, registered in REGISTRY.items() if registered is kind), None)
+        name = next((name for name, known in (REGISTRY | COMPOSITIONS).items() if known is kind), None)
         if name is None:
             raise ValueError(
                 f"{kind.__name__} has no name to be saved under: add a row to monosoftmax.transforms.REGISTRY, "
@@ -131,6 +150,22 @@ class MonotonicTransform(nn.Module):
                 f"{', '.join(sorted(odd))}"
             )
         return {"type": name, **arguments}
+
+    @classmethod
+    def from_arguments(cls, arguments: dict[str, Any]) -> MonotonicTransform:
+        """The transform with these :meth:`arguments`.
+
+        Raises:
+            TypeError: there are names among them that are no arguments of the constructor.
+        """
+        known = settings_of(cls)
+        unknown = [key for key in arguments if key not in known]
+        if unknown:
+            raise TypeError(
+                f"{cls.__name__} has no {', '.join(map(str, unknown))}: its arguments are "
+                f"{', '.join(known) or 'none at all'}"
+            )
+        return cls(**arguments)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.arguments().items())
@@ -237,6 +272,24 @@ def _elementwise(
         raise TypeError(f"{name} must be a floating-point tensor, got {argument.dtype}")
     compute = arithmetic_dtype(argument.dtype)
     return function(argument.to(compute), coefficients.to(argument.device, compute)).to(argument.dtype)
+
+
+def from_dict(config: dict[str, Any]) -> MonotonicTransform:
+    """The transform that ``config``, from :meth:`MonotonicTransform.to_dict`, describes, as it was built.
+
+    Raises:
+        TypeError: ``config`` is no dict, or has names that are no arguments of the transform.
+        ValueError: ``"type"`` is missing, or names no transform. The transform's constructor may raise other errors.
+    """
+    known = REGISTRY | COMPOSITIONS
+    if not isinstance(config, dict):
+        raise TypeError(f"config must be a dict, got {type(config).__name__}")
+    if "type" not in config:
+        raise ValueError(f'config must have a "type", one of {", ".join(known)}')
+    name = config["type"]
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f'config["type"] must be one of {", ".join(known)}, got {name!r}')
+    return known[name].from_arguments({key: value for key, value in config.items() if key != "type"})
 
 
 def settings_of(kind: type[MonotonicTransform]) -> list[str]:

@@ -13,12 +13,22 @@ namespace monosoftmax::cuda {
 constexpr int kFewestBlocks = 2;
 constexpr int kMostThreads = 256;
 
-// A transform, with its coefficients in torch's layout, [size] or [rows, size].
+enum class ElementType { kFloat, kBFloat16, kHalf };
+
+// inner(z) of transforms/inner.h, with the quotient scale / cap, so that no thread divides.
+struct InnerArguments {
+  bool present;  // false: inner(z) = z
+  float scale, cap, within;
+};
+
+// y = f(inner(z)) / temperature, with the coefficients of f in torch's layout, [size] or [rows, size].
 struct TransformArguments {
   const float* coefficients;
   int64_t size;
   double constants[3];
   const float* table;  // for look-ups in global memory, [entries, stride]; may be null
+  InnerArguments inner{};
+  const float* temperature = nullptr;  // on the device; null: 1
 };
 
 // The memory for the sums of the coefficients' gradient. Each block has its own set, or each warp with WarpSums. Or
@@ -59,8 +69,6 @@ struct CrossEntropyArguments {
   unsigned sums_offset, row_offset;
 };
 
-enum class ElementType { kFloat, kBFloat16, kHalf };
-
 struct LogSoftmaxArguments {
   const void* input;  // [rows, classes]
   int64_t stride, rows;
@@ -96,6 +104,49 @@ struct TokenStatisticsArguments {
   int64_t ignore_index;
   float *log_prob, *entropy, *lse;
   int64_t *argmax, *rank;
+  float* row_stats;  // [3, rows]: largest, sum and gap (token_statistics.cuh)
+};
+
+// What the target of dense_targets.cuh is, and the loss.
+enum class DenseLoss {
+  kOfIndices,        // gradients only, with that of the entropy: a target of all classes with a single 1
+  kOfProbabilities,  // cross entropy
+  kForwardKl,        // the divergences of monosoftmax/row_kernels.py, of log q
+  kReverseKl,
+  kJsd,
+};
+
+struct DenseTargetArguments {
+  const void* input;  // [rows, classes]
+  int64_t stride, rows;
+  int classes;
+  TransformArguments transform;
+
+  DenseLoss kind;
+  const int64_t* indices;  // of kOfIndices, otherwise null
+  int64_t ignore_index;
+  const void* target;  // [rows, classes]
+  ElementType target_type;
+  int64_t target_stride;
+
+  // As in CrossEntropyArguments, for kOfIndices and kOfProbabilities. beta is for kJsd.
+  float label_smoothing, z_loss, beta;
+  const float *weight, *weight_sum;
+
+  // losses: compute the losses. Otherwise read the row_stats of an earlier call: [3, rows], largest, sum and a number
+  // for the gradient.
+  bool losses;
+  float *loss, *lse, *row_stats;
+
+  // As in CrossEntropyArguments. grad_entropy is for kOfIndices, and null means 0, as for grad_lse.
+  const float* grad_loss;
+  int64_t grad_loss_stride;
+  const float *grad_lse, *grad_entropy, *factor;
+  void* grad_input;  // null: not needed; may be the input
+  int64_t grad_stride;
+  bool gradients;  // of logits or coefficients
+  SumsArguments sums;
+  unsigned sums_offset;
 };
 
 // The coefficients of a PLIF, or the gradient of its raw slopes.

@@ -7,9 +7,11 @@
 //                                  the L2 cache if it is still there. Without the losses, the gradient takes the
 //                                  row_stats of an earlier call, and only this second read.
 //
-// Numerics: scan.cuh. Hazards: grad_input may be input, since a thread only writes elements that no other thread reads.
-// Rows that are ignored may hold anything: they are not read. A target that is no class makes the loss and the gradient
-// of its row NaN.
+// With a gradient of the entropy, the kernel of dense_targets.cuh takes the place of the second one.
+//
+// Numerics: scan.cuh; composition.cuh for inner and the temperature. Hazards: grad_input may be input, since a thread
+// only writes elements that no other thread reads. Rows that are ignored may hold anything: they are not read. A target
+// that is no class makes the loss and the gradient of its row NaN.
 #pragma once
 
 #include "../row/loss.h"
@@ -44,8 +46,9 @@ class RowTarget {
 // Smoothed labels have their own copy of the loop: in a common loop they would cost all other losses a third of their
 // instructions.
 template <class T, class F, class E>
-__device__ RowScan scan_for_loss(const F& f, const CrossEntropyArguments& arguments, const RowInMemory<E>& row,
-                                 const Team& team, const RowTarget& target, ScanMemory& memory) {
+__device__ RowScan scan_for_loss(const Composed<F>& f, const CrossEntropyArguments& arguments,
+                                 const RowInMemory<E>& row, const Team& team, const RowTarget& target,
+                                 ScanMemory& memory) {
   const ClassWeights weights{arguments.weight,
                              arguments.weight_sum == nullptr ? arguments.classes : *arguments.weight_sum};
   return arguments.label_smoothing > 0 ? scan_once<T, true>(f, weights, row, team, target.column(), memory)
@@ -53,9 +56,9 @@ __device__ RowScan scan_for_loss(const F& f, const CrossEntropyArguments& argume
 }
 
 __device__ inline void write_results(const CrossEntropyArguments& arguments, int64_t row, const RowTarget& target,
-                                     const RowScan& scan) {
+                                     const RowScan& scan, float inverse_temperature) {
   const float log_sum = scan.sum == 0 ? NAN : log2f(scan.sum) * kLn2;
-  const float lse = scan.sum == 0 ? -INFINITY : scan.largest + log_sum;
+  const float lse = scan.sum == 0 ? -INFINITY : scan.largest * inverse_temperature + log_sum;
   const float loss = target.loss().loss(scan.gap * kLn2, scan.gaps * kLn2, log_sum, lse);
   arguments.loss[row] = target.ignored() ? 0 : target.valid() ? loss : NAN;
   arguments.lse[row] = lse;
@@ -68,15 +71,18 @@ __device__ inline void write_nothing(const CrossEntropyArguments& arguments, int
   arguments.loss[row] = arguments.lse[row] = arguments.largest[row] = arguments.sum[row] = 0;
 }
 
-// dL/dy of a row: of_target() at the target, fma(e, spread, -of_weight) elsewhere.
-class GradientOfY {
+// dL/df of a row: of_target() at the target, fma(e, spread, -of_weight) elsewhere. f is y times the temperature.
+class GradientOfF {
  public:
-  __device__ GradientOfY(const CrossEntropyArguments& arguments, int64_t row, const RowTarget& target, float factor,
-                         float largest, float sum)
-      : shift(largest * kLog2E), sum_(sum) {
-    const float grad_loss = target.ignored() ? 0 : arguments.grad_loss[row * arguments.grad_loss_stride] * factor;
-    const float grad_lse = arguments.grad_lse == nullptr ? 0 : arguments.grad_lse[row];
-    const auto of = target.loss().gradient(grad_loss, grad_lse, largest, sum);
+  template <class F>
+  __device__ GradientOfF(const CrossEntropyArguments& arguments, int64_t row, const RowTarget& target,
+                         const Composed<F>& f, float factor, const RowScan& scan)
+      : shift(f.shift_of(scan.largest)), sum_(scan.sum) {
+    const float sum = scan.sum, inverse = f.inverse_temperature();
+    const float grad_loss =
+        target.ignored() ? 0 : arguments.grad_loss[row * arguments.grad_loss_stride] * factor * inverse;
+    const float grad_lse = arguments.grad_lse == nullptr ? 0 : arguments.grad_lse[row] * inverse;
+    const auto of = target.loss().gradient(grad_loss, grad_lse, scan.largest * inverse, sum);
     // A row of -inf only has no p: its gradient is NaN, as its loss is.
     inverse_ = sum == 0 || !(target.valid() || target.ignored()) ? NAN : 1 / sum;
     of_p_ = of.of_p;
@@ -85,7 +91,7 @@ class GradientOfY {
     of_weight = of.of_weight;
     spread = (of_p_ + extra_) * inverse_;
   }
-  // dL/dy at the target, from its e and weight. The parts that cancel if p is next to 1 are subtracted from each other
+  // dL/df at the target, from its e and weight. The parts that cancel if p is next to 1 are subtracted from each other
   // first.
   __device__ __forceinline__ float of_target(float e, float weight) const {
     const float near = e * inverse_;
@@ -102,9 +108,9 @@ class GradientOfY {
 // Writes the gradient of a row, unless grad_row is null, and adds to the sums. With class weights and smoothed labels,
 // all elements of the row must be edges.
 template <class T, class F, class Sums, class E, class Row>
-__device__ void differentiate(const F& f, const CrossEntropyArguments& arguments, const Row& row,
+__device__ void differentiate(const Composed<F>& f, const CrossEntropyArguments& arguments, const Row& row,
                               const RowLayout<E>& layout, const Team& team, const RowTarget& target,
-                              const GradientOfY& gradient, E* grad_row, bool aligned, Sums& sums) {
+                              const GradientOfF& gradient, E* grad_row, bool aligned, Sums& sums) {
   constexpr int kElements = Chunk<E>::kElements;
   const int lane = threadIdx.x % kWarp;
   // WarpSums need whole warps: all lanes go on as long as one of them has a chunk.
@@ -112,18 +118,19 @@ __device__ void differentiate(const F& f, const CrossEntropyArguments& arguments
     const bool here = !Sums::kWarpWide || c < layout.chunks();
     Chunk<E> chunk = here ? row.chunk(c, k) : Chunk<E>::lowest();
     if constexpr (Sums::kNeeded) chunk = chunk.larger(Chunk<E>::lowest());
-    float logits[kElements], grad[kElements];
-    chunk.unpack(logits);
+    float arguments_of_f[kElements], grad[kElements];
+    f.unpack(chunk, arguments_of_f);
     const int column = layout.column_of_chunk(c);
-    for_each_group<T>(logits, [&](T z, int i) {
-      const auto point = f.at(z);
-      const T e = exponential(point.value, gradient.shift);
-      T dy = Arithmetic<T>::fma(e, T(gradient.spread), T(-gradient.of_weight));
-      if (Sums::kWarpWide && !here) dy = T(0);
-      sums.add(f, point, z, dy);
-      const T dz = dy * point.derivative;
+    for_each_group<T>(arguments_of_f, [&](T z, int i) {
+      const auto point = f.function.at(z);
+      const T e = f.exponential(point.value, gradient.shift);
+      T df = Arithmetic<T>::fma(e, T(gradient.spread), T(-gradient.of_weight));
+      if (Sums::kWarpWide && !here) df = T(0);
+      sums.add(f.function, point, z, df);
+      const T dz = df * point.derivative;
       MONOSOFTMAX_UNROLL for (int j = 0; j < T::kWidth; ++j) grad[i + j] = dz.of[j];
     });
+    if (here) f.chain(grad, [&] { return row.chunk_again(c, k); });
     if (grad_row != nullptr && here) store_chunk(grad_row + column, grad, aligned);
   }
   for (int edge = team.thread; (Sums::kWarpWide ? edge - lane : edge) < layout.edges(); edge += team.threads) {
@@ -131,29 +138,18 @@ __device__ void differentiate(const F& f, const CrossEntropyArguments& arguments
     const int column = here ? layout.column_of_edge(edge) : 0;
     float logit = here ? row.edge(edge) : 0;
     if constexpr (Sums::kNeeded) logit = fmaxf(logit, lowest_logit<E>());
-    const T z(logit);
-    const auto point = f.at(z);
-    const float e = exponential(point.value, gradient.shift).of[0];
+    const auto [argument, slope] = f.argument(logit);
+    const T z(argument);
+    const auto point = f.function.at(z);
+    const float e = f.exponential(point.value, gradient.shift).of[0];
     const float weight = gradient.of_weight != 0 && arguments.weight != nullptr ? arguments.weight[column] : 1;
-    T dy(0);
+    T df(0);
     if (here) {
-      dy.of[0] = column == target.column() ? gradient.of_target(e, weight)
+      df.of[0] = column == target.column() ? gradient.of_target(e, weight)
                                            : __fmaf_rn(e, gradient.spread, -(gradient.of_weight * weight));
     }
-    sums.add(f, point, z, dy);
-    if (grad_row != nullptr && here) store_element(grad_row + column, dy.of[0] * point.derivative.of[0]);
-  }
-}
-
-template <class E>
-__device__ void fill_with_zeros(const RowLayout<E>& layout, const Team& team, E* grad_row, bool aligned) {
-  float zeros[Chunk<E>::kElements];
-  MONOSOFTMAX_UNROLL for (int i = 0; i < Chunk<E>::kElements; ++i) zeros[i] = 0;
-  for (int c = team.thread; c < layout.chunks(); c += team.threads) {
-    store_chunk(grad_row + layout.column_of_chunk(c), zeros, aligned);
-  }
-  for (int e = team.thread; e < layout.edges(); e += team.threads) {
-    store_element(grad_row + layout.column_of_edge(e), 0.0f);
+    sums.add(f.function, point, z, df);
+    if (grad_row != nullptr && here) store_element(grad_row + column, df.of[0] * point.derivative.of[0] * slope);
   }
 }
 
@@ -162,7 +158,7 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
     cross_entropy_kernel(const CrossEntropyArguments arguments) {
   DYNAMIC_SHARED(shared);
   SHARED_ARRAY(ScanMemory, memory, [1]);
-  const auto f = Transform::load(arguments.transform, shared);
+  const auto f = load_composed<Transform>(arguments.transform, shared);
   const Team team;
   for (int64_t row = blockIdx.x; row < arguments.rows; row += gridDim.x) {
     const RowTarget target(arguments, row);
@@ -173,7 +169,7 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
     const E* logits = static_cast<const E*>(arguments.input) + row * arguments.stride;
     const RowLayout<E> layout(logits, arguments.classes, target.column());
     const RowScan scan = scan_for_loss<T>(f, arguments, RowInMemory<E>{logits, layout}, team, target, memory[0]);
-    if (team.thread == 0) write_results(arguments, row, target, scan);
+    if (team.thread == 0) write_results(arguments, row, target, scan, f.inverse_temperature());
   }
 }
 
@@ -184,7 +180,7 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
   SHARED_ARRAY(ScanMemory, memory, [1]);
   const float factor = arguments.factor == nullptr ? 1 : *arguments.factor;
   if (arguments.factor != nullptr && factor == 1) return;
-  const auto f = Transform::load(arguments.transform, shared);
+  const auto f = load_composed<Transform>(arguments.transform, shared);
   Sums sums(arguments.sums, arguments.transform, shared + arguments.sums_offset);
   const Team team;
   // A block must have started before other blocks write to its shared memory.
@@ -201,9 +197,9 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
     const bool scanned = arguments.losses && (!target.ignored() || arguments.return_lse);
     if (arguments.losses && !scanned && team.thread == 0) write_nothing(arguments, row);
     const bool present = !target.ignored() || (arguments.grad_lse != nullptr && arguments.grad_lse[row] != 0);
-    const auto go_on = [&](const auto& row_of_logits, float largest, float sum) {
+    const auto go_on = [&](const auto& row_of_logits, const RowScan& scan) {
       if (!present) return;
-      const GradientOfY gradient(arguments, row, target, factor, largest, sum);
+      const GradientOfF gradient(arguments, row, target, f, factor, scan);
       differentiate<T>(f, arguments, row_of_logits, layout, team, target, gradient, grad_row, aligned, sums);
     };
     if constexpr (kResident) {
@@ -211,19 +207,19 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
         const ResidentRow<E> resident(in_memory, team, shared + arguments.row_offset);
         const RowScan scan =
             scan_resident<T>(f, resident, layout, team, target.column(), arguments.label_smoothing > 0, memory[0]);
-        if (team.thread == 0) write_results(arguments, row, target, scan);
-        go_on(resident, scan.largest, scan.sum);
+        if (team.thread == 0) write_results(arguments, row, target, scan, f.inverse_temperature());
+        go_on(resident, scan);
       }
     } else {
       RowScan scan{};
       if (scanned) {
         scan = scan_for_loss<T>(f, arguments, in_memory, team, target, memory[0]);
-        if (team.thread == 0) write_results(arguments, row, target, scan);
+        if (team.thread == 0) write_results(arguments, row, target, scan, f.inverse_temperature());
       } else if (!arguments.losses) {
         scan.largest = arguments.largest[row];
         scan.sum = arguments.sum[row];
       }
-      go_on(in_memory, scan.largest, scan.sum);
+      go_on(in_memory, scan);
     }
     if (!present && grad_row != nullptr) fill_with_zeros(layout, team, grad_row, aligned);
   }

@@ -101,6 +101,10 @@ void launch_token_statistics(const Plan& plan, std::string_view transform, Eleme
                              const TokenStatisticsArguments& arguments, Stream stream) {
   with_element(element, [&](auto e) { launch_token_statistics_of<decltype(e)>(plan, transform, arguments, stream); });
 }
+void launch_dense_target(const Plan& plan, std::string_view transform, ElementType element,
+                         const DenseTargetArguments& arguments, Stream stream) {
+  with_element(element, [&](auto e) { launch_dense_target_of<decltype(e)>(plan, transform, arguments, stream); });
+}
 
 int64_t table_numbers(std::string_view transform, int64_t size) {
 #define ROW(NAME, CLASS, ROWS, SMALLEST, LARGEST) \

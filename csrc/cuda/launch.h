@@ -16,14 +16,16 @@ using Stream = void*;
 void launch_cross_entropy(const Plan& plan, std::string_view transform, ElementType element,
                           const CrossEntropyArguments& arguments, Stream stream);
 
-// log p, its gradients, and the statistics of each token. These launchers use the threads and blocks of the plan. Their
-// kernels keep no row on chip, but read it again.
+// log p, its gradients, the statistics of each token, and the losses for targets of all classes. These launchers use
+// the threads and blocks of the plan. Their kernels keep no row on chip, but read it again.
 void launch_log_softmax(const Plan& plan, std::string_view transform, ElementType element,
                         const LogSoftmaxArguments& arguments, Stream stream);
 void launch_log_softmax_backward(const Plan& plan, std::string_view transform, ElementType element,
                                  const LogSoftmaxBackwardArguments& arguments, Stream stream);
 void launch_token_statistics(const Plan& plan, std::string_view transform, ElementType element,
                              const TokenStatisticsArguments& arguments, Stream stream);
+void launch_dense_target(const Plan& plan, std::string_view transform, ElementType element,
+                         const DenseTargetArguments& arguments, Stream stream);
 
 // The size, in numbers, of the table for look-ups in global memory (TransformArguments::table). It is 0 for a transform
 // without a table.

@@ -1,96 +1,26 @@
 // log p of rows of logits, and the gradients with respect to logits and coefficients.
 //
-//   log p_j = (y_j - largest) - log(sum),   dL/dy_j = g_j - p_j sum_i g_i,   dL/dz = dL/dy f'(z)
+//   log p_j = (y_j - largest) - log(sum),   dL/dy_j = g_j - p_j sum_i g_i,   dL/dz = dL/dy f'(inner(z)) inner'(z) / tau
 //
+// where y = f(inner(z)) / tau, and largest is the largest y.
 // Memory traffic for each logit. Forward: a read from memory, one more from the L2 cache if the row is still there, and
 // a write. Backward: a read and a write, and two reads of the upstream gradient; the second may come from the L2 cache.
-// Numerics: scan.cuh. Hazards: a thread only writes elements that no other thread reads.
+// Numerics: scan.cuh, composition.cuh. Hazards: a thread only writes elements that no other thread reads.
 #pragma once
 
 #include "coefficient_sums.cuh"
+#include "other_row.cuh"
 #include "scan.cuh"
 #include "transform.cuh"
 
 namespace monosoftmax::cuda {
-
-// A row with its own type and alignment, visited in the layout of the row of logits.
-class OtherRow {
- public:
-  __device__ OtherRow(const void* rows, ElementType type, int64_t offset)
-      : row_(static_cast<unsigned char*>(const_cast<void*>(rows)) + offset * (type == ElementType::kFloat ? 4 : 2)),
-        type_(type) {}
-
-  // Loads kCount elements from a column on.
-  template <int kCount>
-  __device__ __forceinline__ void load(int column, float (&values)[kCount]) const {
-    if (type_ == ElementType::kFloat) {
-      load_as<float>(column, values);
-    } else if (type_ == ElementType::kBFloat16) {
-      load_as<BFloat16>(column, values);
-    } else {
-      load_as<Half>(column, values);
-    }
-  }
-  template <int kCount>
-  __device__ __forceinline__ void store(int column, const float (&values)[kCount]) const {
-    if (type_ == ElementType::kFloat) {
-      store_as<float>(column, values);
-    } else if (type_ == ElementType::kBFloat16) {
-      store_as<BFloat16>(column, values);
-    } else {
-      store_as<Half>(column, values);
-    }
-  }
-
- private:
-  // Whether kCount elements there can be accessed as chunks.
-  template <class E, int kCount>
-  static __device__ __forceinline__ bool in_chunks(const E* at) {
-    return kCount % Chunk<E>::kElements == 0 && reinterpret_cast<uintptr_t>(at) % kChunkBytes == 0;
-  }
-  template <class E, int kCount>
-  __device__ __forceinline__ void load_as(int column, float (&values)[kCount]) const {
-    const E* at = reinterpret_cast<const E*>(row_) + column;
-    constexpr int kElements = Chunk<E>::kElements;
-    if constexpr (kCount % kElements == 0) {
-      if (in_chunks<E, kCount>(at)) {
-        MONOSOFTMAX_UNROLL for (int i = 0; i < kCount; i += kElements) {
-          float part[kElements];
-          load_chunk(at + i).unpack(part);
-          MONOSOFTMAX_UNROLL for (int j = 0; j < kElements; ++j) values[i + j] = part[j];
-        }
-        return;
-      }
-    }
-    MONOSOFTMAX_UNROLL for (int i = 0; i < kCount; ++i) values[i] = load_element(at + i);
-  }
-  template <class E, int kCount>
-  __device__ __forceinline__ void store_as(int column, const float (&values)[kCount]) const {
-    E* at = reinterpret_cast<E*>(row_) + column;
-    constexpr int kElements = Chunk<E>::kElements;
-    if constexpr (kCount % kElements == 0) {
-      if (in_chunks<E, kCount>(at)) {
-        MONOSOFTMAX_UNROLL for (int i = 0; i < kCount; i += kElements) {
-          float part[kElements];
-          MONOSOFTMAX_UNROLL for (int j = 0; j < kElements; ++j) part[j] = values[i + j];
-          store_chunk(at + i, part, true);
-        }
-        return;
-      }
-    }
-    MONOSOFTMAX_UNROLL for (int i = 0; i < kCount; ++i) store_element(at + i, values[i]);
-  }
-
-  unsigned char* row_;
-  ElementType type_;
-};
 
 template <class Transform, class T, class E>
 __global__ void __launch_bounds__(kMostThreads, kFewestBlocks) log_softmax_kernel(const LogSoftmaxArguments arguments) {
   DYNAMIC_SHARED(shared);
   SHARED_ARRAY(ScanMemory, memory, [1]);
   constexpr int kElements = Chunk<E>::kElements;
-  const auto f = Transform::load(arguments.transform, shared);
+  const auto f = load_composed<Transform>(arguments.transform, shared);
   const Team team;
   for (int64_t row = blockIdx.x; row < arguments.rows; row += gridDim.x) {
     const E* logits = static_cast<const E*>(arguments.input) + row * arguments.stride;
@@ -102,22 +32,22 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks) log_softmax_kerne
       arguments.sum[row] = scan.sum;
     }
     const OtherRow output(arguments.output, arguments.output_type, row * arguments.output_stride);
-    const float shift = scan.largest * kLog2E, log2_sum = scan.sum == 0 ? NAN : log2f(scan.sum);
+    const float shift = f.shift_of(scan.largest), log2_sum = scan.sum == 0 ? NAN : log2f(scan.sum);
     for (int c = team.thread; c < layout.chunks(); c += team.threads) {
       float values[kElements];
-      in_memory.chunk(c, 0).unpack(values);
+      f.unpack(in_memory.chunk(c, 0), values);
       for_each_group<T>(values, [&](T z, int i) {
-        const T y = f.value(z);
+        const T value = f.function.value(z);
         MONOSOFTMAX_UNROLL for (int j = 0; j < T::kWidth; ++j) {
-          values[i + j] = (__fmaf_rn(y.of[j], kLog2E, -shift) - log2_sum) * kLn2;
+          values[i + j] = (f.gap(value.of[j], shift) - log2_sum) * kLn2;
         }
       });
       output.store(layout.column_of_chunk(c), values);
     }
     for (int e = team.thread; e < layout.edges(); e += team.threads) {
-      const float y = f.value(T(in_memory.edge(e))).of[0];
-      const float value[1] = {(__fmaf_rn(y, kLog2E, -shift) - log2_sum) * kLn2};
-      output.store(layout.column_of_edge(e), value);
+      const float gap = f.gap(f.template of_logit<T>(in_memory.edge(e)), shift);
+      const float log_p[1] = {(gap - log2_sum) * kLn2};
+      output.store(layout.column_of_edge(e), log_p);
     }
   }
 }
@@ -128,7 +58,7 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
   DYNAMIC_SHARED(shared);
   SHARED_ARRAY(ReductionMemory<1>, memory, [2]);
   constexpr int kElements = Chunk<E>::kElements;
-  const auto f = Transform::load(arguments.transform, shared);
+  const auto f = load_composed<Transform>(arguments.transform, shared);
   Sums sums(arguments.sums, arguments.transform, shared + arguments.sums_offset);
   const Team team;
   const int lane = threadIdx.x % kWarp;
@@ -153,8 +83,9 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
     }
     // Rows use the two memories in turn, since each row has only one barrier.
     reduce<Sum>(grad_sum, memory[turn % 2]);
-    const float shift = arguments.largest[row] * kLog2E, sum = arguments.sum[row];
-    const float of_p = sum == 0 ? NAN : grad_sum[0] / sum;
+    const float shift = f.shift_of(arguments.largest[row]), sum = arguments.sum[row];
+    const float inverse_temperature = f.inverse_temperature();
+    const float of_p = sum == 0 ? NAN : grad_sum[0] * inverse_temperature / sum;
     // As in cross_entropy.cuh, WarpSums need whole warps: all lanes go on as long as one of them has a chunk.
     for (int c = team.thread; (Sums::kWarpWide ? c - lane : c) < layout.chunks(); c += team.threads) {
       const bool here = !Sums::kWarpWide || c < layout.chunks();
@@ -162,18 +93,22 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
       Chunk<E> chunk = here ? in_memory.chunk(c, 0) : Chunk<E>::lowest();
       if constexpr (Sums::kNeeded) chunk = chunk.larger(Chunk<E>::lowest());
       float values[kElements], g[kElements] = {};
-      chunk.unpack(values);
+      f.unpack(chunk, values);
       if (here) upstream.load(column, g);
+      if (f.has_temperature()) {
+        MONOSOFTMAX_UNROLL for (int i = 0; i < kElements; ++i) g[i] *= inverse_temperature;
+      }
       for_each_group<T>(values, [&](T z, int i) {
-        const auto point = f.at(z);
-        const T e = exponential(point.value, shift);
-        T dy;
-        MONOSOFTMAX_UNROLL for (int j = 0; j < T::kWidth; ++j) dy.of[j] = __fmaf_rn(-e.of[j], of_p, g[i + j]);
-        if (Sums::kWarpWide && !here) dy = T(0);
-        sums.add(f, point, z, dy);
-        const T dz = dy * point.derivative;
+        const auto point = f.function.at(z);
+        const T e = f.exponential(point.value, shift);
+        T df;
+        MONOSOFTMAX_UNROLL for (int j = 0; j < T::kWidth; ++j) df.of[j] = __fmaf_rn(-e.of[j], of_p, g[i + j]);
+        if (Sums::kWarpWide && !here) df = T(0);
+        sums.add(f.function, point, z, df);
+        const T dz = df * point.derivative;
         MONOSOFTMAX_UNROLL for (int j = 0; j < T::kWidth; ++j) values[i + j] = dz.of[j];
       });
+      if (here) f.chain(values, [&] { return in_memory.chunk_again(c, 0); });
       if (grad_row != nullptr && here) store_chunk(grad_row + column, values, aligned);
     }
     for (int edge = team.thread; (Sums::kWarpWide ? edge - lane : edge) < layout.edges(); edge += team.threads) {
@@ -182,12 +117,15 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
       float logit = here ? in_memory.edge(edge) : 0, g[1] = {0};
       if constexpr (Sums::kNeeded) logit = fmaxf(logit, lowest_logit<E>());
       if (here) upstream.load(column, g);
-      const T z(logit);
-      const auto point = f.at(z);
-      T dy(0);
-      if (here) dy.of[0] = __fmaf_rn(-exponential(point.value, shift).of[0], of_p, g[0]);
-      sums.add(f, point, z, dy);
-      if (grad_row != nullptr && here) store_element(grad_row + column, dy.of[0] * point.derivative.of[0]);
+      const auto [argument, slope] = f.argument(logit);
+      const T z(argument);
+      const auto point = f.function.at(z);
+      T df(0);
+      if (here) {
+        df.of[0] = __fmaf_rn(-f.exponential(point.value, shift).of[0], of_p, g[0] * inverse_temperature);
+      }
+      sums.add(f.function, point, z, df);
+      if (grad_row != nullptr && here) store_element(grad_row + column, df.of[0] * point.derivative.of[0] * slope);
     }
   }
   sums.finish();

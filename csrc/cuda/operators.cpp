@@ -9,6 +9,7 @@
 
 #include <string>
 
+#include "../transforms/inner.h"
 #include "limits.h"
 
 namespace monosoftmax::cuda {
@@ -71,6 +72,7 @@ class Buffers {
 
 void take_sums(CrossEntropyArguments& arguments, Buffers& buffers) { arguments.sums = buffers.sums(); }
 void take_sums(LogSoftmaxBackwardArguments& arguments, Buffers& buffers) { arguments.sums = buffers.sums(); }
+void take_sums(DenseTargetArguments& arguments, Buffers& buffers) { arguments.sums = buffers.sums(); }
 void take_sums(LogSoftmaxArguments&, Buffers&) {}
 void take_sums(TokenStatisticsArguments&, Buffers&) {}
 
@@ -83,6 +85,13 @@ class RowCall {
     TORCH_CHECK_VALUE(transform.coefficients.size(-1) <= kMostPieces, "monosoftmax: the cuda backend takes up to ",
                       kMostPieces, " pieces, got ", transform.coefficients.size(-1));
     coefficients_ = transform.coefficients.contiguous();
+    arguments_ = {.coefficients = coefficients_.const_data_ptr<float>(), .size = coefficients_.size(-1)};
+    std::copy_n(transform.constants.begin(), std::min<size_t>(transform.constants.size(), 3), arguments_.constants);
+    if (!transform.inner.empty()) {
+      const auto scale = static_cast<float>(transform.inner[0]), cap = static_cast<float>(transform.inner[1]);
+      arguments_.inner = {.present = true, .scale = scale, .cap = cap, .within = Inner<float>::within(scale, cap)};
+    }
+    arguments_.temperature = data_of<float>(transform.temperature);
   }
 
   at::TensorOptions numbers() const { return coefficients_.options(); }
@@ -113,9 +122,7 @@ class RowCall {
     arguments.stride = rows_.stride(0);
     arguments.rows = rows_.size(0);
     arguments.classes = static_cast<int>(rows_.size(1));
-    arguments.transform = {.coefficients = coefficients_.const_data_ptr<float>(), .size = coefficients_.size(-1)};
-    std::copy_n(transform_.constants.begin(), std::min<size_t>(transform_.constants.size(), 3),
-                arguments.transform.constants);
+    arguments.transform = arguments_;
     const OnDeviceOf on(rows_);
     const Plan plan = make_plan(request, on.device());
     Buffers buffers(plan, transform_.name, coefficients_);
@@ -129,30 +136,143 @@ class RowCall {
   const Tensor& rows_;
   const groups::Transform& transform_;
   Tensor coefficients_;
+  TransformArguments arguments_;
 };
+
+DenseLoss dense_loss_of(Divergence divergence) {
+  switch (divergence) {
+    case Divergence::kForwardKl: return DenseLoss::kForwardKl;
+    case Divergence::kReverseKl: return DenseLoss::kReverseKl;
+    case Divergence::kJsd: break;
+  }
+  return DenseLoss::kJsd;
+}
+
+// The gradient of rows, and the upstream gradients, of a call of the loss kernels. It owns what the arguments point to.
+class LossGradients {
+ public:
+  LossGradients(const RowCall& call, const std::optional<groups::Upstream>& upstream, groups::OutputMask mask,
+                const Tensor& grad_rows)
+      : any_(mask.any()), rows_(mask.rows ? grad_rows : Tensor()) {
+    const auto [loss, lse, factor, entropy] = upstream.value_or(groups::Upstream{});
+    lse_ = contiguous(lse);
+    entropy_ = contiguous(entropy);
+    factor_ = factor;
+    if (!any_) return;
+    loss_ = loss.has_value() ? *loss : at::zeros({}, call.numbers());
+    one_for_all_ = loss_.dim() == 0 || (loss_.size(0) > 0 && loss_.stride(0) == 0);
+    if (!one_for_all_) loss_ = loss_.contiguous();
+  }
+
+  bool any() const { return any_; }
+  bool of_lse() const { return lse_.has_value(); }
+  bool of_entropy() const { return any_ && entropy_.has_value(); }
+
+  template <class Arguments>
+  void give(Arguments& arguments) const {
+    arguments.factor = data_of<float>(factor_);
+    if (!any_) return;
+    arguments.grad_loss = loss_.const_data_ptr<float>();
+    arguments.grad_loss_stride = one_for_all_ ? 0 : 1;
+    arguments.grad_lse = data_of<float>(lse_);
+    if (!rows_.defined()) return;
+    arguments.grad_input = rows_.mutable_data_ptr();
+    arguments.grad_stride = rows_.stride(0);
+  }
+  void give(DenseTargetArguments& arguments) const {
+    give<DenseTargetArguments>(arguments);
+    arguments.grad_entropy = data_of<float>(entropy_);
+  }
+
+ private:
+  bool any_, one_for_all_ = true;
+  Tensor rows_, loss_;
+  Optional lse_, entropy_, factor_;
+};
+
+// Launches the kernel for targets of all classes; `arguments` say which. Returns the gradient of the coefficients.
+Tensor run_dense(const RowCall& call, groups::OutputMask mask, DenseTargetArguments& arguments) {
+  PlanRequest request = call.request();
+  request.coefficients = call.has_sums(mask);
+  request.gradient = mask.rows || request.coefficients;
+  if (!arguments.losses && !request.gradient) return call.without_sums(mask);
+  arguments.gradients = request.gradient;
+  return call.run(request, mask, arguments, &launch_dense_target);
+}
+
+// The losses of rows for class probabilities, or the divergence from log q, and their gradients. `arguments` has the
+// kind and its options.
+groups::RowResults run_dense(const RowCall& call, const Tensor& rows, const Tensor& target,
+                             const std::optional<groups::Upstream>& upstream, const Optional& row_stats,
+                             groups::OutputMask mask, const Optional& grad_rows, DenseTargetArguments arguments) {
+  groups::RowResults results = room_for_losses(rows, 3, row_stats);
+  results.grad_rows = grad_rows.has_value() ? *grad_rows : gradient_if(mask.rows, rows);
+  const LossGradients gradients(call, upstream, mask, results.grad_rows);
+  // No kernel reads float64.
+  const Tensor given = target.scalar_type() == at::kDouble ? target.to(at::kFloat) : target;
+  const Tensor stats = row_stats.has_value() ? row_stats->contiguous() : results.row_stats;
+  arguments.target = given.const_data_ptr();
+  arguments.target_type = element_of(given);
+  arguments.target_stride = given.stride(0);
+  arguments.losses = !row_stats.has_value();
+  arguments.loss = results.loss.mutable_data_ptr<float>();
+  arguments.lse = results.lse.mutable_data_ptr<float>();
+  arguments.row_stats = stats.mutable_data_ptr<float>();
+  gradients.give(arguments);
+  results.grad_coefficients = run_dense(call, mask, arguments);
+  return results;
+}
 
 groups::RowResults cross_entropy(const Tensor& rows, const Tensor& target, const groups::Transform& transform,
                                  const groups::LossOptions& options, const std::optional<groups::Upstream>& upstream,
                                  const Optional& row_stats, groups::OutputMask mask, const Optional& grad_rows) {
   const RowCall call(rows, transform);
   check_weight(options.weight, rows);
-  check_indices(target, rows);
   check_upstream(upstream, rows, mask);
   check_grad_rows(kMemory, grad_rows, rows, mask);
-  const auto [given_loss, given_lse, factor] = upstream.value_or(groups::Upstream{});
-  TORCH_CHECK_VALUE(!factor.has_value() || (row_stats.has_value() && grad_rows.has_value() && !mask.coefficients),
-                    "monosoftmax: a factor is for the gradient of rows of an earlier call, in grad_rows");
-  groups::RowResults results = room_for_losses(rows, 2, row_stats);
+  const bool has_factor = upstream.has_value() && upstream->factor.has_value();
+  const bool of_entropy = upstream.has_value() && upstream->entropy.has_value();
+  TORCH_CHECK_VALUE(
+      !has_factor || (row_stats.has_value() && grad_rows.has_value() && !mask.coefficients && !of_entropy),
+      "monosoftmax: a factor is for the gradient of rows of an earlier call, in grad_rows");
+  const Optional weight = contiguous(options.weight);
+  const auto label_smoothing = static_cast<float>(options.label_smoothing), z_loss = static_cast<float>(options.z_loss);
+  if (target.is_floating_point()) {
+    TORCH_CHECK_VALUE(!of_entropy, "monosoftmax: a gradient of the entropy needs indices as the target");
+    return run_dense(call, rows, checked_like(kMemory, "target", target, rows), upstream, row_stats, mask, grad_rows,
+                     {.kind = DenseLoss::kOfProbabilities,
+                      .label_smoothing = label_smoothing,
+                      .z_loss = z_loss,
+                      .weight = data_of<float>(weight)});
+  }
+  check_indices(target, rows);
+  const bool with_gap = row_stats.has_value() && row_stats->dim() == 2 && row_stats->size(0) == 3;
+  TORCH_CHECK_VALUE(!of_entropy || with_gap,
+                    "monosoftmax: a gradient of the entropy needs the row_stats [3, N] of token_statistics");
+  groups::RowResults results = room_for_losses(rows, with_gap ? 3 : 2, row_stats);
   results.grad_rows = grad_rows.has_value() ? *grad_rows : gradient_if(mask.rows, rows);
+  const LossGradients gradients(call, upstream, mask, results.grad_rows);
   const Tensor targets = target.contiguous();
-  const Optional weight = contiguous(options.weight), grad_lse = contiguous(given_lse);
   Optional weight_sum;
   if (weight.has_value() && options.label_smoothing > 0) weight_sum = weight->sum(at::kDouble).to(at::kFloat);
   const Tensor stats = row_stats.has_value() ? row_stats->contiguous() : results.row_stats;
+  if (gradients.of_entropy()) {
+    DenseTargetArguments arguments{.kind = DenseLoss::kOfIndices,
+                                   .indices = targets.const_data_ptr<int64_t>(),
+                                   .ignore_index = options.ignore_index,
+                                   .label_smoothing = label_smoothing,
+                                   .z_loss = z_loss,
+                                   .weight = data_of<float>(weight),
+                                   .weight_sum = data_of<float>(weight_sum),
+                                   .row_stats = stats.mutable_data_ptr<float>()};
+    gradients.give(arguments);
+    results.grad_coefficients = run_dense(call, mask, arguments);
+    return results;
+  }
   CrossEntropyArguments arguments{.target = targets.const_data_ptr<int64_t>(),
                                   .ignore_index = options.ignore_index,
-                                  .label_smoothing = static_cast<float>(options.label_smoothing),
-                                  .z_loss = static_cast<float>(options.z_loss),
+                                  .label_smoothing = label_smoothing,
+                                  .z_loss = z_loss,
                                   .weight = data_of<float>(weight),
                                   .weight_sum = data_of<float>(weight_sum),
                                   .losses = !row_stats.has_value(),
@@ -160,8 +280,7 @@ groups::RowResults cross_entropy(const Tensor& rows, const Tensor& target, const
                                   .loss = results.loss.mutable_data_ptr<float>(),
                                   .lse = results.lse.mutable_data_ptr<float>(),
                                   .largest = stats.mutable_data_ptr<float>(),
-                                  .sum = stats.mutable_data_ptr<float>() + rows.size(0),
-                                  .factor = data_of<float>(factor)};
+                                  .sum = stats.mutable_data_ptr<float>() + rows.size(0)};
   const auto run = [&](groups::OutputMask wanted) {
     PlanRequest request = call.request();
     request.losses = arguments.losses;
@@ -171,26 +290,27 @@ groups::RowResults cross_entropy(const Tensor& rows, const Tensor& target, const
     if (!request.losses && !request.gradient) return call.without_sums(wanted);
     return call.run(request, wanted, arguments, &launch_cross_entropy);
   };
-  if (arguments.losses && mask.any() && grad_lse.has_value()) {
+  if (arguments.losses && mask.any() && gradients.of_lse()) {
     // The kernel that computes losses and gradients takes no upstream gradient of lse.
     run({});
     arguments.losses = false;
   }
-  Tensor grad_loss;
-  if (mask.any()) {
-    grad_loss = given_loss.has_value() ? *given_loss : at::zeros({}, call.numbers());
-    const bool one_for_all = grad_loss.dim() == 0 || (grad_loss.size(0) > 0 && grad_loss.stride(0) == 0);
-    if (!one_for_all) grad_loss = grad_loss.contiguous();
-    arguments.grad_loss = grad_loss.const_data_ptr<float>();
-    arguments.grad_loss_stride = one_for_all ? 0 : 1;
-    arguments.grad_lse = data_of<float>(grad_lse);
-  }
-  if (mask.rows) {
-    arguments.grad_input = results.grad_rows.mutable_data_ptr();
-    arguments.grad_stride = results.grad_rows.stride(0);
-  }
+  gradients.give(arguments);
   results.grad_coefficients = run(mask);
   return results;
+}
+
+groups::RowResults divergence(const Tensor& rows, const Tensor& log_target, const groups::Transform& transform,
+                              std::string_view kind, double beta, const std::optional<groups::Upstream>& upstream,
+                              const Optional& row_stats, groups::OutputMask mask, const Optional& grad_rows) {
+  const RowCall call(rows, transform);
+  const DenseLoss loss = dense_loss_of(divergence_of(kind, beta));
+  check_upstream(upstream, rows, mask);
+  check_grad_rows(kMemory, grad_rows, rows, mask);
+  std::optional<groups::Upstream> of_loss;
+  if (upstream.has_value()) of_loss = groups::Upstream{.loss = upstream->loss};
+  return run_dense(call, rows, checked_like(kMemory, "log_target", log_target, rows), of_loss, row_stats, mask,
+                   grad_rows, {.kind = loss, .beta = static_cast<float>(beta)});
 }
 
 std::tuple<Tensor, Tensor> log_softmax(const Tensor& rows, const groups::Transform& transform, at::ScalarType dtype) {
@@ -230,29 +350,30 @@ std::tuple<Tensor, Tensor> log_softmax_backward(const Tensor& grad_output, const
   return {grad_rows, grad_coefficients};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_statistics(const Tensor& rows, const Tensor& target,
-                                                                    const groups::Transform& transform,
-                                                                    int64_t ignore_index) {
+groups::TokenStatistics token_statistics(const Tensor& rows, const Tensor& target, const groups::Transform& transform,
+                                         int64_t ignore_index) {
   const RowCall call(rows, transform);
   check_indices(target, rows);
   const Tensor targets = target.contiguous();
-  auto results = room_for_statistics(rows);
-  auto& [log_prob, entropy, argmax, lse, rank] = results;
+  groups::TokenStatistics results = room_for_statistics(rows);
+  auto& [log_prob, entropy, argmax, lse, rank, row_stats] = results;
   TokenStatisticsArguments arguments{.target = targets.const_data_ptr<int64_t>(),
                                      .ignore_index = ignore_index,
                                      .log_prob = log_prob.mutable_data_ptr<float>(),
                                      .entropy = entropy.mutable_data_ptr<float>(),
                                      .lse = lse.mutable_data_ptr<float>(),
                                      .argmax = argmax.mutable_data_ptr<int64_t>(),
-                                     .rank = rank.mutable_data_ptr<int64_t>()};
+                                     .rank = rank.mutable_data_ptr<int64_t>(),
+                                     .row_stats = row_stats.mutable_data_ptr<float>()};
   call.run(call.request(), {}, arguments, &launch_token_statistics);
   return results;
 }
 
 }  // namespace
 
-const RowOperators kRowOperators{&cross_entropy,        &token_statistics,  &log_softmax,
-                                 &log_softmax_backward, &plif_coefficients, &plif_coefficients_backward};
+const RowOperators kRowOperators{
+    &cross_entropy,     &token_statistics,          &divergence, &log_softmax, &log_softmax_backward,
+    &plif_coefficients, &plif_coefficients_backward};
 
 void scale_(const Tensor& tensor, const Tensor& factor) {
   TORCH_CHECK_VALUE(is_ours(tensor) && tensor.is_contiguous(),

@@ -9,6 +9,7 @@
 //   exp2_approximate, log2_approximate, reciprocal_approximate
 //                                one instruction each, which flushes subnormals. On the host they are exact to
 //                                rounding.
+//   opaque(i)                    i, of which the compiler knows nothing more
 //   SharedBytes                  the shared memory from an address on, by offsets in bytes. load() is for memory that
 //                                no thread writes meanwhile; load_again() and store() keep their order.
 //   Cluster                      the blocks that share one row; one block if there are no clusters (before sm_90)
@@ -50,6 +51,11 @@ __device__ __forceinline__ float reciprocal_approximate(float x) {
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
+}
+
+__device__ __forceinline__ int opaque(int i) {
+  asm volatile("" : "+r"(i));
+  return i;
 }
 
 class SharedBytes {
@@ -133,6 +139,8 @@ class Cluster {
 #define MONOSOFTMAX_UNROLL_4
 
 namespace monosoftmax::cuda {
+
+inline int opaque(int i) { return i; }
 
 class SharedBytes {
  public:

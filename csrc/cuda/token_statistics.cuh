@@ -1,10 +1,13 @@
-// Statistics of each token under softmax(f(logits)): log p of the target, entropy, argmax, lse, and the number of
-// logits that are larger than the target's.
+// Statistics of each token under softmax(y), y = f(inner(z)) / temperature: log p of the target, entropy, argmax, lse,
+// and the number of logits that are larger than the target's.
 //
-//   entropy = log(sum_j e_j) + sum_j e_j (largest - y_j) / sum_j e_j,   e_j = exp(y_j - largest)
+//   entropy = log(sum_j e_j) + gap,   gap = sum_j e_j (largest - y_j) / sum_j e_j,   e_j = exp(y_j - largest)
 //
-// f is increasing, so the logits themselves give argmax and rank. Memory traffic for each logit: a read from memory,
-// and one more from the L2 cache if the row is still there. Numerics and hazards: scan.cuh.
+// row_stats are the largest f, the sum of e_j and gap, in units of ln 2: what the gradient of the entropy needs
+// (dense_targets.cuh). y increases with the logits, so the logits themselves give argmax and rank.
+//
+// Memory traffic for each logit: a read from memory, and one more from the L2 cache if the row is still there.
+// Numerics: scan.cuh, composition.cuh; a term of p = 0 is 0, also at a logit of -inf. Hazards: scan.cuh.
 #pragma once
 
 #include "scan.cuh"
@@ -62,7 +65,7 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
   SHARED_ARRAY(ReductionMemory<1>, of_gaps, [1]);
   SHARED_ARRAY(Seen, of_warps, [kMostWarps]);
   constexpr int kElements = Chunk<E>::kElements;
-  const auto f = Transform::load(arguments.transform, shared);
+  const auto f = load_composed<Transform>(arguments.transform, shared);
   const Team team;
   for (int64_t row = blockIdx.x; row < arguments.rows; row += gridDim.x) {
     const int64_t target = arguments.target[row];
@@ -73,43 +76,45 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
     const RowInMemory<E> in_memory{logits, layout};
     const RowScan scan =
         scan_once<T, false>(f, {nullptr, 0}, in_memory, team, valid ? static_cast<int>(target) : -1, memory[0]);
-    const float shift = scan.largest * kLog2E;
+    const float shift = f.shift_of(scan.largest);
     const float target_logit = valid ? load_element(logits + target) : 0;
     // sum_j e_j (largest - y_j), in units of ln 2.
     float gaps[1] = {0};
     Seen seen = Seen::nothing();
-    const auto take = [&](float logit, float y, int column) {
-      const float gap = __fmaf_rn(-y, kLog2E, shift);
-      gaps[0] = __fmaf_rn(exp2_approximate(-gap), gap, gaps[0]);
+    const auto take = [&](float logit, float value, int column) {
+      const float gap = f.gap(value, shift);
+      gaps[0] = __fmaf_rn(exp2_approximate(gap), -fmaxf(gap, kFarGap), gaps[0]);
       seen.larger += logit > target_logit;
       seen.see(logit, column);
     };
     for (int c = team.thread; c < layout.chunks(); c += team.threads) {
       const Chunk<E> chunk = in_memory.chunk(c, 0);
-      float values[kElements], lowest[kElements];
-      chunk.unpack(values);
-      // -inf is replaced by a finite number: it adds 0 times a finite gap to the entropy, not NaN.
-      chunk.larger(Chunk<E>::lowest()).unpack(lowest);
-      for_each_group<T>(lowest, [&](T z, int i) {
-        const T y = f.value(z);
+      float logits[kElements], arguments_of_f[kElements];
+      chunk.unpack(logits);
+      f.unpack(chunk, arguments_of_f);
+      for_each_group<T>(arguments_of_f, [&](T z, int i) {
+        const T value = f.function.value(z);
         MONOSOFTMAX_UNROLL for (int j = 0; j < T::kWidth; ++j) {
-          take(values[i + j], y.of[j], layout.column_of_chunk(c) + i + j);
+          take(logits[i + j], value.of[j], layout.column_of_chunk(c) + i + j);
         }
       });
     }
     for (int e = team.thread; e < layout.edges(); e += team.threads) {
       const float logit = in_memory.edge(e);
-      take(logit, f.value(T(fmaxf(logit, lowest_logit<E>()))).of[0], layout.column_of_edge(e));
+      take(logit, f.template of_logit<T>(logit), layout.column_of_edge(e));
     }
     reduce<Sum>(gaps, of_gaps[0]);
     seen = seen_by_block(seen, of_warps);
     if (team.thread == 0) {
-      const float log2_sum = scan.sum == 0 ? NAN : log2f(scan.sum);
+      const float log2_sum = scan.sum == 0 ? NAN : log2f(scan.sum), gap = gaps[0] / scan.sum;
       arguments.log_prob[row] = ignored ? 0 : valid ? (scan.gap - log2_sum) * kLn2 : NAN;
-      arguments.entropy[row] = (log2_sum + gaps[0] / scan.sum) * kLn2;
-      arguments.lse[row] = scan.sum == 0 ? -INFINITY : scan.largest + log2_sum * kLn2;
+      arguments.entropy[row] = (log2_sum + gap) * kLn2;
+      arguments.lse[row] = scan.sum == 0 ? -INFINITY : scan.largest * f.inverse_temperature() + log2_sum * kLn2;
       arguments.argmax[row] = seen.column == Seen::kNowhere ? 0 : seen.column;
       arguments.rank[row] = valid ? seen.larger : -1;
+      arguments.row_stats[row] = scan.largest;
+      arguments.row_stats[arguments.rows + row] = scan.sum;
+      arguments.row_stats[2 * arguments.rows + row] = gap;
     }
   }
 }

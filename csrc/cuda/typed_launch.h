@@ -17,5 +17,8 @@ void launch_log_softmax_backward_of(const Plan& plan, std::string_view transform
 template <class E>
 void launch_token_statistics_of(const Plan& plan, std::string_view transform, const TokenStatisticsArguments& arguments,
                                 Stream stream);
+template <class E>
+void launch_dense_target_of(const Plan& plan, std::string_view transform, DenseTargetArguments arguments,
+                            Stream stream);
 
 }  // namespace monosoftmax::cuda

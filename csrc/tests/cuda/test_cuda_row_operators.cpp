@@ -107,10 +107,10 @@ void run(const Case& c, int rows, int classes, int offset, int other_offset) {
 
   std::vector<int64_t> target(rows), argmax(rows), rank(rows);
   for (int row = 0; row < rows; ++row) target[row] = row == 1 ? -100 : (row * 11) % classes;
-  std::vector<float> log_prob(rows), entropy(rows), lse(rows);
+  std::vector<float> log_prob(rows), entropy(rows), lse(rows), row_stats(3 * rows);
   launch_token_statistics(plan, c.transform, type_of(kind),
                           {input.get(), classes, rows, classes, target.data(), arguments_of(c), -100, log_prob.data(),
-                           entropy.data(), lse.data(), argmax.data(), rank.data()},
+                           entropy.data(), lse.data(), argmax.data(), rank.data(), row_stats.data()},
                           nullptr);
   for (int row = 0; row < rows; ++row) {
     const float* logits = &z[row * classes];

@@ -26,6 +26,7 @@ import triton.language as tl
 
 from .arithmetic import entry_at, halves_of, pair_of
 from .tiles import split_columns
+from .transforms.composed import number_of
 
 #: The most coefficients of a table in registers, and the most pieces of a table of a lane. A loss with all gradients
 #: took 61 instructions for each logit with 4 pieces in registers, and 45 with tables of the lanes (PLIF, bf16, sm_90).
@@ -52,7 +53,7 @@ def begin_sums(
     for _ in tl.static_range(count):
         sums = sums + (tl.zeros((LANES,), tl.float32),)
     if regime == "lanes":
-        entries: tl.constexpr = size * (table_rows // 2)
+        entries: tl.constexpr = number_of(size) * (table_rows // 2)
         lanes += program.to(tl.int64) * (entries * LANES)
         for entry in range(entries):
             tl.store(lanes + entry * LANES + tl.arange(0, LANES), tl.zeros((LANES,), tl.int64))
@@ -77,11 +78,11 @@ def add_contributions(
     else:
         terms = functions[3](0, at_z, z, weight, parameters, size)
         if regime == "lanes":
-            _add_to_lanes(lanes, terms, at_z[2], size, LANES, WIDTH)
+            _add_to_lanes(lanes, terms, at_z[2], number_of(size), LANES, WIDTH)
         else:
             for row in tl.static_range(table_rows):
                 if regime == "global":
-                    tl.atomic_add(totals + row * size + at_z[2], terms[row], mask=inside, sem="relaxed")
+                    tl.atomic_add(totals + row * number_of(size) + at_z[2], terms[row], mask=inside, sem="relaxed")
                 else:
                     tl.store(totals + row * elements + index, terms[row], mask=inside)
             if regime == "written":
@@ -98,12 +99,13 @@ def end_sums(
     for i in tl.static_range(count):
         tl.store(totals + program * count + i, tl.sum(sums[i], 0))
     if regime == "lanes":
-        partial = totals + program * (table_rows * size)
+        pieces: tl.constexpr = number_of(size)
+        partial = totals + program * (table_rows * pieces)
         for pair in tl.static_range(table_rows // 2):
-            for piece in range(size):
-                low, high = halves_of(tl.load(lanes + (pair * size + piece) * LANES + tl.arange(0, LANES)))
-                tl.store(partial + 2 * pair * size + piece, tl.sum(low, 0))
-                tl.store(partial + (2 * pair + 1) * size + piece, tl.sum(high, 0))
+            for piece in range(pieces):
+                low, high = halves_of(tl.load(lanes + (pair * pieces + piece) * LANES + tl.arange(0, LANES)))
+                tl.store(partial + 2 * pair * pieces + piece, tl.sum(low, 0))
+                tl.store(partial + (2 * pair + 1) * pieces + piece, tl.sum(high, 0))
 
 
 @triton.jit
@@ -116,9 +118,9 @@ def _add_to_registers(
     if table_rows > 0:
         terms = contributions(0, at_z, z, weight, parameters, size)
         for row in tl.static_range(table_rows):
-            for piece in tl.static_range(size):
+            for piece in tl.static_range(number_of(size)):
                 here = tl.where(at_z[2] == piece, terms[row], 0.0)
-                updated = updated + (sums[row * size + piece] + tl.sum(here, 1),)
+                updated = updated + (sums[row * number_of(size) + piece] + tl.sum(here, 1),)
     else:
         for group in tl.static_range(groups):
             terms = contributions(group, at_z, z, weight, parameters, size)

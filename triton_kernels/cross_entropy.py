@@ -1,9 +1,10 @@
 """Cross-entropy of f(logits), logits given: the losses of rows, the gradients of their logits and of f's coefficients.
 
     loss = sum_j q_j (lse - y_j) + z_loss lse^2,   q_j = (1 - eps) w_t [j = t] + eps / V w_j
-    dL/dy_j = g (Q p_j - q_j) + (2 z_loss lse g + h) p_j,   Q = sum_j q_j
+    dL/dy_j = g (Q p_j - q_j) + (2 z_loss lse g + h) p_j - e p_j ((y_j - largest) + M),   Q = sum_j q_j
 
-for upstream gradients g of the loss and h of lse, as :mod:`monosoftmax.reference` and ``csrc/row/loss.h`` have it.
+for upstream gradients g of the loss, h of lse and e of the entropy, as :mod:`monosoftmax.reference` and
+``csrc/row/loss.h`` have it. M = sum_j p_j (largest - y_j), the spread, comes from :mod:`.token_statistics`.
 
 One kernel has three uses: it computes the losses; or the gradients, from the row_stats of an earlier call; or both. A
 program takes every num_programs-th row, or one row if it keeps no sums. Memory traffic for each logit: the losses read
@@ -27,6 +28,7 @@ from .arithmetic import exp
 from .coefficient_sums import add_contributions, begin_sums, end_sums
 from .rows import LOWEST, log_of_sum, lse_of, scan_row
 from .tiles import edge_begin, full_tiles, inside_row, load_full_tile, positions_from, row_shift, row_start
+from .transforms.composed import load_parameters
 
 
 @triton.jit(
@@ -42,15 +44,15 @@ from .tiles import edge_begin, full_tiles, inside_row, load_full_tile, positions
     ]
 )
 def cross_entropy_kernel(
-    input, target, weight, weight_sum, coefficients, grad_loss, grad_lse, factor,
+    input, target, weight, weight_sum, coefficients, temperature, grad_loss, grad_lse, grad_entropy, factor,
     loss, lse, row_stats, target_y, weighted_y, grad_input, totals, lanes,
     rows, classes, stride, grad_stride, grad_loss_stride, column_offset, all_classes,
-    c0, c1, c2, ignore_index, target_share, smooth_share, z_loss,
+    c0, c1, c2, scale, cap, ignore_index, target_share, smooth_share, z_loss,
     functions: tl.constexpr, size: tl.constexpr, groups: tl.constexpr, table_rows: tl.constexpr,
     regime: tl.constexpr, count: tl.constexpr,
     losses: tl.constexpr, return_lse: tl.constexpr, partial: tl.constexpr, gradient: tl.constexpr,
-    weighted: tl.constexpr, smooths: tl.constexpr, of_lse: tl.constexpr, has_z_loss: tl.constexpr,
-    has_factor: tl.constexpr,
+    weighted: tl.constexpr, smooths: tl.constexpr, of_lse: tl.constexpr, of_entropy: tl.constexpr,
+    has_z_loss: tl.constexpr, has_factor: tl.constexpr,
     ALIGNMENT: tl.constexpr, OUT_ALIGNED: tl.constexpr, EDGES: tl.constexpr, WHOLE: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +63,7 @@ def cross_entropy_kernel(
     since grad_input has the result already. ``regime`` other than "none": sum the contributions to f's coefficients.
     """
     program = tl.program_id(0)
-    parameters = functions[0](coefficients, size, c0, c1, c2)
+    parameters = load_parameters(coefficients, temperature, c0, c1, c2, scale, cap, functions, size)
     sums, lanes = begin_sums(lanes, program, size, table_rows, regime, count, LANES)
     all_weights = tl.load(weight_sum) if weighted & smooths else all_classes * 1.0
     # Without sums to keep, a program has one row.
@@ -127,6 +129,11 @@ def cross_entropy_kernel(
                 g *= tl.load(factor)
             extra = tl.load(grad_lse + row) if of_lse else 0.0
             present = (t != ignore_index) | (extra != 0)
+            spread, of_spread = 0.0, 0.0
+            if of_entropy:
+                of_spread = tl.load(grad_entropy + row)
+                present |= of_spread != 0
+                spread = tl.load(row_stats + 2 * rows.to(tl.int64) + row)
             if has_z_loss:
                 extra += 2.0 * g * z_loss * (largest + log_of_sum(total))
             mass = target_share * tl.load(weight + tl.where(valid, t, 0)) if weighted else target_share
@@ -142,6 +149,8 @@ def cross_entropy_kernel(
             largest = tl.where(present, largest, 0.0)
             of_p *= inverse
             extra = tl.where(present, extra * inverse, 0.0)
+            if of_entropy:
+                spread, of_spread = tl.where(present, spread, 0.0), of_spread * inverse
             target_position = tl.where(here, column + shift, -1).to(tl.int32)
             full = full_tiles(length, EDGES, LANES, WIDTH)
             output = grad_input
@@ -155,8 +164,8 @@ def cross_entropy_kernel(
                 if smooths:
                     w = of_weight * tl.load(weight + column_offset + (position - shift)) if weighted else of_weight
                 z, at_z, dy = _gradient_of_y(
-                    z, target_position - begin, parameters, largest, of_p, extra, of_target, w, functions, size,
-                    smooths, of_lse | has_z_loss, LANES, WIDTH,
+                    z, target_position - begin, parameters, largest, of_p, extra, of_target, w, spread, of_spread,
+                    functions, size, smooths, of_lse | has_z_loss, of_entropy, LANES, WIDTH,
                 )  # fmt: skip
                 if gradient:
                     tl.store(output + position, (dy * at_z[1]).to(grad_input.dtype.element_ty))
@@ -175,8 +184,8 @@ def cross_entropy_kernel(
                     if weighted:
                         w *= tl.load(weight + column_offset + (position - shift), mask=inside, other=0.0)
                 z, at_z, dy = _gradient_of_y(
-                    z, target_position - begin, parameters, largest, of_p, extra, of_target, w, functions, size,
-                    smooths, of_lse | has_z_loss, LANES, WIDTH,
+                    z, target_position - begin, parameters, largest, of_p, extra, of_target, w, spread, of_spread,
+                    functions, size, smooths, of_lse | has_z_loss, of_entropy, LANES, WIDTH,
                 )  # fmt: skip
                 if gradient:
                     tl.store(output + position, (dy * at_z[1]).to(grad_input.dtype.element_ty), mask=inside)
@@ -190,13 +199,14 @@ def cross_entropy_kernel(
 
 @triton.jit
 def _gradient_of_y(
-    z, target_place, parameters, largest, of_p, extra, of_target, w,
+    z, target_place, parameters, largest, of_p, extra, of_target, w, spread, of_spread,
     functions: tl.constexpr, size: tl.constexpr, smooths: tl.constexpr, has_extra: tl.constexpr,
-    LANES: tl.constexpr, WIDTH: tl.constexpr,
+    of_entropy: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Returns z, raised to LOWEST at least, f's point there, and dL/dy.
 
-    ``of_p`` and ``extra`` are divided by the row's sum already. ``target_place`` is a position in the tile.
+    ``of_p``, ``extra`` and ``of_spread`` are divided by the row's sum already. ``target_place`` is a position in the
+    tile.
     """
     z = tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     at_z = functions[2](z, parameters, size)
@@ -207,4 +217,7 @@ def _gradient_of_y(
     dy = e * of_p - q
     if has_extra:
         dy += e * extra
+    if of_entropy:
+        # Where e is 0, y may be -inf in spite of LOWEST, under a steep f.
+        dy -= tl.where(e == 0, 0.0, e * of_spread * ((at_z[0] - largest) + spread))
     return z, at_z, dy

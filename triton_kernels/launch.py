@@ -22,6 +22,7 @@ from .coefficient_sums import regime_of
 from .cross_entropy import cross_entropy_kernel
 from .tiles import alignment_of, as_aligned, width_of
 from .transforms import REGISTRY, TransformFunctions
+from .transforms.composed import compose
 
 
 class Tuning(NamedTuple):
@@ -57,27 +58,45 @@ _WRITTEN = 2**24
 
 
 class Call(NamedTuple):
-    """A transform as the kernels take it."""
+    """A transform as the kernels take it, with what stands before and after f."""
 
     functions: TransformFunctions
     coefficients: Tensor
     size: int
     constants: tuple[float, float, float]
     packed: Tensor
+    #: Empty, or scale and cap.
+    inner: list[float]
+    temperature: Tensor | None
 
     @classmethod
     def of(cls, transform: Transform) -> Call:
-        coefficients, name, constants = transform
+        coefficients, name, constants, inner, temperature = transform
         functions = REGISTRY[name]
         c0, c1, c2 = (float(each) for each in (*constants, 0.0, 0.0, 0.0)[:3])
         packed = functions.pack(coefficients, constants)
-        return cls(functions, coefficients, coefficients.shape[-1], (c0, c1, c2), packed)
+        return cls(functions, coefficients, coefficients.shape[-1], (c0, c1, c2), packed, inner, temperature)
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
         """The arguments that every kernel has, for logits of type ``dtype``."""
         c0, c1, c2 = self.constants
-        functions = self.functions.for_logits(dtype)
-        return {"coefficients": self.packed, "c0": c0, "c1": c1, "c2": c2, "functions": functions, "size": self.size}
+        # None is a constant of the compiled kernel, and so no argument of it.
+        scale, cap = self.inner or (None, None)
+        inner = ("cap" if dtype == torch.float32 else "cap of half") if cap else "scale" if self.inner else ""
+        functions, size = compose(
+            self.functions.for_logits(dtype), self.size, inner, has_temperature=self.temperature is not None
+        )
+        return {
+            "coefficients": self.packed,
+            "temperature": self.temperature,
+            "c0": c0,
+            "c1": c1,
+            "c2": c2,
+            "scale": scale,
+            "cap": cap,
+            "functions": functions,
+            "size": size,
+        }
 
     def gradient(self, totals: Tensor) -> Tensor:
         """The gradient of the coefficients from the sums of several programs, [programs, numbers]."""
@@ -143,7 +162,7 @@ class RowLoss(NamedTuple):
     def gradient_arguments(self, classes: int, upstream: Upstream | None, unused: Tensor) -> dict[str, Any]:
         """The arguments that the kernels with gradients have beyond those of :meth:`arguments`."""
         weight, label_smoothing, z_loss = self.options.weight, self.options.label_smoothing, self.options.z_loss
-        loss, lse, _ = (unused, None, None) if upstream is None else upstream
+        loss, lse, *_ = Upstream(unused) if upstream is None else upstream
         assert loss is not None
         functions, size = self.call.functions, self.call.size
         return {
@@ -163,12 +182,19 @@ class RowLoss(NamedTuple):
 
 def as_read(upstream: Upstream, like: Tensor) -> Upstream:
     """Upstream gradients as the kernels read them: contiguous, and 0 in the place of an absent ``loss``."""
-    loss, lse, factor = upstream
+    loss, lse, factor, entropy = upstream
     if loss is None:
         loss = like.new_zeros((), dtype=torch.float32)
     elif loss.dim() > 0 and loss.stride(0) == 0 and len(loss) > 0:
         loss = loss[0]  # a number that was expanded is read as one number
-    return Upstream(loss.contiguous(), None if lse is None else lse.contiguous(), factor)
+    lse, entropy = (None if each is None else each.contiguous() for each in (lse, entropy))
+    return Upstream(loss.contiguous(), lse, factor, entropy)
+
+
+def rows_of(upstream: Upstream, chunk: slice) -> Upstream:
+    """The upstream gradients of some of the rows, without the factor."""
+    loss, lse, _, entropy = (each if each is None or each.dim() == 0 else each[chunk] for each in upstream)
+    return Upstream(loss, lse, None, entropy)
 
 
 def lanes_of(classes: int, width: int, most: int) -> int:
@@ -311,9 +337,8 @@ def launch_cross_entropy(
         if chunk is None:
             _launch_cross_entropy(rows, loss, upstream, results, part)
             continue
-        assert upstream is not None and upstream.loss is not None
-        grad_loss = upstream.loss[chunk] if upstream.loss.dim() > 0 else upstream.loss
-        of_chunk = Upstream(grad_loss, None if upstream.lse is None else upstream.lse[chunk])
+        assert upstream is not None
+        of_chunk = rows_of(upstream, chunk)
         empty, row_stats = rows.new_empty(0), results.row_stats[:, chunk].contiguous()
         stats = RowResults(empty, empty, row_stats, empty, empty)
         _launch_cross_entropy(rows[chunk], loss._replace(target=loss.target[chunk]), of_chunk, stats, part)
@@ -332,7 +357,7 @@ def _launch_cross_entropy(
         return_lse = losses and loss.options.return_lse
         of_rows = results[:2] if losses else of_rows
         grad_rows = results.grad_rows if gradient else rows
-    factor = None if upstream is None else upstream.factor
+    _, _, factor, entropy = Upstream(None) if upstream is None else upstream
     tile = tile_arguments(rows, grad_rows, sums.most_lanes)
     registers = registers_of(loss.call.functions.table_rows, upstream is not None)
     with on_device(rows):
@@ -341,7 +366,8 @@ def _launch_cross_entropy(
             loss=of_rows[0], lse=of_rows[1], target_y=of_shard[0], weighted_y=of_shard[1], losses=losses,
             return_lse=return_lse, partial=isinstance(results, ShardResults), grad_input=grad_rows,
             grad_stride=grad_rows.stride(0), gradient=gradient, factor=unused if factor is None else factor,
-            has_factor=factor is not None, **loss.arguments(rows.dtype, classes, unused),
+            has_factor=factor is not None, grad_entropy=unused if entropy is None else entropy,
+            of_entropy=entropy is not None, **loss.arguments(rows.dtype, classes, unused),
             **loss.gradient_arguments(classes, upstream, unused), **sums.arguments(), **tile,
             **launch_options(tile["LANES"], registers, rows.device),
         )  # fmt: skip

@@ -38,20 +38,19 @@ from .head_tiles import (
     place_of,
 )
 from .launch import RowLoss, ShardResults, multiprocessors, on_device
+from .rows import LOWEST_FLOAT
+from .transforms.composed import load_parameters
 from .vocabulary_parallel import merge_shards
 
 #: The least number of programs for each multiprocessor, if there are classes enough.
 _PROGRAMS = 4
 
-#: Not -inf, so that no thread ever forms inf - inf.
-_LOWEST_FLOAT: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
-
 
 @triton.jit(do_not_specialize=["rows", "classes", "splits", "column_offset", "all_classes", "ignore_index"])
 def linear_cross_entropy_kernel(
-    input, linear_weight, linear_bias, target, weight, coefficients, row_stats, target_y, weighted_y,
+    input, linear_weight, linear_bias, target, weight, coefficients, temperature, row_stats, target_y, weighted_y,
     rows, classes, features, input_stride, weight_stride, splits, column_offset, all_classes,
-    c0, c1, c2, ignore_index,
+    c0, c1, c2, scale, cap, ignore_index,
     functions: tl.constexpr, size: tl.constexpr, has_bias: tl.constexpr, weighted: tl.constexpr, smooths: tl.constexpr,
     every_row: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr,
@@ -66,14 +65,14 @@ def linear_cross_entropy_kernel(
     row_block, split = place_of(tl.program_id(0), row_blocks, splits, GROUP)
     row = row_block * BN
     r = row.to(tl.int64) + tl.arange(0, BN)
-    parameters = functions[0](coefficients, size, c0, c1, c2)
+    parameters = load_parameters(coefficients, temperature, c0, c1, c2, scale, cap, functions, size)
     _, at, _, ignored = load_targets(target, r, rows, column_offset, classes, all_classes, ignore_index)
     tiles = tl.cdiv(classes, BV)
     first, last = split * tiles // splits, (split + 1) * tiles // splits
     if not every_row:
         last = tl.where(tl.min(ignored.to(tl.int32), 0) == 1, first, last)
     WIDTH: tl.constexpr = BV // PARTS
-    largest = tl.full((BN, WIDTH), _LOWEST_FLOAT, tl.float32)
+    largest = tl.full((BN, WIDTH), LOWEST_FLOAT, tl.float32)
     total = tl.zeros((BN, WIDTH), tl.float32)
     of_target = tl.zeros((BN, WIDTH), tl.float32)
     gaps = tl.zeros((BN, WIDTH), tl.float32)

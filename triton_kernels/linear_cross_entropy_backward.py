@@ -49,6 +49,7 @@ from .head_tiles import (
 from .launch import RowLoss, as_read, on_device, warp_size
 from .linear_cross_entropy import unit_columns
 from .rows import LOWEST, log_of_sum
+from .transforms.composed import load_parameters, number_of
 
 #: The most slots (tables of sums for the coefficients), and the most numbers in all slots together.
 _SLOTS, _NUMBERS = 1024, 2**22
@@ -56,10 +57,10 @@ _SLOTS, _NUMBERS = 1024, 2**22
 
 @triton.jit(do_not_specialize=["rows", "classes", "grad_loss_stride", "column_offset", "all_classes", "ignore_index"])
 def linear_cross_entropy_backward_kernel(
-    input, linear_weight, linear_bias, target, weight, weight_sum, coefficients, grad_loss, grad_lse, row_stats,
-    grad_input, grad_weight, grad_bias, totals,
+    input, linear_weight, linear_bias, target, weight, weight_sum, coefficients, temperature, grad_loss, grad_lse,
+    row_stats, grad_input, grad_weight, grad_bias, totals,
     rows, classes, features, input_stride, weight_stride, grad_loss_stride, column_offset, all_classes,
-    c0, c1, c2, ignore_index, target_share, smooth_share, z_loss, filter_eps,
+    c0, c1, c2, scale, cap, ignore_index, target_share, smooth_share, z_loss, filter_eps,
     functions: tl.constexpr, size: tl.constexpr, groups: tl.constexpr, table_rows: tl.constexpr,
     need_input: tl.constexpr, need_weight: tl.constexpr, need_bias: tl.constexpr, need_coefficients: tl.constexpr,
     has_bias: tl.constexpr, weighted: tl.constexpr, smooths: tl.constexpr, of_lse: tl.constexpr,
@@ -78,7 +79,7 @@ def linear_cross_entropy_backward_kernel(
     row_block, tile = place_of(program, tl.cdiv(rows, BN), tl.cdiv(classes, BV), GROUP)
     row, begin = row_block * BN, tile * BV
     r = row.to(tl.int64) + tl.arange(0, BN)
-    parameters = functions[0](coefficients, size, c0, c1, c2)
+    parameters = load_parameters(coefficients, temperature, c0, c1, c2, scale, cap, functions, size)
     t, at, valid, ignored = load_targets(target, r, rows, column_offset, classes, all_classes, ignore_index)
     g = tl.load(grad_loss + r * grad_loss_stride, mask=~ignored, other=0.0)
     extra = tl.load(grad_lse + r, mask=r < rows, other=0.0) if of_lse else tl.zeros((BN,), tl.float32)
@@ -110,9 +111,9 @@ def linear_cross_entropy_backward_kernel(
     beyond = tl.zeros((LANES,), tl.int32)
     sums = ()
     if need_coefficients & (table_rows == 0):
-        for _ in tl.static_range(size):
+        for _ in tl.static_range(number_of(size)):
             sums = sums + (tl.zeros((LANES,), tl.float32),)
-    table = totals + (program % SLOTS) * (size * (table_rows if table_rows > 0 else 1))
+    table = totals + (program % SLOTS) * (number_of(size) * (table_rows if table_rows > 0 else 1))
     for part in tl.static_range(PARTS):
         column = begin + part * WIDTH + tl.arange(0, WIDTH)
         inside = column < classes
@@ -144,7 +145,7 @@ def linear_cross_entropy_backward_kernel(
             if table_rows > 0:
                 terms = functions[3](0, at_z, z, dy, parameters, size)
                 for i in tl.static_range(table_rows):
-                    tl.atomic_add(table + i * size + at_z[2], terms[i], mask=dy != 0, sem="relaxed")
+                    tl.atomic_add(table + i * number_of(size) + at_z[2], terms[i], mask=dy != 0, sem="relaxed")
             else:
                 updated = ()
                 for group in tl.static_range(groups):

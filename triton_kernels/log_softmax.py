@@ -26,18 +26,19 @@ from .tiles import (
     row_shift,
     row_start,
 )
+from .transforms.composed import load_parameters
 
 
 @triton.jit(do_not_specialize=["rows", "classes", "stride", "out_stride"])
 def log_softmax_kernel(
-    input, coefficients, output, row_stats, rows, classes, stride, out_stride, c0, c1, c2,
+    input, coefficients, temperature, output, row_stats, rows, classes, stride, out_stride, c0, c1, c2, scale, cap,
     functions: tl.constexpr, size: tl.constexpr,
     ALIGNMENT: tl.constexpr, OUT_ALIGNED: tl.constexpr, EDGES: tl.constexpr, WHOLE: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Writes output [rows, classes] and row_stats [2, rows]. Each row has a program."""
     row = tl.program_id(0).to(tl.int64)
-    parameters = functions[0](coefficients, size, c0, c1, c2)
+    parameters = load_parameters(coefficients, temperature, c0, c1, c2, scale, cap, functions, size)
     shift = row_shift(input, row, stride, ALIGNMENT)
     length = classes + shift
     start = row_start(input, row, stride, shift, True)
@@ -65,8 +66,8 @@ def log_softmax_kernel(
 
 @triton.jit(do_not_specialize=["rows", "classes", "stride", "grad_stride", "out_stride"])
 def log_softmax_backward_kernel(
-    grad_output, input, coefficients, row_stats, grad_input, totals, lanes,
-    rows, classes, stride, grad_stride, out_stride, c0, c1, c2,
+    grad_output, input, coefficients, temperature, row_stats, grad_input, totals, lanes,
+    rows, classes, stride, grad_stride, out_stride, c0, c1, c2, scale, cap,
     functions: tl.constexpr, size: tl.constexpr, groups: tl.constexpr, table_rows: tl.constexpr,
     regime: tl.constexpr, count: tl.constexpr, gradient: tl.constexpr,
     ALIGNMENT: tl.constexpr, GRAD_ALIGNED: tl.constexpr, OUT_ALIGNED: tl.constexpr,
@@ -77,7 +78,7 @@ def log_softmax_backward_kernel(
     A program has one row, or every num_programs-th row if it keeps sums.
     """
     program = tl.program_id(0)
-    parameters = functions[0](coefficients, size, c0, c1, c2)
+    parameters = load_parameters(coefficients, temperature, c0, c1, c2, scale, cap, functions, size)
     sums, lanes = begin_sums(lanes, program, size, table_rows, regime, count, LANES)
     end, step = program + 1, 1
     if regime != "none":

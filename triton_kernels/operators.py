@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from monosoftmax.groups import LossOptions, RowResults, Transform, Upstream
+from monosoftmax.groups import LossOptions, RowResults, TokenStatistics, Transform, Upstream
 
+from .dense_targets import DenseLoss, launch_dense_target
 from .launch import (
     Call,
     RowLoss,
@@ -40,16 +41,53 @@ def cross_entropy(
     output_mask: Sequence[bool] = (False, False),
     grad_rows: Tensor | None = None,
 ) -> RowResults:
-    """Losses of rows, from their logits, and gradients.
+    """Losses of rows, from their logits, and gradients; a floating ``target`` [N, V] is that of all classes.
 
     Where the losses are computed, too, ``upstream.loss`` is needed for gradients. An ``upstream.factor`` is for the
     gradient of rows only.
     """
+    if target.is_floating_point():
+        if upstream is not None and upstream.entropy is not None:
+            raise ValueError("monosoftmax: the gradient of the entropy needs indices as the target")
+        dense = DenseLoss.of_probabilities(target, transform, options)
+        return _of_rows(rows, dense, upstream, row_stats, output_mask, grad_rows)
+    if upstream is not None and upstream.entropy is not None and (row_stats is None or row_stats.shape[0] != 3):
+        raise ValueError("monosoftmax: the gradient of the entropy needs the row_stats of token_statistics")
+    return _of_rows(rows, RowLoss.of(target, transform, options), upstream, row_stats, output_mask, grad_rows)
+
+
+def divergence(
+    rows: Tensor,
+    log_target: Tensor,
+    transform: Transform,
+    kind: str,
+    beta: float,
+    upstream: Upstream | None = None,
+    row_stats: Tensor | None = None,
+    output_mask: Sequence[bool] = (False, False),
+    grad_rows: Tensor | None = None,
+) -> RowResults:
+    """The divergence of each row from exp(log_target), and gradients, as :func:`cross_entropy` gives them."""
+    loss = DenseLoss.divergence(log_target, transform, kind, beta)
+    upstream = None if upstream is None else Upstream(upstream.loss)
+    return _of_rows(rows, loss, upstream, row_stats, output_mask, grad_rows)
+
+
+def _of_rows(
+    rows: Tensor,
+    loss: RowLoss | DenseLoss,
+    upstream: Upstream | None,
+    row_stats: Tensor | None,
+    output_mask: Sequence[bool],
+    grad_rows: Tensor | None,
+) -> RowResults:
+    """A loss of rows, whatever its target is."""
     need_rows, need_coefficients = output_mask
-    losses = row_stats is None
+    losses, count, dense = row_stats is None, rows.shape[0], isinstance(loss, DenseLoss)
     if any(output_mask) and (upstream is None or (losses and upstream.loss is None)):
         raise ValueError("monosoftmax: gradients need a scale")
-    loss = RowLoss.of(target, transform, options)
+    if dense and row_stats is not None and row_stats.shape[0] != 3:
+        raise ValueError("monosoftmax: a target of all classes needs the row_stats [3, N] of its losses")
     sums = Sums(loss.call, rows, need_coefficients)
     gradients = need_rows or sums.regime != "none"
     if upstream is not None and upstream.factor is not None and sums.regime != "none":
@@ -58,32 +96,36 @@ def cross_entropy(
         grad_rows = rows.new_empty(0)
     elif grad_rows is None:
         grad_rows = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-    count = rows.shape[0]
     of_rows, lse = (rows.new_empty(count if losses else 0, dtype=torch.float32) for _ in range(2))
-    stats = rows.new_empty((2, count), dtype=torch.float32) if row_stats is None else row_stats.contiguous()
-    results = RowResults(of_rows, lse, stats, grad_rows, sums.totals)
+    if row_stats is None:
+        row_stats = of_rows.new_empty((3 if dense else 2, count))
+    results = RowResults(of_rows, lse, row_stats.contiguous(), grad_rows, sums.totals)
     if losses or gradients:
-        launch_cross_entropy(rows, loss, upstream if gradients else None, results, sums)
+        upstream = upstream if gradients else None
+        if isinstance(loss, DenseLoss):
+            launch_dense_target(rows, loss, upstream, results, sums)
+        else:
+            launch_cross_entropy(rows, loss, upstream, results, sums)
     return results._replace(grad_coefficients=sums.total())
 
 
-def token_statistics(
-    rows: Tensor, target: Tensor, transform: Transform, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """log p of the target, entropy, argmax, lse and rank."""
+def token_statistics(rows: Tensor, target: Tensor, transform: Transform, ignore_index: int) -> TokenStatistics:
+    """The statistics of rows, and their row_stats [3, N]."""
     count, classes = rows.shape
     log_prob, entropy, lse = (rows.new_empty(count, dtype=torch.float32) for _ in range(3))
     argmax, rank = target.new_empty(count), target.new_empty(count)
+    row_stats = lse.new_empty((3, count))
     if count > 0:
         call, tile = Call.of(transform), tile_arguments(rows)
         registers = registers_of(call.functions.table_rows, False)
         with on_device(rows):
             token_statistics_kernel[(count,)](
                 input=rows, target=target.contiguous(), log_prob=log_prob, entropy=entropy, argmax=argmax, lse=lse,
-                rank=rank, classes=classes, stride=rows.stride(0), ignore_index=ignore_index,
-                **call.arguments(rows.dtype), **tile, **launch_options(tile["LANES"], registers, rows.device),
+                rank=rank, row_stats=row_stats, rows=count, classes=classes, stride=rows.stride(0),
+                ignore_index=ignore_index, **call.arguments(rows.dtype), **tile,
+                **launch_options(tile["LANES"], registers, rows.device),
             )  # fmt: skip
-    return log_prob, entropy, argmax, lse, rank
+    return TokenStatistics(log_prob, entropy, argmax, lse, rank, row_stats)
 
 
 def log_softmax(rows: Tensor, transform: Transform, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

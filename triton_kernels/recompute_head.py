@@ -37,6 +37,8 @@ def linear_cross_entropy(
     if any(output_mask):
         if upstream is None or (losses and upstream.loss is None):
             raise ValueError("monosoftmax: gradients need a scale")
+        if upstream.entropy is not None:
+            raise ValueError("monosoftmax: the gradient of the entropy needs logits in memory")
         if torch.are_deterministic_algorithms_enabled():
             raise RuntimeError(
                 'method="recompute" sums gradients by atomics, in an order that changes from run to run, and '

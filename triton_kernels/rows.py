@@ -17,7 +17,8 @@ from .tiles import edge_begin, full_tiles, inside_row, load_full_tile, positions
 #: -inf is, and its contribution to the coefficients, a product of 0 and z, is 0, too: with z = -inf it would be NaN.
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
 
-_LOWEST_FLOAT: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+#: Where a largest y starts: not -inf, so that no lane ever forms inf - inf.
+LOWEST_FLOAT: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -41,8 +42,7 @@ def scan_row(
 
     ``input`` points to position 0 of the row, ``weight`` to column 0 of the weights.
     """
-    # Not -inf, so that no lane ever forms inf - inf.
-    largest = tl.full((LANES,), _LOWEST_FLOAT, tl.float32)
+    largest = tl.full((LANES,), LOWEST_FLOAT, tl.float32)
     total = tl.zeros((LANES,), tl.float32)
     weighted_y = tl.zeros((LANES,), tl.float32)
     full = full_tiles(length, EDGES, LANES, WIDTH)

@@ -1,9 +1,10 @@
 """Statistics of each token under softmax(f(logits)): log p of the target, entropy, argmax, lse, rank of the target.
 
-    entropy = log(sum_j e_j) + sum_j e_j (largest - y_j) / sum_j e_j,   e_j = exp(y_j - largest)
+    entropy = log(sum_j e_j) + spread,   spread = sum_j e_j (largest - y_j) / sum_j e_j,   e_j = exp(y_j - largest)
 
-f is increasing, so that the argmax and the rank of y are the argmax and the rank of the logits. Each row has a program.
-Memory traffic for each logit: one read from memory, two from a cache. Hazards: as :mod:`.cross_entropy`.
+f is increasing, so that the argmax and the rank of y are the argmax and the rank of the logits. From the row_stats
+largest, sum_j e_j and spread :mod:`.cross_entropy` computes the gradient of the entropy. Each row has a program. Memory
+traffic for each logit: one read from memory, two from a cache. Hazards: as :mod:`.cross_entropy`.
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ import triton.language as tl
 from .arithmetic import exp
 from .rows import LOWEST, log_of_sum, lse_of, scan_row
 from .tiles import edge_begin, full_tiles, load_tile, positions_from, row_shift, row_start
+from .transforms.composed import load_parameters
 
 _NOWHERE: tl.constexpr = tl.constexpr(2147483647)
 
 
-@triton.jit(do_not_specialize=["classes", "stride", "ignore_index"])
+@triton.jit(do_not_specialize=["rows", "classes", "stride", "ignore_index"])
 def token_statistics_kernel(
-    input, target, coefficients, log_prob, entropy, argmax, lse, rank,
-    classes, stride, c0, c1, c2, ignore_index,
+    input, target, coefficients, temperature, log_prob, entropy, argmax, lse, rank, row_stats,
+    rows, classes, stride, c0, c1, c2, scale, cap, ignore_index,
     functions: tl.constexpr, size: tl.constexpr,
     ALIGNMENT: tl.constexpr, EDGES: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Writes log_prob, entropy, argmax, lse and rank [rows]."""
+    """Writes log_prob, entropy, argmax, lse and rank [rows], and row_stats [3, rows]."""
     row = tl.program_id(0).to(tl.int64)
-    parameters = functions[0](coefficients, size, c0, c1, c2)
+    parameters = load_parameters(coefficients, temperature, c0, c1, c2, scale, cap, functions, size)
     shift = row_shift(input, row, stride, ALIGNMENT)
     length = classes + shift
     start = row_start(input, row, stride, shift, True)
@@ -68,9 +70,13 @@ def token_statistics_kernel(
     log_p = (functions[1](target_z, parameters, size) - largest) - log_sum
     log_p = tl.where(valid, log_p, float("nan"))
     tl.store(log_prob + row, tl.where(ignored, 0.0, log_p))
-    tl.store(entropy + row, log_sum + tl.sum(gaps, 0) / total)
+    spread = tl.sum(gaps, 0) / total
+    tl.store(entropy + row, log_sum + spread)
     tl.store(argmax + row, place.to(tl.int64))
     tl.store(lse + row, lse_of(largest, total))
+    tl.store(row_stats + row, largest)
+    tl.store(row_stats + rows + row, total)
+    tl.store(row_stats + 2 * rows.to(tl.int64) + row, spread)
     tl.store(rank + row, tl.where(valid & ~ignored, tl.sum(larger, 0), -1).to(tl.int64))
 
 

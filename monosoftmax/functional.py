@@ -249,13 +249,17 @@ def cross_entropy(
     if return_statistics and kind != "indices":
         raise ValueError("return_statistics must be False where target is class probabilities, got True")
     if inplace:
-        if reduction == "none" or return_lse or candidates is not None or (weight is not None and z_loss > 0):
+        apart = z_loss_apart(options, target, reduction, z_loss_divisor)
+        if reduction == "none" or return_lse or candidates is not None or apart:
             raise ValueError(
-                "inplace must be False with reduction='none', return_lse, candidates, or weight and z_loss together: "
-                "the gradient overwrites the logits in the forward pass"
+                'inplace must be False with reduction="none", return_lse, candidates, or z_loss_divisor="rows" for '
+                "weighted losses: the gradient overwrites the logits in the forward pass"
             )
-        if rows.data_ptr() != input.data_ptr() or (rows.shape[1] > 1 and rows.stride(1) != 1):
-            raise ValueError(f"inplace needs the classes of input next to each other, got strides {input.stride()}")
+        if rows.data_ptr() != input.data_ptr() or not is_writable(rows):
+            raise ValueError(
+                "inplace needs the classes of input next to each other, and each row in memory of its own, got strides "
+                f"{input.stride()}"
+            )
     allowed: Candidates | None = None
     if candidates is not None:
         allowed = Candidates.of(candidates, classes, input.device)
@@ -368,8 +372,17 @@ def loss_in_place(
     f = for_kernels(transform.f, rows, transform.temperature)
     target = rows_for_kernel(target) if target.dim() == 2 else target
     mask = (True, f.coefficients.requires_grad)
-    call = ops.CrossEntropy(backend, rows, target, f, typed(options, rows), reduction, mask)
-    total, loss = in_place.total_and_losses(call)
+    total, loss = in_place.total_and_losses(
+        ops.CrossEntropy(
+            backend=backend,
+            input=rows,
+            target=target,
+            transform=f,
+            options=typed(options, rows),
+            reduction=reduction,
+            output_mask=mask,
+        )
+    )
     return Losses(loss, torch.zeros_like(loss), total)
 
 
@@ -377,14 +390,19 @@ def with_z_loss(
     losses_of: Callable[[LossOptions], Losses], options: LossOptions, target: Tensor, reduction: str, divisor: str
 ) -> Losses:
     """The losses under ``options``, the sum of their z-losses divided by ``divisor``: see :func:`cross_entropy`."""
-    same = divisor == "loss" or options.z_loss == 0 or options.weight is None
-    if same or reduction != "mean" or target.is_floating_point():
+    if not z_loss_apart(options, target, reduction, divisor):
         return losses_of(options)
     found, valid = losses_of(options._replace(z_loss=0.0, return_lse=True)), target != options.ignore_index
     z_losses = options.z_loss * torch.where(valid, found.lse, 0.0).square()
     assert found.total is not None
     lse = found.lse if options.return_lse else torch.where(valid, found.lse, 0.0)
     return found._replace(rows=found.rows + z_losses, lse=lse, total=found.total + z_losses.sum() / valid.sum())
+
+
+def z_loss_apart(options: LossOptions, target: Tensor, reduction: str, divisor: str) -> bool:
+    """Whether the z-losses are divided by another number than the losses, which a kernel does not do."""
+    differs = divisor == "rows" and reduction == "mean" and not target.is_floating_point()
+    return differs and options.weight is not None and options.z_loss > 0
 
 
 def statistics_of_rows(
@@ -426,6 +444,12 @@ def rows_of(input: Tensor) -> Tensor:
 def rows_for_kernel(rows: Tensor) -> Tensor:
     """``rows`` as the kernels take them, with columns next to each other; a copy only where they are not."""
     return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
+
+
+def is_writable(rows: Tensor) -> bool:
+    """Whether kernels can write over ``rows``: columns next to each other, and no memory in two rows."""
+    count, classes = rows.shape
+    return (classes == 1 or rows.stride(1) == 1) and (count < 2 or rows.stride(0) >= classes)
 
 
 def reshaped(losses: Losses, shape: torch.Size) -> Losses:

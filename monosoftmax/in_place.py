@@ -48,9 +48,9 @@ class _InPlace(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> Any:
         if keeps_graph():
             raise RuntimeError("monosoftmax: inplace=True has its gradient once: retain_graph must be False")
-        gradients = [each for each in ctx.saved_tensors if each.numel() > 0]
-        kernels = row_kernels(ctx.backend)
+        saved = ctx.saved_tensors  # once: what is scaled in place is another version of itself
+        gradients, kernels = [each for each in saved if each.numel() > 0], row_kernels(ctx.backend)
         scaled = gradients_ahead.scaled(gradients, grad_output, rounded=False, in_place=True, kernels=kernels)
         assert scaled is not None  # which is for gradients that must not be rounded twice
         waiting = iter(scaled)
-        return None, *(next(waiting) if each.numel() > 0 else None for each in ctx.saved_tensors)
+        return None, *(next(waiting) if each.numel() > 0 else None for each in saved)

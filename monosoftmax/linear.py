@@ -19,12 +19,14 @@ from .checks import (
     Reduction,
     ZLossDivisor,
     autocast_enabled,
+    check_classes,
     check_device,
     check_floating,
     check_head,
     check_head_options,
     check_ignore_index,
     check_loss_options,
+    check_target,
     check_temperature,
     check_tensor,
     check_transform,
@@ -38,6 +40,7 @@ from .functional import (
     for_kernels,
     losses_of_rows,
     reshaped,
+    rows_for_kernel,
     rows_of,
     statistics_of_rows,
     typed,
@@ -200,12 +203,35 @@ def linear_cross_entropy(
     if not isinstance(linear_weight, Tensor) or linear_weight.dim() <= 2:
         losses = linear_losses(head, target, transform, options, how, reduction=reduction, backend=backend)
         return losses.result(return_lse)
-    how = how._replace(z_loss_divisor="loss")
+    how, target = how._replace(z_loss_divisor="loss"), _check_places(head, target)
+    check_loss_options(options, len(linear_weight), input.device, reduction)
 
     def losses_of(options: LossOptions) -> Losses:
         return _losses_of_places(head, target, transform, options, how, reduction=reduction, backend=backend)
 
     return with_z_loss(losses_of, options, target, reduction, z_loss_divisor).result(return_lse)
+
+
+def _check_places(head: Head, target: Tensor) -> Tensor:
+    """Checks the shapes of a weight (V, d1, ..., dK, d) and its companions; ``target`` as check_target returns it."""
+    input, weight, bias = head
+    check_floating("input", input)
+    check_tensor("linear_weight", weight)
+    check_tensor("target", target)
+    if bias is not None:
+        check_tensor("linear_bias", bias)
+    if input.dim() != 2:
+        raise ValueError(f"input must be (N, d) for linear_weight {tuple(weight.shape)}, got {tuple(input.shape)}")
+    classes, *places = weight.shape[:-1]
+    check_classes(classes)
+    if math.prod(places) == 0:
+        raise ValueError(f"linear_weight must have at least 1 place, got shape {tuple(weight.shape)}")
+    probabilities = target.is_floating_point()
+    wanted = (len(input), classes, *places) if probabilities else (len(input), *places)
+    for name, tensor, shape in (("target", target, wanted), ("linear_bias", bias, (classes, *places))):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    return target if probabilities else check_target(target, input.device, target.shape)
 
 
 def _losses_of_places(
@@ -220,19 +246,8 @@ def _losses_of_places(
 ) -> Losses:
     """:func:`linear_losses` of a weight (V, d1, ..., dK, d): of a head for each of the d1 ... dK places."""
     input, weight, bias = head
-    check_floating("input", input)
-    check_tensor("target", target)
     classes, *places = weight.shape[:-1]
-    probabilities = target.is_floating_point()
-    if input.dim() != 2:
-        raise ValueError(f"input must be (N, d) for linear_weight {tuple(weight.shape)}, got {tuple(input.shape)}")
-    wanted = (len(input), classes, *places) if probabilities else (len(input), *places)
-    for name, tensor, shape in (("target", target, wanted), ("linear_bias", bias, (classes, *places))):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-    count = math.prod(places)
-    if count == 0:
-        raise ValueError(f"linear_weight must have at least 1 place, got shape {tuple(weight.shape)}")
+    probabilities, count = target.is_floating_point(), math.prod(places)
     weights = weight.reshape(classes, count, weight.shape[-1]).unbind(1)
     biases = [None] * count if bias is None else bias.reshape(classes, count).unbind(1)
     flat = target.reshape(len(input), classes, count) if probabilities else target.reshape(-1, count)
@@ -310,7 +325,7 @@ def linear_losses(
         options = allowed.of_options(options)
 
     def losses_of(options: LossOptions) -> Losses:
-        return _losses_of_head(chosen, head, target, f, options, how, reduction=reduction)
+        return _losses_of_head(chosen, head, target, f, options=options, how=how, reduction=reduction)
 
     found = with_z_loss(losses_of, options, target, reduction, how.z_loss_divisor)
     if allowed is not None and found.statistics is not None:
@@ -324,9 +339,9 @@ def _losses_of_head(
     head: Head,
     target: Tensor,
     transform: Tempered,
+    *,
     options: LossOptions,
     how: HeadCall,
-    *,
     reduction: Reduction,
 ) -> Losses:
     """:func:`linear_losses` of rows [N, d] on a backend."""
@@ -344,6 +359,7 @@ def _losses_of_head(
             losses = losses._replace(statistics=found)
         return losses
     rows = autocast_input(rows)
+    target = rows_for_kernel(target) if target.dim() == 2 else target
     if how.return_statistics:
         options = options._replace(return_lse=True)
     options, f = typed(options, rows), for_kernels(transform.f, rows, transform.temperature)

@@ -97,9 +97,9 @@ def _tables(cases: list[dict[str, Any]]) -> list[str]:
 
 
 def _table(group: str, mode: str, cases: list[dict[str, Any]]) -> str:
-    floors = {"logits": "share of the speed of a copy of the same bytes", "head": "times the bare products"}
+    floor = "share of the speed of a copy of the same bytes" if group == "logits" else "times the bare products"
     names = list(dict.fromkeys(name for case in cases for name in case["contestants"]))
-    lines = [f"### {group}, {mode}: ms ({floors[group]}; CPU time to issue it)"]
+    lines = [f"### {group}, {mode}: ms ({floor}; CPU time to issue it)"]
     lines += ["", f"| | {' | '.join(map(_shape, cases))} |", f"|---|{'---|' * len(cases)}"]
     lines.append(f"| floor | {' | '.join(_ms(_floor(case)) for case in cases)} |")
     for name in names:

@@ -3,7 +3,7 @@
 ``plain`` is the cross entropy of softmax(z), ``plif-64`` that of softmax(f(z)) with f of 64 pieces, ``mos-15`` and
 ``moc-15`` are mixtures of 15 softmaxes and of 15 contexts. Every parameter that a transform can learn is learned, and
 its gradient is part of the work. ``fused`` takes the backend that is best here; ``cuda``, ``triton`` and, for the head,
-``triton recompute`` take the backend and method of that name.
+``triton recompute`` take the backend and method of that name. Tokens and distillation: :mod:`.tokens`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 import monosoftmax as ms
 from monosoftmax.backends import Operation
 
+from . import tokens
 from .cases import Case, Group, Inputs
 
 _TRANSFORMS: dict[str, Callable[[], ms.transforms.MonotonicTransform]] = {
@@ -63,6 +64,8 @@ def names(group: Group, dtype: str, pieces: Sequence[int], patterns: Sequence[st
 
     ``on_gpu`` adds what only a GPU runs: the forms by backend, and the kernels of other packages.
     """
+    if group in tokens.GROUPS:
+        return [name for name in tokens.names(group, on_gpu) if any(fnmatchcase(name, pattern) for pattern in patterns)]
     forms = ["reference", "reference compiled", "fused"]
     if dtype in ("bfloat16", "float16") and group == "logits":
         forms.append("fused float32")  # the same logits in float32
@@ -83,6 +86,7 @@ def prepare(name: str, case: Case, inputs: Inputs) -> Contestant:
     function, form = name.split(" ", 1)
     kind = function.partition("-")[0]
     make = {"plain": _plain, "mos": _mixture, "moc": _mixture}.get(kind, _transformed)
+    make = _of_tokens if case.group in tokens.GROUPS else make
     loss, inputs, parameters, backend = make(function, form, case, inputs)
     if form.endswith("compiled"):
         # By default torch.compile gives up on the function that all transforms share after 8 of them.
@@ -97,6 +101,7 @@ def prepare(name: str, case: Case, inputs: Inputs) -> Contestant:
         return (found.detach(), *(torch.autograd.grad(found, wanted) if case.mode == "train" else ()))
 
     computes = {"identity": "plain", "mos": name, "moc": name}.get(kind, function)
+    computes = case.group if case.group in tokens.GROUPS else computes
     return Contestant(step, backend, computes, len(inputs.operands))
 
 
@@ -178,6 +183,16 @@ def _transformed(function: str, form: str, case: Case, inputs: Inputs) -> _Made:
     backend = choose(operation, inputs.operands[0], transform, **given)
     call = getattr(ms, operation)
     return lambda *operands: call(*operands, transform, **given), inputs, tuple(transform.parameters()), backend
+
+
+def _of_tokens(function: str, form: str, case: Case, inputs: Inputs) -> _Made:
+    if function == "plain":
+        return tokens.plain(case.group, form, inputs.fixed), inputs, (), "torch"
+    transform = ms.transforms.SoftCap(tokens.CAP).to(inputs.target.device) if function == "soft_cap" else None
+    operation, _, backend = form.partition(" ") if case.group == "tokens" else ("linear_distillation", "", form)
+    given: dict[str, Any] = {"backend": backend if backend in ("cuda", "triton") else "auto"}
+    chosen = choose(operation, inputs.operands[0], transform, **given)  # type: ignore[arg-type]
+    return tokens.fused(case.group, operation, inputs.fixed, transform=transform, **given), inputs, (), chosen
 
 
 def _mixture(function: str, form: str, case: Case, inputs: Inputs) -> _Made:

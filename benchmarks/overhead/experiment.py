@@ -23,6 +23,7 @@ from .timing import measure
 _TABLES = (
     ("Logits given", "logits/*float32*", "*"),
     ("The head", "head*/*", "*"),
+    ("Tokens and distillation", "tokens*/*", "*"),
     ("More shapes", "quick/*", "plif-64 fused"),
     ("On a GPU", "gpu/*", "*"),
 )
@@ -92,6 +93,8 @@ def _cells(results: Results, unit: str, name: str) -> dict[str, str]:
     cells["ms"] = f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
     ratios = {head: _ratio(results, unit, name, other) for head, other in _OTHERS.items()}
     cells |= {f"/ {head}": "-" if each is None else f"{each:.2f}" for head, each in ratios.items()}
+    if (four := _ratio(results, unit, name, "four_products")) is not None:
+        cells["/ 4 products"] = f"{four:.2f}"
     return cells | {"peak MiB": "-" if peak is None else f"{peak / 2**20:,.1f}"}
 
 

@@ -37,7 +37,12 @@ _BY_FUNCTION = ", ".join(f"{each} cuda, {each} triton" for each in _FUNCTIONS)
 _PEERS = "plain eager, plain compiled, plain linear_cross_entropy, plain liger, plain * kernels, identity triton"
 _METHODS = "plain eager, plif-64 cuda, plif-64 triton chunked, plif-64 triton recompute"
 _HEADS = "plain eager, identity cuda, plif-64 cuda, plif-64 triton"
-_ROUNDS = {"quick": 7, "logits": 7, "head": 3, "head_8192": 1, "head_280": 3, "gpu": 3}
+_TOKENS = "plain eager, plain trl, soft_cap * cuda, soft_cap * triton"
+_DISTILLED = "plain eager, identity cuda, identity triton"
+_DISTILLATION: dict[str, Any] = {"rows": (1024,), "classes": (49_152,), "dim": (512,)}
+_MANY: dict[str, Any] = {"rows": (8192,)}
+_ROUNDS = {"quick": 7, "logits": 7, "head": 3, "head_8192": 1, "head_280": 3}
+_ROUNDS |= {"tokens": 5, "tokens_8192": 1, "gpu": 3}
 #: Preset, group, patterns of contestants, and what is not as above: all combinations are cases.
 _SWEEPS: tuple[tuple[str, Group, str, dict[str, Any]], ...] = (
     ("quick", "logits", "*", {"rows": (128,)}),
@@ -54,11 +59,21 @@ _SWEEPS: tuple[tuple[str, Group, str, dict[str, Any]], ...] = (
     ("head", "head", "plain eager, plif-64 fused", {**_MODES, "rows": (2048,), **_STDS}),
     ("head_8192", "head", "plif-64 fused", {"rows": (8192,)}),
     ("head_280", "head", "plif-64 fused, mos-15 *", {"rows": (2048,), "dim": (280,), **_STDS}),
+    ("tokens", "tokens", "*", {"dim": (256,)}),
+    ("tokens", "forward_kl", "*", _DISTILLATION),
+    ("tokens", "jsd", "*", _DISTILLATION),
+    # For the memory of what does not hold the logits.
+    ("tokens_8192", "tokens", "soft_cap *", {**_MANY, "dim": (256,)}),
+    ("tokens_8192", "forward_kl", "identity *", {**_DISTILLATION, **_MANY}),
+    ("tokens_8192", "jsd", "identity *", {**_DISTILLATION, **_MANY}),
     # Each shape costs a GPU seconds for each contestant: those that say most, in the order of what they decide.
     ("gpu", "logits", f"plain *, {_BACKENDS}", _MODES),
     ("gpu", "logits", _BY_FUNCTION, {"pieces": (1000,)}),
     ("gpu", "logits", f"plain liger, {_BACKENDS}", {"rows": (64,), "classes": (4096,)}),
     ("gpu", "head", _PEERS, {"dim": (2048,)}),
+    ("gpu", "tokens", _TOKENS, {"dim": (2048,)}),
+    ("gpu", "forward_kl", _DISTILLED, {**_DISTILLATION, **_MANY}),
+    ("gpu", "jsd", _DISTILLED, {**_DISTILLATION, **_MANY}),
     ("gpu", "head", _METHODS, {"mode": ("no-grad",), **_WIDE, "dim": (1024, 2048)}),
     ("gpu", "head", _HEADS, {**_WIDE, "dim": (1024, 2048, 4096)}),
     ("gpu", "logits", "plain compiled", {"classes": (128_256,)}),

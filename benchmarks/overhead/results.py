@@ -18,12 +18,13 @@ def figure(results: Results, unit: str, name: str, what: str = "median_ms") -> f
     Args:
         results, unit: of the experiment, and the name of the case, such as :data:`HEAD`.
         name: a contestant, such as ``plif-64 fused``; or ``products`` for the time of the bare matrix products,
-            ``memory`` for that of a copy of the bytes that must be moved, ``floor`` for the longer of both.
+            ``four_products`` for those of tokens with the logits computed twice, ``memory`` for that of a copy of the
+            bytes that must be moved, ``floor`` for the longer of ``products`` and ``memory``.
         what: ``median_ms``, or ``peak_bytes`` beyond operands, parameters and gradients.
     """
     times: dict[str, Any] = results[unit].times if unit in results else {"contestants": {}}
-    floors = {key: times.get(f"{key}_ms") for key in ("memory", "products")}
-    floors["floor"] = max((each for each in floors.values() if each is not None), default=None)
+    floors = {key: times.get(f"{key}_ms") for key in ("memory", "products", "four_products")}
+    floors["floor"] = max((floors[key] for key in ("memory", "products") if floors[key] is not None), default=None)
     value = floors[name] if name in floors else times["contestants"].get(name, {}).get(what)
     if value is None:
         raise NotRun(f"python -m benchmarks run overhead --only '{unit}'")

@@ -20,7 +20,7 @@ from torch.utils.benchmark import Timer
 
 from ..engine.experiment import ExperimentError
 from . import memory
-from .cases import Case, Inputs, make_inputs
+from .cases import Case, Inputs, bare_products, make_inputs
 from .contestants import Contestant, disagreement, fingerprint
 from .presets import Timing
 
@@ -35,7 +35,8 @@ def measure(timing: Timing, prepare: Callable[[str, Case, Inputs], Contestant]) 
     """The times of a unit: for each contestant its figures, or its ``status`` where it has none, and floors.
 
     A floor is the longer of ``memory_ms``, of the least bytes at the bandwidth of a copy, and ``products_ms``, of bare
-    matrix products. Data that fits in a cache can be faster than memory.
+    matrix products. Data that fits in a cache can be faster than memory. ``four_products_ms`` of the group ``tokens``
+    has the product of the logits twice.
     """
     case, kind = timing.case, torch.device("cpu" if timing.device == "emulated" else timing.device)
     on_gpu = kind.type == "cuda"
@@ -72,6 +73,7 @@ def measure(timing: Timing, prepare: Callable[[str, Case, Inputs], Contestant]) 
         "clock": "triton.testing" if on_gpu else "torch.utils.benchmark",
         "memory_ms": times["copy"]["median_ms"] / (2 * COPY_BYTES[kind.type]) * case.minimum_bytes,
         "products_ms": times.get("products", {}).get("median_ms"),
+        "four_products_ms": times.get("four_products", {}).get("median_ms"),
         "contestants": rows,
     }
 
@@ -114,24 +116,14 @@ def take_turns(actions: Mapping[str, Action], device: torch.device, rounds: int)
 
 
 def probes(case: Case, inputs: Inputs) -> dict[str, Action]:
-    """The copy, and for the head the products at the case's own shape. Their buffers are written to here, once.
-
-    Logits = x W^T and, in ``train``, dx = g W and dW = g^T x with the logits in the place of g.
-    """
+    """The copy, and for heads the products at the case's own shape. Their buffers are written to here, once."""
     source, copied = (torch.ones(COPY_BYTES[inputs.target.device.type] // 4, device=inputs.target.device) for _ in "ab")
     found: dict[str, Action] = {"copy": lambda: copied.copy_(source)}
-    if case.dim is None:
-        return found
-    input, weight = (operand.detach() for operand in inputs.operands)
-    logits, grad_input, grad_weight = input.new_zeros(case.rows, case.classes), input.clone(), weight.clone()
-
-    def products() -> None:
-        torch.mm(input, weight.T, out=logits)
-        if case.mode == "train":
-            torch.mm(logits, weight, out=grad_input)
-            torch.mm(logits.T, input, out=grad_weight)
-
-    return found | {"products": products}
+    if case.dim is not None:
+        found["products"] = bare_products(case, inputs)
+    if case.group == "tokens":
+        found["four_products"] = bare_products(case, inputs, logits_again=True)
+    return found
 
 
 def _on_cpu(action: Action) -> dict[str, float]:

@@ -123,7 +123,7 @@ def _end_all(folder: Path) -> None:
 def check_figures(folder: Path) -> None:
     """Every contestant and every variant ran, but for what only a GPU has."""
     cases, operators = (gpu_summary._units(folder, each) for each in ("dry", "dry-variants"))
-    assert len(cases) == 24 and len(operators) == 15
+    assert len(cases) == 27 and len(operators) == 15
     rows = [(name, row) for case in cases for name, row in case["contestants"].items()]
     assert {row["backend"] for name, row in rows if name.startswith("plif-64 ")} == {"cuda", "triton"}
     packages = {"plain liger": "liger_kernel", "plain linear_cross_entropy": None}

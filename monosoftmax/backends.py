@@ -336,15 +336,15 @@ def explain(
         input: the logits, or the input of the head. Only its device, its dtype and the shape of logits [N, V] matter,
             not its values.
         transform: as given to the call.
-        target: as given to ``cross_entropy``. It matters whether it is class probabilities, and whether they require a
-            gradient. ``None`` stands for class indices.
+        target: as given to ``cross_entropy`` or ``linear_cross_entropy``. It matters whether it is class probabilities,
+            and whether they require a gradient. ``None`` stands for class indices.
         dtype: as given to ``log_softmax``.
         backend: as given to the call.
         method: as given to ``linear_cross_entropy``.
 
     Raises:
         ValueError: ``operation`` or ``backend`` is unknown, the named backend cannot take the call, ``target`` is class
-            probabilities and ``operation`` not ``"cross_entropy"``, or ``dtype`` is given and ``operation`` not
+            probabilities and ``operation`` takes none, or ``dtype`` is given and ``operation`` not
             ``"log_softmax"``.
     """
     if operation not in get_args(Operation):
@@ -352,7 +352,7 @@ def explain(
     transform = Identity() if transform is None else transform
     like = input if operation == "cross_entropy" and input.dim() == 2 else None
     kind = "indices" if target is None else target_kind(target)
-    if kind != "indices" and operation != "cross_entropy":
+    if kind != "indices" and operation not in ("cross_entropy", "linear_cross_entropy"):
         raise ValueError(f'target must be class indices for operation "{operation}", got class probabilities')
     if dtype is not None and operation != "log_softmax":
         raise ValueError(f'dtype must be None for operation "{operation}", which does not have it, got {dtype}')

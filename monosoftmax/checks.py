@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .groups import Head, LossOptions
 from .transforms import Identity, MonotonicTransform
-from .transforms.base import arithmetic_dtype, require_count, require_finite
+from .transforms.base import arithmetic_dtype, require_count
 
 Reduction = Literal["none", "mean", "sum"]
 ZLossDivisor = Literal["loss", "rows"]
@@ -222,9 +222,10 @@ def check_temperature(temperature: float | Tensor, input: Tensor) -> Tensor | No
     """The temperature, 0-dim, in the type of the arithmetic on ``input`` and on its device; None for the number 1."""
     dtype = arithmetic_dtype(input.dtype)
     if not isinstance(temperature, Tensor):
-        temperature = require_finite("temperature", temperature)
-        if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+            raise TypeError(f"temperature must be a number or a Tensor, got {type(temperature).__name__}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
         return None if temperature == 1 else torch.full((), temperature, dtype=dtype, device=input.device)
     check_floating("temperature", temperature)
     if temperature.dim() != 0:

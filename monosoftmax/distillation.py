@@ -76,7 +76,7 @@ def linear_distillation(
         beta: for ``"jsd"``, in (0, 1); it is not used otherwise.
         temperature: of both, as in :func:`cross_entropy`.
         mask: bool, (...): where it is False, the row has loss 0 and no gradient, whatever it holds.
-        reduction: ``"mean"`` divides by the number of rows that are not masked.
+        reduction: ``"mean"`` divides by the number of rows that are not masked, and is 0 where there are none.
         backend: as in :func:`cross_entropy`.
 
     Returns:
@@ -288,4 +288,4 @@ def _scale(rows: Tensor, keep: Tensor | None, reduction: str) -> Tensor:
     """The factor [N] of each loss in the result."""
     dtype = arithmetic_dtype(rows.dtype)
     scale = rows.new_ones(rows.shape[0], dtype=dtype) if keep is None else keep.to(dtype)
-    return scale / scale.sum() if reduction == "mean" else scale
+    return scale / scale.sum().clamp(min=1) if reduction == "mean" else scale

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,24 @@ def let_go(gradients: Iterable[Tensor]) -> None:
     """Count ``gradients`` no more, which a backward pass hands on: whoever gets them may keep them."""
     for each in gradients:
         _waiting.get(each.device, {}).pop(id(each), None)
+
+
+def differentiated_once(gradients: Sequence[Tensor], operands: Sequence[Tensor], function: str) -> list[Tensor]:
+    """``gradients`` of the ``operands`` which, where a graph of them is made, end in an error when it is used."""
+    if not torch.is_grad_enabled():
+        return list(gradients)
+    return [_Once.apply(each, function, *operands) for each in gradients]  # type: ignore[no-untyped-call]
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, function: str, *operands: Tensor) -> Tensor:
+        ctx.function = function
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(f'{ctx.function} does not support double backward; use backend="reference"')
 
 
 def scaled(

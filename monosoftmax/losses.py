@@ -17,6 +17,8 @@ from .token_loss_head import Tokens
 from .transforms import MonotonicTransform
 from .transforms.base import arithmetic_dtype, require_finite
 
+__all__ = ["PolicyLoss", "dpo", "kl_to_reference", "linear_policy_loss", "sequence_log_prob"]
+
 Estimator = Literal["k1", "k2", "k3"]
 PreferenceKind = Literal["sigmoid", "ipo"]
 PolicyReduction = Literal["token", "sequence", "sum"]
@@ -214,7 +216,8 @@ def linear_policy_loss(
         kl_weight: k.
         estimator: as in :func:`kl_to_reference`.
         reduction: ``"token"``: the mean over all tokens that count (DAPO); ``"sequence"``: the mean over sequences of
-            the means over their tokens (GRPO), where sequences without such tokens count as 0; ``"sum"``.
+            the means over their tokens (GRPO), where sequences without such tokens count as 0; ``"sum"``. A batch of
+            which no token counts has the loss 0.
 
     Returns:
         The loss and what one wants to log.
@@ -305,11 +308,11 @@ def _per_token(name: str, tensor: Tensor, target: Tensor, dtype: torch.dtype) ->
 
 
 def _policy_scale(target: Tensor, ignore_index: int, reduction: str, dtype: torch.dtype) -> Tensor:
-    """The factor of each token's loss, 0 where it does not count. NaN if no token counts in a mean, as elsewhere."""
+    """The factor of each token's loss, 0 where it does not count."""
     counts = (target != ignore_index).to(dtype)
     if reduction == "sum":
         return counts
     if reduction == "token" or target.dim() == 0:
-        return counts / counts.sum()
+        return counts / counts.sum().clamp(min=1)
     lengths = counts.sum(-1, keepdim=True)
     return counts / lengths.clamp(min=1) / max(lengths.numel(), 1)

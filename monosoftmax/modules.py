@@ -280,6 +280,11 @@ class MonotonicSoftmax(nn.Module):
         Raises:
             TypeError, ValueError, IndexError: as in :func:`monosoftmax.linear_cross_entropy`.
         """
+        if isinstance(target, Tensor) and target.is_floating_point():
+            raise NotImplementedError(
+                f"target must be int64 class indices, got {target.dtype}: the output is their log p. Class "
+                "probabilities are for monosoftmax.linear_cross_entropy"
+            )
         # Without these options, the loss of a row is -log p.
         plain = self.label_smoothing == 0 and self.z_loss == 0 and self.class_weight is None
         losses = linear_losses(

@@ -370,14 +370,22 @@ def _fake_linear_cross_entropy(call: LinearCrossEntropy) -> LinearLosses:
     entropy = loss.new_empty(loss.shape if call.return_statistics else 0)
     argmax, rank = (entropy.new_empty(entropy.shape, dtype=torch.int64) for _ in range(2))
     of_rows, reduced = (loss, lse, row_stats), _scale_and_total(call.reduction, loss)
-    return LinearLosses(*of_rows, log_prob, entropy, argmax, rank, *reduced, *_fake_linear_gradients(call))
+    statistics = (log_prob, entropy, argmax, rank)
+    return LinearLosses(*of_rows, *statistics, *reduced, *_fake_linear_gradients(call))
 
 
 def _fake_token_statistics(call: LinearTokenStatistics | RowTokenStatistics) -> TokenStatistics:
     input = call.head.input if isinstance(call, LinearTokenStatistics) else call.input
     log_prob, entropy, row_stats = _row_results(input, 3)
     argmax, rank = torch.empty_like(call.target), torch.empty_like(call.target)
-    return TokenStatistics(log_prob, entropy, argmax, torch.empty_like(log_prob), rank, row_stats)
+    return TokenStatistics(
+        log_prob=log_prob,
+        entropy=entropy,
+        argmax=argmax,
+        lse=torch.empty_like(log_prob),
+        rank=rank,
+        row_stats=row_stats,
+    )
 
 
 def _fake_linear_distillation(call: LinearDistillation) -> DistillationLosses:

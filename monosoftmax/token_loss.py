@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import gradients_ahead, groups, reference
@@ -148,39 +147,41 @@ def _by_autograd(call: TokenLoss, logits: Tensor) -> Tensor:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _fused(call: TokenLoss, rows: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
     coefficients = for_kernels(call.transform, rows, call.temperature).coefficients
+    operands = (rows, linear_weight, linear_bias, coefficients)
+    needed = tuple(torch.is_grad_enabled() and each is not None and each.requires_grad for each in operands)
     total: Tensor = _Ahead.apply(  # type: ignore[no-untyped-call]
-        call, rows, linear_weight, linear_bias, coefficients
+        call, needed, rows, linear_weight, linear_bias, coefficients
     )
     return total
 
 
 class _Ahead(torch.autograd.Function):
-    """The loss, and in the forward pass all gradients of it that are needed."""
+    """The loss, and in the forward pass all gradients of the operands that are ``needed``."""
 
     @staticmethod
-    def forward(
-        ctx: Any, call: TokenLoss, rows: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor
-    ) -> Tensor:
-        ctx.needed, ctx.backend = ctx.needs_input_grad[1:], call.backend
-        ctx.dtypes = [None if each is None else each.dtype for each in (rows, weight, bias, coefficients)]
+    def forward(ctx: Any, call: TokenLoss, needed: Sequence[bool], *operands: Tensor | None) -> Tensor:
+        rows, weight, bias, coefficients = operands
+        assert rows is not None and weight is not None and coefficients is not None
         f = for_kernels(call.transform, rows, call.temperature)._replace(coefficients=coefficients)
         with torch.autocast(rows.device.type, enabled=False):
-            total, gradients = loss_and_gradients(call, Head(rows, weight, bias), f, ctx.needed)
-        ahead = [each for each, need in zip(gradients, ctx.needed, strict=True) if need]
+            total, gradients = loss_and_gradients(call, Head(rows, weight, bias), f, needed)
+        ahead = [each for each, need in zip(gradients, needed, strict=True) if need]
         gradients_ahead.let_wait(ahead)
-        ctx.save_for_backward(*ahead)
+        ctx.needed, ctx.backend = needed, call.backend
+        wanted = [each for each, need in zip(operands, needed, strict=True) if need]
+        ctx.save_for_backward(*ahead, *wanted)
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        ahead, in_place = ctx.saved_tensors, not keeps_graph()
+        saved, in_place = ctx.saved_tensors, not keeps_graph()
+        ahead, operands = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         if in_place:
             gradients_ahead.let_go(ahead)
-        kernels = row_kernels(ctx.backend)
-        scaled = gradients_ahead.scaled(ahead, grad_output, rounded=False, in_place=in_place, kernels=kernels)
-        assert scaled is not None  # which is for gradients that must not be rounded twice
-        waiting = iter(scaled)
-        return None, *[
-            next(waiting).to(dtype) if need else None for need, dtype in zip(ctx.needed, ctx.dtypes, strict=True)
-        ]
+        with torch.no_grad():
+            kernels = row_kernels(ctx.backend)
+            scaled = gradients_ahead.scaled(ahead, grad_output, rounded=False, in_place=in_place, kernels=kernels)
+            assert scaled is not None  # which is for gradients that must not be rounded twice
+            cast = [each.to(operand.dtype) for each, operand in zip(scaled, operands, strict=True)]
+        waiting = iter(gradients_ahead.differentiated_once(cast, operands, "linear_token_loss"))
+        return None, None, *[next(waiting) if need else None for need in ctx.needed]

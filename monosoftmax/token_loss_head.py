@@ -55,13 +55,14 @@ class TokenLoss(NamedTuple):
 class _Chunk(NamedTuple):
     """What is known of a chunk of rows before its gradients: the gradients of the loss for the numbers of its tokens.
 
-    ``of_classes`` [n, k] are those of ``class_log_prob``.
+    ``of_classes`` [n, k] are those of ``class_log_prob``, the log p of the classes.
     """
 
     rows: slice
     loss: Tensor
     upstream: Upstream
     of_classes: Tensor
+    class_log_prob: Tensor
     statistics: TokenStatistics
 
     def scaled(self, factor: Tensor) -> _Chunk:
@@ -120,11 +121,12 @@ def _chunk(call: TokenLoss, transform: Transform, rows: slice, logits: Tensor, *
     target, classes = rows_in(call.target, rows), rows_in(call.classes, rows)
     kernel = row_kernels(call.backend).token_statistics
     found = TokenStatistics(*kernel(logits, target, transform, call.ignore_index))
-    y = reference.evaluated(
-        logits.gather(1, classes).to(found.lse.dtype), call.transform, transform.coefficients, call.temperature
-    )
-    # The rounding of lse could carry a log p next to 0 beyond it.
-    class_log_prob = (y - found.lse.unsqueeze(1)).clamp_(max=0.0)
+    # Relative to the largest y, which is that of the largest logit. The rounding of lse would be the error of a log p
+    # next to 0, and could carry it beyond 0.
+    places = torch.cat([classes, found.argmax.unsqueeze(1)], 1)
+    z = logits.gather(1, places).to(found.lse.dtype)
+    y = reference.evaluated(z, call.transform, transform.coefficients, call.temperature)
+    class_log_prob = (y[:, :-1] - y[:, -1:]).clamp_(max=0.0) - found.row_stats[1].log().unsqueeze(1)
     leaves = [found.log_prob, found.entropy, found.lse, class_log_prob]
     with torch.set_grad_enabled(gradients):
         leaves = [each.detach().requires_grad_(gradients) for each in leaves]
@@ -133,13 +135,17 @@ def _chunk(call: TokenLoss, transform: Transform, rows: slice, logits: Tensor, *
         if gradients:
             _check_leaves(loss, leaves)
     if not loss.requires_grad:
-        return _Chunk(rows, loss.detach(), Upstream(torch.zeros_like(found.lse)), torch.zeros_like(y), found)
+        nothing = torch.zeros_like(class_log_prob)
+        upstream = Upstream(torch.zeros_like(found.lse))
+        return _Chunk(
+            rows, loss.detach(), upstream, of_classes=nothing, class_log_prob=class_log_prob, statistics=found
+        )
     a, e, h, u = torch.autograd.grad(loss, leaves, allow_unused=True)
-    of_classes = torch.zeros_like(y) if u is None else u
+    of_classes = torch.zeros_like(class_log_prob) if u is None else u
     if u is not None:
         h = -u.sum(1) if h is None else h - u.sum(1)
     upstream = Upstream(torch.zeros_like(found.lse) if a is None else -a, h, None, e)
-    return _Chunk(rows, loss.detach(), upstream, of_classes, found)
+    return _Chunk(rows, loss.detach(), upstream, of_classes=of_classes, class_log_prob=class_log_prob, statistics=found)
 
 
 def _check_leaves(loss: Tensor, leaves: Sequence[Tensor]) -> None:
@@ -164,7 +170,9 @@ def _gradients(
 ) -> Tensor:
     """Overwrites ``logits`` with their gradient, and returns that of the coefficients; as far as the mask asks."""
     target, classes = rows_in(call.target, chunk.rows), rows_in(call.classes, chunk.rows)
-    z = logits.gather(1, classes).to(chunk.statistics.lse.dtype)
+    dy, present = _gradient_of_y(call, chunk)
+    # What a row without a gradient holds must not reach the gradients.
+    z = torch.where(present, logits.gather(1, classes).to(dy.dtype), 0.0)
     options = LossOptions(None, call.ignore_index, 0.0, 0.0, False)
     results = row_kernels(call.backend).cross_entropy(
         logits, target, transform, options, upstream=chunk.upstream, row_stats=chunk.statistics.row_stats,
@@ -176,7 +184,7 @@ def _gradients(
         z, coefficients = z.requires_grad_(), transform.coefficients.detach().requires_grad_()
         y = reference.evaluated(z, call.transform, coefficients, call.temperature)
     if output_mask[0]:
-        (dz,) = torch.autograd.grad(y, z, _gradient_of_y(call, chunk, y.detach()), retain_graph=True)
+        (dz,) = torch.autograd.grad(y, z, dy, retain_graph=True)
         logits.scatter_(1, classes, dz.to(logits.dtype))
     if not output_mask[1]:
         return results[4]
@@ -185,20 +193,19 @@ def _gradients(
     return results[4] if more is None else results[4] + more
 
 
-def _gradient_of_y(call: TokenLoss, chunk: _Chunk, y: Tensor) -> Tensor:
-    """dL/dy of the ``classes``, from all upstream gradients; 0 where all of a row are 0, whatever the row holds."""
+def _gradient_of_y(call: TokenLoss, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+    """dL/dy of the ``classes``, from all upstream gradients; and [n, 1], whether a row has any that is not 0."""
     target, classes = rows_in(call.target, chunk.rows), rows_in(call.classes, chunk.rows)
     loss, lse, _, entropy = (None if each is None else each.unsqueeze(1) for each in chunk.upstream)
     assert loss is not None
     loss = loss.masked_fill(target.unsqueeze(1) == call.ignore_index, 0.0)
-    log_p = (y - chunk.statistics.lse.unsqueeze(1)).clamp(max=0.0)
-    p = log_p.exp()
+    p = chunk.class_log_prob.exp()
     dy = loss * (p - (classes == target.unsqueeze(1)).to(p.dtype)) + chunk.of_classes
     present = (loss != 0) | (chunk.of_classes != 0).any(1, keepdim=True)
     if lse is not None:
         dy, present = dy + lse * p, present | (lse != 0)
     if entropy is not None:
-        log_p = log_p.clamp(min=torch.finfo(p.dtype).min)
+        log_p = chunk.class_log_prob.clamp(min=torch.finfo(p.dtype).min)
         dy = dy - entropy * p * (log_p + chunk.statistics.entropy.unsqueeze(1))
         present = present | (entropy != 0)
-    return torch.where(present, dy, 0.0)
+    return torch.where(present, dy, 0.0), present

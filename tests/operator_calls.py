@@ -82,5 +82,6 @@ def check_row_kernels(backend: str, rows: Tensor, target: Tensor, transform: Tra
                 assert each.shape == (like.shape if needed else (0,)) and each.dtype == like.dtype
     if target.dim() == 1:
         statistics = check_function(kernels.token_statistics, rows, target, transform, options.ignore_index)
-        assert [each.dtype for each in statistics] == [*[scale.dtype] * 2, torch.int64, scale.dtype, torch.int64]
-        assert all(each.shape == (count,) for each in statistics)
+        wide, whole = scale.dtype, torch.int64
+        assert [each.dtype for each in statistics] == [wide, wide, whole, wide, whole, wide]
+        assert [each.shape for each in statistics] == [*[(count,)] * 5, (3, count)]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import monosoftmax as ms
-from monosoftmax import chunked_head, ops
+from monosoftmax import head_products, ops
 from monosoftmax.groups import Head, HeadOptions, LossOptions, Transform
 
 from .cases import Case, Inputs
@@ -81,9 +81,11 @@ def tuned(backend: str, block: int = 0, addmm: int = 0, **wishes: int) -> Iterat
     """While it lasts, the kernels are planned (``csrc/cuda/plan.h``, Tuning) or launched with ``wishes``."""
     with ExitStack() as stack:
         if block:
-            stack.enter_context(mock.patch.object(chunked_head, "_BLOCK", block))
+            stack.enter_context(mock.patch.object(head_products, "_BLOCK", block))
         if addmm:
-            stack.enter_context(mock.patch.object(chunked_head._Head, "_add_grad_weight", _accumulate_in_the_product))
+            stack.enter_context(
+                mock.patch.object(head_products.HeadProducts, "_add_grad_weight", _accumulate_in_the_product)
+            )
         if wishes and backend == "triton":
             from monosoftmax.triton_kernels import launch
 
@@ -123,7 +125,7 @@ def prepare(operator: Operator, variant: str, case: Case, inputs: Inputs) -> Con
         arguments = ops.CrossEntropy(input=operands[0], output_mask=mask, **given)
     else:
         function, mask = ops.linear_cross_entropy, (gradient, gradient, False, sums)
-        given |= {"return_log_prob": False, "head_options": HeadOptions("chunked", chunk_rows, 0.0)}
+        given |= {"return_log_prob": False, "return_statistics": False, "head_options": HeadOptions("chunked", chunk_rows, 0.0)}
         arguments = ops.LinearCrossEntropy(head=Head(*operands, None), output_mask=mask, **given)
 
     def step() -> tuple[Tensor, ...]:

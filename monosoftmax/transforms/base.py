@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,8 @@ class MonotonicTransform(nn.Module):
     kernel: str | None = None
     #: True if f(-inf) is finite, so that a logit of -inf keeps some probability.
     bounded_below: bool = False
+    #: The names of :meth:`arguments` where they are not those of the constructor.
+    setting_names: ClassVar[Sequence[str] | None] = None
 
     def __init__(self) -> None:
         # No arguments, unlike nn.Module, so that to_dict() knows the arguments of a subclass without __init__.
@@ -153,18 +155,7 @@ class MonotonicTransform(nn.Module):
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> MonotonicTransform:
-        """The transform with these :meth:`arguments`.
-
-        Raises:
-            TypeError: there are names among them that are no arguments of the constructor.
-        """
-        known = settings_of(cls)
-        unknown = [key for key in arguments if key not in known]
-        if unknown:
-            raise TypeError(
-                f"{cls.__name__} has no {', '.join(map(str, unknown))}: its arguments are "
-                f"{', '.join(known) or 'none at all'}"
-            )
+        """The transform with these :meth:`arguments`, whose names are right."""
         return cls(**arguments)
 
     def extra_repr(self) -> str:
@@ -289,11 +280,20 @@ def from_dict(config: dict[str, Any]) -> MonotonicTransform:
     name = config["type"]
     if not isinstance(name, str) or name not in known:
         raise ValueError(f'config["type"] must be one of {", ".join(known)}, got {name!r}')
-    return known[name].from_arguments({key: value for key, value in config.items() if key != "type"})
+    arguments = {key: value for key, value in config.items() if key != "type"}
+    names = settings_of(known[name])
+    unknown = [key for key in arguments if key not in names]
+    if unknown:
+        raise TypeError(
+            f"{name} has no {', '.join(map(str, unknown))}: its arguments are {', '.join(names) or 'none at all'}"
+        )
+    return known[name].from_arguments(arguments)
 
 
 def settings_of(kind: type[MonotonicTransform]) -> list[str]:
     """The names of the arguments that choose f. A constructor with ``**kwargs`` also has its base class's."""
+    if kind.setting_names is not None:
+        return list(kind.setting_names)
     names: list[str] = []
     for each in kind.__mro__:
         if "__init__" in vars(each):

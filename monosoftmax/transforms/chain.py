@@ -77,6 +77,8 @@ class Chain(MonotonicTransform):
         True
     """
 
+    setting_names = ("transforms",)
+
     def __init__(self, *transforms: MonotonicTransform) -> None:
         super().__init__()
         parts: list[MonotonicTransform] = []
@@ -134,16 +136,12 @@ class Chain(MonotonicTransform):
     def table_size(self) -> int:
         return self._core[0].table_size if self._core else 0
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"type": "chain", "transforms": [each.to_dict() for each in self.parts]}  # type: ignore[operator]
+    def arguments(self) -> dict[str, Any]:
+        return {"transforms": [each.to_dict() for each in self._in_order()]}
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> Chain:
-        if set(arguments) != {"transforms"}:
-            raise TypeError(
-                f"chain takes transforms and nothing else, got {', '.join(map(str, arguments)) or 'nothing'}"
-            )
-        return cls(*(from_dict(each) for each in arguments["transforms"]))
+        return cls(*(from_dict(each) for each in arguments.get("transforms", ())))
 
     def extra_repr(self) -> str:
         return ""

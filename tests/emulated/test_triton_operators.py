@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from triton_interpreter import interpreting  # noqa: E402
 
 import monosoftmax as ms  # noqa: E402
-from monosoftmax import backends, chunked_head, ops  # noqa: E402
+from monosoftmax import backends, head_products, ops  # noqa: E402
 from monosoftmax.groups import Head, HeadOptions, LossOptions, Upstream  # noqa: E402
 from monosoftmax.triton_kernels import launch, operators  # noqa: E402
 
@@ -171,6 +171,7 @@ def test_opcheck_of_the_head(method: str) -> None:
             head_options=HeadOptions(method, 0, 0.0),
             reduction="sum",
             return_log_prob=True,
+            return_statistics=False,
             output_mask=(True,) * 4,
         )
         opcheck(call)
@@ -261,12 +262,12 @@ def test_parts_of_the_weight_gradient_are_float32_on_a_gpu() -> None:
     """As far as torch says without one: of tensors that are not there."""
     with FakeTensorMode():
         a, b = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((9, 4), (4, 5)))
-        product = chunked_head._product_to_be_summed(a, b)
+        product = head_products._product_to_be_summed(a, b)
     assert product.dtype == torch.float32 and product.shape == (9, 5)
 
 
 def test_rows_in_a_chunk_on_a_gpu() -> None:
-    rows = functools.partial(chunked_head.chunk_rows, device="cuda")
+    rows = functools.partial(head_products.chunk_rows, device="cuda")
     assert [rows(classes, torch.bfloat16) for classes in (32000, 131072, 262144, 10**6)] == [8192, 4096, 2048, 2048]
 
 

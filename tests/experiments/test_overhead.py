@@ -136,11 +136,11 @@ def test_plans_and_launches_are_as_before_after_an_exception(monkeypatch: pytest
     extension = SimpleNamespace(tune_plans=lambda **each: wishes.append(each))
     monkeypatch.delitem(sys.modules, "monosoftmax_cuda_host", raising=False)
     monkeypatch.setattr(variants.ms.backends, "extension", extension)
-    block = variants.chunked_head._BLOCK
+    block = variants.head_products._BLOCK
     with pytest.raises(RuntimeError), variants.tuned("cuda", fewest_blocks=2, block=1):
-        assert variants.chunked_head._BLOCK == 1
+        assert variants.head_products._BLOCK == 1
         raise RuntimeError
-    assert wishes == [{"fewest_blocks": 2}, {}] and block == variants.chunked_head._BLOCK
+    assert wishes == [{"fewest_blocks": 2}, {}] and block == variants.head_products._BLOCK
     pytest.importorskip("triton", reason="Triton is not installed")
     launch = importlib.import_module("monosoftmax.triton_kernels.launch")
     with variants.tuned("triton", lanes=64):
@@ -189,7 +189,7 @@ def test_units_run_without_what_writes_reports() -> None:
     code = "import sys; sys.modules.update(dict.fromkeys(('pandas', 'jinja2', 'tabulate', 'matplotlib')))"
     code += "; from benchmarks.__main__ import COMMANDS; COMMANDS.main(['list', 'overhead', '--only', 'dry/*'])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "0 of 24 units are done" in found.stdout
+    assert "0 of 27 units are done" in found.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is measured on Linux only")

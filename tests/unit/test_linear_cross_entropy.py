@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import monosoftmax as ms
-from monosoftmax import chunked_head
+from monosoftmax import head_products
 
 BACKENDS: list[Any] = ["reference", "cpu"]
 N, D, V = 7, 5, 33
@@ -24,7 +24,7 @@ PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "mkldnn::_linear_pointwis
 
 @pytest.fixture
 def chunks_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    return lambda rows: monkeypatch.setattr(chunked_head, "chunk_rows", lambda *_: rows)
+    return lambda rows: monkeypatch.setattr(head_products, "chunk_rows", lambda *_: rows)
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_as_close_to_the_truth_as_pytorch(
 
     4 chunks of 50 rows; 5000 classes are three blocks. The float16 gradients of a mean are held to float32's scale.
     """
-    monkeypatch.setattr(chunked_head, "_has_fast_products", lambda _: not wide)
+    monkeypatch.setattr(head_products, "_has_fast_products", lambda _: not wide)
     if wide and dtype == torch.float32:
         pytest.skip("float32 is not widened")
     rows, classes = 200, 5000
@@ -256,7 +256,7 @@ def test_target_out_of_range_names_its_row(wrong: int) -> None:
 def test_size_of_the_chunks() -> None:
     for classes in (10, 1000, 32_000, 50_257, 128_256, 262_144):
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            rows = chunked_head.chunk_rows(classes, dtype)
+            rows = head_products.chunk_rows(classes, dtype)
             size = rows * classes * dtype.itemsize
             assert rows == 128 or size <= 64 * 2**20, (classes, dtype)
             assert rows >= 256 or size > 50 * 2**20, (classes, dtype)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import monosoftmax as ms
-from monosoftmax import chunked_head, mixtures
+from monosoftmax import head_products, mixtures
 from monosoftmax.mixtures import MixtureOfContexts, MixtureOfSoftmaxes
 
 pytestmark = pytest.mark.filterwarnings("ignore:monosoftmax runs the slow reference")
@@ -285,7 +285,7 @@ def test_the_default_chunk_follows_the_budget(monkeypatch):
 
 def test_the_fused_backend_chunks_by_itself(monkeypatch):
     monkeypatch.setattr(mixtures, "LOGITS_BUDGET", 0)  # of no concern to it
-    monkeypatch.setattr(chunked_head, "chunk_rows", lambda *_: 16)
+    monkeypatch.setattr(head_products, "chunk_rows", lambda *_: 16)
     torch.manual_seed(0)
     data = torch.randn(100, 4), torch.randint(2000, (100,))
     module = MixtureOfSoftmaxes(4, 2000, 5, backend="cpu")

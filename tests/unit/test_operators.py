@@ -93,6 +93,7 @@ def test_opcheck_linear_cross_entropy(name: str, options: LossOptions, bias: boo
         head_options=HeadOptions("chunked", 0, 0.0),
         reduction="none",
         return_log_prob=options.return_lse,
+        return_statistics=False,
         output_mask=(False,) * 4,
     )
     for reduction in ("none", "mean", "sum"):
@@ -131,8 +132,9 @@ def test_opcheck_log_softmax(batch: tuple[Tensor, Tensor], name: str, dtype: tor
 
 
 def test_every_operator_is_opchecked() -> None:
-    """In the tests above, and in test_token_log_prob.py."""
-    functions = {"cross_entropy", "linear_cross_entropy", "linear_token_statistics", "token_statistics", "log_softmax"}
+    """In the tests above, in test_token_log_prob.py and in test_distillation.py."""
+    functions = {"cross_entropy", "token_statistics", "log_softmax"}
+    functions |= {"linear_cross_entropy", "linear_token_statistics", "linear_distillation"}
     assert set(ops.OPERATORS) == functions | {f"{name}_backward" for name in functions}
     assert set(dir(torch.ops.monosoftmax)) >= set(ops.OPERATORS)
 

@@ -161,7 +161,7 @@ def test_no_rows(kernels: RowKernels) -> None:
     output, stats = kernels.log_softmax(rows, f, torch.float32)
     assert output.shape == (0, V)
     assert not kernels.log_softmax_backward(output, rows, f, stats, BOTH)[1].any()
-    assert all(each.shape == (0,) for each in kernels.token_statistics(rows, target, f, -100))
+    assert [each.shape for each in kernels.token_statistics(rows, target, f, -100)] == [*[(0,)] * 5, (3, 0)]
 
 
 @pytest.mark.parametrize("name", ["identity", "plif", "gss"])
@@ -176,7 +176,7 @@ def test_log_softmax_and_statistics(kernels: RowKernels, name: str) -> None:
     gradients = torch.autograd.grad(wanted, [leaf, *wide.parameters()], upstream.double())
     for each, right in zip((of_rows, *parameter_gradients(call, of_coefficients)), gradients, strict=True):
         torch.testing.assert_close(each, right.float(), atol=2e-5, rtol=2e-5)
-    log_prob, _, argmax, _, rank = kernels.token_statistics(rows, target, f, -100)
+    log_prob, _, argmax, _, rank, _ = kernels.token_statistics(rows, target, f, -100)
     counted = target >= 0
     torch.testing.assert_close(log_prob[counted], output[counted].gather(1, target[counted, None])[:, 0])
     assert torch.equal(argmax, rows.argmax(1)) and rank[1] == -1 and log_prob[1] == 0
@@ -212,7 +212,7 @@ REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"grad_rows": torch.ones(V, N).t()}, ValueError, "grad_rows must have its columns next to each other"),
     ({"grad_rows": torch.ones(N, V), "output_mask": (False, True)}, ValueError, "gradient of rows is not asked for"),
     ({"transform": [F32, "plif", []]}, TypeError, "Transform must be a tuple, got list"),
-    ({"transform": (F32, "plif")}, TypeError, "Transform has 3 fields, got 2"),
+    ({"transform": (F32, "plif")}, TypeError, "Transform has 5 fields, got 2"),
     ({"coefficients": None}, TypeError, "Transform.coefficients cannot be of type NoneType"),
     ({"name": 3}, TypeError, "Transform.name cannot be of type int"),
     ({"constants": "abc"}, TypeError, "Transform.constants cannot be of type str"),
@@ -220,7 +220,7 @@ REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"options": (None, -100, 0.0, 0.0)}, TypeError, "LossOptions has 5 fields, got 4"),
     ({"ignore_index": 1.5}, TypeError, "LossOptions.ignore_index cannot be of type float"),
     ({"return_lse": None}, TypeError, "LossOptions.return_lse cannot be of type NoneType"),
-    ({"upstream": (F32, None)}, TypeError, "Upstream has 3 fields, got 2"),
+    ({"upstream": (F32, None)}, TypeError, "Upstream has 4 fields, got 2"),
     ({"output_mask": True}, TypeError, "output_mask must be a tuple, got bool"),
 ]
 

@@ -395,22 +395,21 @@ def test_who_takes_them() -> None:
     )
     for name in ("triton", "cuda"):
         backend = ms.backends._BACKENDS[name]
-        assert backend.refusal(call) is None
-        assert "class probabilities are not implemented" in str(backend.refusal(soft))
-    for operation in ("linear_cross_entropy", "linear_token_statistics", "log_softmax"):
+        assert backend.refusal(call) is None and backend.refusal(soft) is None
+        assert reason in str(backend.refusal(soft._replace(target_kind="differentiated probabilities")))
+    for operation in ("linear_token_statistics", "log_softmax"):
         with pytest.raises(ValueError, match="target must be class indices"):
             ms.backends.explain(operation, LOGITS, target=target)  # type: ignore[arg-type]
 
 
-def test_the_head_refuses_them() -> None:
+def test_statistics_and_modules_refuse_them() -> None:
     hidden, weight, target = torch.randn(4, 5), torch.randn(9, 5), torch.rand(4, 9)
     layer = ms.MonotonicSoftmax(5, 9)
     for call in (
-        lambda: ms.linear_cross_entropy(hidden, weight, target),
         lambda: ms.linear_token_statistics(hidden, weight, target),
         lambda: layer(hidden, target),
     ):
-        with pytest.raises(NotImplementedError, match=r"class probabilities are not supported.*ms|monosoftmax"):
+        with pytest.raises(NotImplementedError, match=r"(?i)class probabilities are for monosoftmax"):
             call()
 
 

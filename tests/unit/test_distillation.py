@@ -51,9 +51,7 @@ def call(student: list[Tensor], teacher: list[Tensor], f: Any, g: Any, **options
     )
 
 
-def truth(
-    student: list[Tensor], teacher: list[Tensor], f: Any, g: Any, kind: str, *, beta: float, tau: float
-) -> Tensor:
+def truth(student: list[Tensor], teacher: list[Tensor], f: Any, g: Any, kind: str, **of: float) -> Tensor:
     """The losses [N], by the definitions, with ``beta`` and ``tau``."""
     beta, tau = of["beta"], of["tau"]
     p = (f(F.linear(*student)) / tau).softmax(1)
@@ -187,18 +185,11 @@ def test_opcheck(name: str, kind: str) -> None:
     opcheck(arguments._replace(scale=None, output_mask=(False,) * 4))
     stats = ops.linear_distillation(arguments).row_stats.detach()
     for mask in [(True,) * 4, (False, True, False, False)]:
-        opcheck(
-            ops.LinearDistillationBackward(
-                backend="cpu",
-                grad_loss=torch.rand(N),
-                head=detached,
-                transform=below,
-                teacher=given,
-                divergence=Divergence(kind, 0.3),
-                row_stats=stats,
-                output_mask=mask,
-            )  # fmt: skip
-        )
+        backward = ops.LinearDistillationBackward(
+            backend="cpu", grad_loss=torch.rand(N), head=detached, transform=below, teacher=given,
+            divergence=Divergence(kind, 0.3), row_stats=stats, output_mask=mask,
+        )  # fmt: skip
+        opcheck(backward)
 
 
 def test_double_backward_is_an_error() -> None:

@@ -178,11 +178,41 @@ def test_classes_without_a_finite_logit(kernels: RowKernels) -> None:
     f = compositions("identity")[COOLED].kernel(rows)
     log_q = torch.log_softmax(torch.randn(4, 33), 1)
     calls = [kernels.cross_entropy(rows, log_q.exp(), f, OPTIONS, Upstream(ONE), output_mask=BOTH)]
-    calls += [kernels.divergence(rows, log_q, f, *each, Upstream(ONE), output_mask=BOTH) for each in DIVERGENCES]
+    for kind, beta in DIVERGENCES:
+        calls.append(kernels.divergence(rows, log_q, f, kind, beta, upstream=Upstream(ONE), output_mask=BOTH))
     for call in calls:
         results = RowResults(*call)
         assert results.loss[:3].isnan().all() and results.loss[3].isfinite()
         assert results.grad_rows[:3].isnan().all(1).all() and results.grad_rows[3].isfinite().all()
+
+
+@pytest.mark.parametrize("masked_in_target", [False, True])
+def test_masked_classes(kernels: RowKernels, masked_in_target: bool) -> None:
+    """p = 0 at logits of -inf adds nothing, whatever log q is there."""
+    rows, f = torch.randn(4, 33), compositions("identity")[COOLED].kernel(torch.empty(4, 33))
+    log_q = torch.log_softmax(torch.randn(4, 33), 1)
+    rows[:, ::2] = -torch.inf
+    if masked_in_target:
+        log_q[:, ::2] = -torch.inf
+    log_p = torch.log_softmax(rows.double() / COMPOSITIONS[COOLED][1], 1)
+    for kind, beta in DIVERGENCES:
+        results = RowResults(*kernels.divergence(rows, log_q, f, kind, beta, upstream=Upstream(ONE), output_mask=BOTH))
+        true = row_contract.divergence_of(kind, beta, log_p, log_q.double())
+        torch.testing.assert_close(results.loss.double(), true, rtol=1e-5, atol=1e-6)
+        if kind != "forward_kl" or masked_in_target:
+            assert (results.grad_rows[:, ::2] == 0).all() and results.grad_rows.isfinite().all()
+
+
+def test_inner_of_far_logits(kernels: RowKernels) -> None:
+    """The largest f is that of the largest inner(z), also where z itself is far from it."""
+    rows, target = 3e4 * torch.randn(3, 400), torch.arange(3)
+    f = compositions("identity")[0].kernel(rows)._replace(inner=[1e-4, 0.0])
+    results = RowResults(*kernels.cross_entropy(rows, target, f, OPTIONS, upstream=Upstream(ONE), output_mask=BOTH))
+    z = rows.double().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(1e-4 * z, target, reduction="none")
+    torch.testing.assert_close(results.loss.double(), loss.detach(), rtol=1e-5, atol=1e-6)
+    (grad_rows,) = torch.autograd.grad(loss.sum(), z)
+    torch.testing.assert_close(results.grad_rows.double(), grad_rows, rtol=1e-4, atol=1e-9)
 
 
 def test_no_rows(kernels: RowKernels) -> None:

@@ -7,6 +7,8 @@
 #include <sys/mman.h>
 #endif
 
+#include <limits>
+
 #include "../checked.h"
 #include "instruction_set.h"
 
@@ -47,7 +49,9 @@ class TransformArguments {
         constants_(transform.constants.data()),
         table_rows_(check_transform(transform, rows).table_rows),
         size_(transform.coefficients.size(-1)),
-        given_(transform.coefficients) {
+        given_(transform.coefficients),
+        inner_(transform.inner),
+        temperature_(transform.temperature) {
     if (table_rows_ == 0) {
       coefficients_ = given_.contiguous();
       return;
@@ -58,7 +62,13 @@ class TransformArguments {
 
   template <class S>
   Transform<S> view() const {
-    return {name_, coefficients_.const_data_ptr<S>(), size_, constants_};
+    const S temperature = temperature_.has_value() ? *temperature_->const_data_ptr<S>() : S(1);
+    return {.name = name_,
+            .coefficients = coefficients_.const_data_ptr<S>(),
+            .size = size_,
+            .constants = constants_,
+            .inner = inner_.empty() ? InnerNumbers<S>{} : InnerNumbers<S>{S(inner_[0]), S(inner_[1])},
+            .inverse_temperature = temperature > 0 ? 1 / temperature : std::numeric_limits<S>::quiet_NaN()};
   }
   const Tensor& given() const { return given_; }
   // In the layout of the kernels: a table is [pieces, stride].
@@ -85,6 +95,8 @@ class TransformArguments {
   int table_rows_;
   int64_t size_;
   const Tensor& given_;
+  c10::ArrayRef<double> inner_;
+  const Optional& temperature_;
   Tensor coefficients_;
 };
 
@@ -116,7 +128,8 @@ class LossArguments {
 // The target and the options of a loss of class indices.
 class IndexArguments : public LossArguments {
  public:
-  static constexpr int64_t kStats = 2;
+  // The numbers of a row_stats that the loss fills, and the most that it takes: token_statistics finds a third one.
+  static constexpr int64_t kStats = 2, kMostStats = 3;
 
   IndexArguments(const Tensor& rows, const Tensor& target, const groups::LossOptions& options)
       : LossArguments(rows, options),
@@ -151,7 +164,7 @@ class IndexArguments : public LossArguments {
 // The target and the options of a loss of class probabilities.
 class ProbabilityArguments : public LossArguments {
  public:
-  static constexpr int64_t kStats = 3;
+  static constexpr int64_t kStats = 3, kMostStats = 3;
 
   ProbabilityArguments(const Tensor& rows, const Tensor& target, const groups::LossOptions& options)
       : LossArguments(rows, options), target_(checked_like(kMemory, "target", target, rows)) {}
@@ -163,6 +176,33 @@ class ProbabilityArguments : public LossArguments {
 
  private:
   Tensor target_;
+};
+
+// The target of a divergence.
+class DivergenceArguments {
+ public:
+  static constexpr int64_t kStats = 3;
+
+  DivergenceArguments(const Tensor& rows, const Tensor& log_target, std::string_view kind, double beta)
+      : kind_(divergence_of(kind, beta)), beta_(beta), log_q_(checked_like(kMemory, "log_target", log_target, rows)) {
+    element_of(log_q_.scalar_type());
+  }
+
+  const Tensor& log_q() const { return log_q_; }
+  double beta() const { return beta_; }
+  template <class S>
+  const DivergenceTiles<S>& tiles(const RowKernels<S>& kernels) const {
+    switch (kind_) {
+      case Divergence::kForwardKl: return kernels.forward_kl;
+      case Divergence::kReverseKl: return kernels.reverse_kl;
+      default: return kernels.jsd;
+    }
+  }
+
+ private:
+  Divergence kind_;
+  double beta_;
+  Tensor log_q_;
 };
 
 template <class S>

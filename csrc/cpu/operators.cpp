@@ -12,6 +12,25 @@ Part merged(const std::vector<Part>& parts) {
   return whole;
 }
 
+// The upstream gradient of every loss, if all losses have the same. It is 0 if there is none.
+template <class S>
+S grad_of_every_loss(const groups::Upstream& upstream) {
+  return upstream.loss.has_value() && upstream.loss->dim() == 0 ? *upstream.loss->const_data_ptr<S>() : S(0);
+}
+
+// The upstream gradients of the losses, if each has its own.
+Optional grad_of_each_loss(const groups::Upstream& upstream) {
+  return upstream.loss.has_value() && upstream.loss->dim() > 0 ? contiguous(upstream.loss) : std::nullopt;
+}
+
+void check_gradients(const Tensor& rows, const std::optional<groups::Upstream>& upstream, groups::OutputMask mask,
+                     const Optional& grad_rows) {
+  check_upstream(upstream, rows, mask);
+  TORCH_CHECK_VALUE(!upstream.has_value() || !upstream->factor.has_value(),
+                    "monosoftmax: the cpu backend takes no factor: it knows all numbers");
+  check_grad_rows(kMemory, grad_rows, rows, mask);
+}
+
 // A call of cross_entropy, checked. Target: IndexArguments or ProbabilityArguments.
 template <class Target>
 struct LossCall {
@@ -21,11 +40,6 @@ struct LossCall {
   groups::Upstream upstream;
   groups::OutputMask mask;
 
-  // The upstream gradient of every loss, if all losses have the same. It is 0 if there is none.
-  template <class S>
-  S grad_of_every_loss() const {
-    return upstream.loss.has_value() && upstream.loss->dim() == 0 ? *upstream.loss->template const_data_ptr<S>() : S(0);
-  }
   bool has_one_upstream_gradient() const {
     return !upstream.lse.has_value() && (!upstream.loss.has_value() || upstream.loss->dim() == 0);
   }
@@ -48,7 +62,7 @@ void compute_losses(const LossCall<Target>& call, groups::RowResults& results) {
         .loss = results.loss.template mutable_data_ptr<S>(),
         .lse = results.lse.template mutable_data_ptr<S>(),
         .stats = stats_of<S>(results.row_stats),
-        .grad_loss = call.template grad_of_every_loss<S>(),
+        .grad_loss = grad_of_every_loss<S>(call.upstream),
         .grad_input = rows_if(call.mask.rows, results.grad_rows)};
     if (!shares.by_columns()) {
       shares.for_each([&](int64_t share, int64_t begin, int64_t end) {
@@ -75,13 +89,12 @@ void compute_losses(const LossCall<Target>& call, groups::RowResults& results) {
   results.grad_coefficients = sums.total();
 }
 
-// Computes the gradients from the row_stats of the losses, for any upstream gradients of losses and of lse.
+// Computes the gradients from the row_stats of the losses, for any upstream gradients.
 template <class Target>
 void compute_gradients(const LossCall<Target>& call, const Tensor& row_stats, groups::RowResults& results) {
   const Tensor stats = row_stats.contiguous();
-  const bool one_each = call.upstream.loss.has_value() && call.upstream.loss->dim() > 0;
-  const Optional grad_loss = one_each ? contiguous(call.upstream.loss) : std::nullopt;
-  const Optional grad_lse = contiguous(call.upstream.lse);
+  const Optional grad_loss = grad_of_each_loss(call.upstream);
+  const Optional grad_lse = contiguous(call.upstream.lse), grad_entropy = contiguous(call.upstream.entropy);
   const Shares shares(call.rows.size(0), call.rows.size(1));
   CoefficientSums sums(call.transform, shares, call.mask.coefficients);
   with_kernels(call.rows, [&](auto zero, const auto& row_kernels) {
@@ -92,9 +105,10 @@ void compute_gradients(const LossCall<Target>& call, const Tensor& row_stats, gr
         .input = rows_of(call.rows),
         .target = view,
         .transform = call.transform.template view<S>(),
-        .grad_of_every_loss = call.template grad_of_every_loss<S>(),
+        .grad_of_every_loss = grad_of_every_loss<S>(call.upstream),
         .grad_loss = data_of<S>(grad_loss),
         .grad_lse = data_of<S>(grad_lse),
+        .grad_entropy = data_of<S>(grad_entropy),
         .stats = const_stats_of<S>(stats),
         .grad_input = rows_if(call.mask.rows, results.grad_rows)};
     for_each_block(shares, call.rows, [&](auto share, auto begin, auto end, auto first, auto last) {
@@ -109,13 +123,16 @@ groups::RowResults cross_entropy(const Tensor& rows, const Tensor& target, const
                                  const Optional& row_stats, groups::OutputMask mask, const Optional& grad_rows) {
   check_rows("input", rows);
   const TransformArguments arguments(transform, rows);
-  check_upstream(upstream, rows, mask);
-  TORCH_CHECK_VALUE(!upstream.has_value() || !upstream->factor.has_value(),
-                    "monosoftmax: the cpu backend takes no factor: it knows all numbers");
-  check_grad_rows(kMemory, grad_rows, rows, mask);
+  check_gradients(rows, upstream, mask, grad_rows);
+  const bool has_entropy = upstream.has_value() && upstream->entropy.has_value();
+  TORCH_CHECK_VALUE(!has_entropy || !target.is_floating_point(),
+                    "monosoftmax: a gradient of the entropy needs a target of class indices");
+  TORCH_CHECK_VALUE(!has_entropy || (row_stats.has_value() && row_stats->dim() == 2 && row_stats->size(0) == 3),
+                    "monosoftmax: a gradient of the entropy needs the row_stats [3, N] of token_statistics");
   const auto compute = [&](const auto& checked_target) {
     using Target = std::decay_t<decltype(checked_target)>;
-    groups::RowResults results = room_for_losses(rows, Target::kStats, row_stats);
+    const bool has_most = row_stats.has_value() && row_stats->dim() == 2 && row_stats->size(0) == Target::kMostStats;
+    groups::RowResults results = room_for_losses(rows, has_most ? Target::kMostStats : Target::kStats, row_stats);
     results.grad_rows = grad_rows.has_value() ? *grad_rows : gradient_if(mask.rows, rows);
     LossCall<Target> call{rows, arguments, checked_target, upstream.value_or(groups::Upstream{}), mask};
     // The kernels that compute losses and gradients together take one upstream gradient for all losses.
@@ -130,16 +147,15 @@ groups::RowResults cross_entropy(const Tensor& rows, const Tensor& target, const
                                     : compute(IndexArguments(rows, target, options));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_statistics(const Tensor& rows, const Tensor& target,
-                                                                    const groups::Transform& transform,
-                                                                    int64_t ignore_index) {
+groups::TokenStatistics token_statistics(const Tensor& rows, const Tensor& target, const groups::Transform& transform,
+                                         int64_t ignore_index) {
   check_rows("input", rows);
   const TransformArguments arguments(transform, rows);
   const IndexArguments indices(rows, target, {.ignore_index = ignore_index});
-  auto results = room_for_statistics(rows);
+  groups::TokenStatistics results = room_for_statistics(rows);
   with_kernels(rows, [&](auto zero, const auto& kernels) {
     using S = decltype(zero);
-    auto& [log_prob, entropy, argmax, lse, rank] = results;
+    auto& [log_prob, entropy, argmax, lse, rank, row_stats] = results;
     const TokenStatisticsCall<S> call{.input = rows_of(rows),
                                       .target = indices.view<S>().index,
                                       .classes = rows.size(1),
@@ -149,11 +165,81 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_statistics(const Tensor
                                       .entropy = entropy.mutable_data_ptr<S>(),
                                       .argmax = argmax.mutable_data_ptr<int64_t>(),
                                       .lse = lse.mutable_data_ptr<S>(),
-                                      .rank = rank.mutable_data_ptr<int64_t>()};
+                                      .rank = rank.mutable_data_ptr<int64_t>(),
+                                      .stats = stats_of<S>(row_stats)};
     Shares(rows.size(0), 0).for_each([&](int64_t, int64_t begin, int64_t end) {
       kernels.token_statistics(call, begin, end);
     });
   });
+  return results;
+}
+
+// Computes the divergences, and their gradients with any upstream gradients.
+void compute_divergences(const Tensor& rows, const DivergenceArguments& divergence, const TransformArguments& transform,
+                         const groups::Upstream& upstream, groups::OutputMask mask, const Optional& row_stats,
+                         groups::RowResults& results) {
+  const Tensor stats = row_stats.has_value() ? row_stats->contiguous() : results.row_stats;
+  const Optional grad_loss = grad_of_each_loss(upstream);
+  const Shares shares(rows.size(0), rows.size(1));
+  CoefficientSums sums(transform, shares, mask.coefficients);
+  with_kernels(rows, [&](auto zero, const auto& kernels) {
+    using S = decltype(zero);
+    const DenseBackwardCall<S> backward{.input = rows_of(rows),
+                                        .dense = rows_of(divergence.log_q()),
+                                        .divergence = &divergence.tiles(kernels),
+                                        .beta = static_cast<S>(divergence.beta()),
+                                        .transform = transform.view<S>(),
+                                        .stats = const_stats_of<S>(stats),
+                                        .grad_sum = nullptr,
+                                        .grad_of_every_loss = grad_of_every_loss<S>(upstream),
+                                        .grad_loss = data_of<S>(grad_loss),
+                                        .grad_input = rows_if(mask.rows, results.grad_rows)};
+    if (row_stats.has_value()) {
+      for_each_block(shares, rows, [&](auto share, auto begin, auto end, auto first, auto last) {
+        kernels.dense_backward(backward, sums.share(share), begin, end, first, last);
+      });
+      return;
+    }
+    const DivergenceCall<S> call{.backward = backward,
+                                 .classes = rows.size(1),
+                                 .loss = results.loss.template mutable_data_ptr<S>(),
+                                 .lse = results.lse.template mutable_data_ptr<S>(),
+                                 .stats = stats_of<S>(results.row_stats)};
+    if (!shares.by_columns()) {
+      shares.for_each(
+          [&](int64_t share, int64_t begin, int64_t end) { kernels.divergence(call, sums.share(share), begin, end); });
+      return;
+    }
+    std::vector<OnlineSoftmax<S>> softmaxes(shares.count());
+    std::vector<DivergenceSums> parts(shares.count());
+    for (int64_t row = 0; row < rows.size(0); ++row) {
+      shares.for_each([&](int64_t share, int64_t first, int64_t last) {
+        softmaxes[share] = kernels.softmax_scan(backward.input, backward.transform, row, first, last);
+      });
+      const OnlineSoftmax<S> whole = merged(softmaxes);
+      shares.for_each([&](int64_t share, int64_t first, int64_t last) {
+        parts[share] = kernels.divergence_scan(call, row, whole, first, last);
+      });
+      kernels.divergence_finish(call, row, whole, merged(parts));
+      if (!mask.any()) continue;
+      shares.for_each([&](int64_t share, int64_t first, int64_t last) {
+        kernels.dense_backward(backward, sums.share(share), row, row + 1, first, last);
+      });
+    }
+  });
+  results.grad_coefficients = sums.total();
+}
+
+groups::RowResults divergence(const Tensor& rows, const Tensor& log_target, const groups::Transform& transform,
+                              std::string_view kind, double beta, const std::optional<groups::Upstream>& upstream,
+                              const Optional& row_stats, groups::OutputMask mask, const Optional& grad_rows) {
+  check_rows("input", rows);
+  const TransformArguments arguments(transform, rows);
+  const DivergenceArguments checked(rows, log_target, kind, beta);
+  check_gradients(rows, upstream, mask, grad_rows);
+  groups::RowResults results = room_for_losses(rows, DivergenceArguments::kStats, row_stats);
+  results.grad_rows = grad_rows.has_value() ? *grad_rows : gradient_if(mask.rows, rows);
+  compute_divergences(rows, checked, arguments, upstream.value_or(groups::Upstream{}), mask, row_stats, results);
   return results;
 }
 
@@ -178,7 +264,7 @@ std::tuple<Tensor, Tensor> log_softmax(const Tensor& rows, const groups::Transfo
     std::vector<OnlineSoftmax<S>> parts(shares.count());
     for (int64_t row = 0; row < rows.size(0); ++row) {
       shares.for_each([&](int64_t share, int64_t first, int64_t last) {
-        parts[share] = kernels.log_softmax_scan(call, row, first, last);
+        parts[share] = kernels.softmax_scan(call.input, call.transform, row, first, last);
       });
       const OnlineSoftmax<S> whole = merged(parts);
       shares.for_each(
@@ -209,15 +295,18 @@ std::tuple<Tensor, Tensor> log_softmax_backward(const Tensor& grad_output, const
       }
     });
     for (size_t i = 0; i < parts.size(); ++i) grad_sum[i % rows] += parts[i];
-    const LogSoftmaxBackwardCall<S> call{.grad_output = rows_of(grad),
-                                         .input = rows_of(input),
-                                         .classes = input.size(1),
-                                         .transform = arguments.view<S>(),
-                                         .stats = const_stats_of<S>(stats),
-                                         .grad_sum = grad_sum.data(),
-                                         .grad_input = rows_if(mask.rows, grad_input)};
+    const DenseBackwardCall<S> call{.input = rows_of(input),
+                                    .dense = rows_of(grad),
+                                    .divergence = nullptr,
+                                    .beta = 0,
+                                    .transform = arguments.view<S>(),
+                                    .stats = const_stats_of<S>(stats),
+                                    .grad_sum = grad_sum.data(),
+                                    .grad_of_every_loss = 0,
+                                    .grad_loss = nullptr,
+                                    .grad_input = rows_if(mask.rows, grad_input)};
     for_each_block(shares, input, [&](auto share, auto begin, auto end, auto first, auto last) {
-      kernels.log_softmax_backward(call, sums.share(share), begin, end, first, last);
+      kernels.dense_backward(call, sums.share(share), begin, end, first, last);
     });
   });
   return {grad_input, sums.total()};
@@ -225,7 +314,8 @@ std::tuple<Tensor, Tensor> log_softmax_backward(const Tensor& grad_output, const
 
 }  // namespace
 
-const RowOperators kRowOperators{&cross_entropy,        &token_statistics,  &log_softmax,
-                                 &log_softmax_backward, &plif_coefficients, &plif_coefficients_backward};
+const RowOperators kRowOperators{
+    &cross_entropy,     &token_statistics,          &divergence, &log_softmax, &log_softmax_backward,
+    &plif_coefficients, &plif_coefficients_backward};
 
 }  // namespace monosoftmax::cpu

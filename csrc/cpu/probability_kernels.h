@@ -59,7 +59,7 @@ class EveryColumn {
  public:
   EveryColumn(const ProbabilityTarget<S>& target, int64_t row, S grad_loss, S whole)
       : distribution_(target, row), grad_loss_(grad_loss), large_(std::abs(whole) / 8) {}
-  void start_tile(int64_t begin, int64_t n) { distribution_.start_tile(begin, n); }
+  void start_tile(int64_t begin, int64_t n, const S*) { distribution_.start_tile(begin, n); }
   // Sets t to the part in the lanes at column i. Returns whether a lane has more than an eighth of the whole: in a sum
   // with such a large term, the many small terms would lose their last digits.
   bool part(int64_t i, int64_t n, T& t) const {
@@ -79,12 +79,12 @@ template <class T, class F, class S>
 ProbabilityPart<S> scan_part(const F& f, const CrossEntropyCall<S, ProbabilityTarget<S>>& call, int64_t row,
                              int64_t first, int64_t last) {
   using A = Arithmetic<T>;
-  alignas(kLine) S buffer[kTile];
+  LogitTiles<T> tiles(call.input, f.inner());
   TargetDistribution<T> distribution(call.target, row);
   ProbabilityPart<S> part;
   for (int64_t begin = first; begin < last; begin += kTile) {
     const int64_t n = std::min(kTile, last - begin);
-    const S* z = load_tile(call.input, row, begin, n, buffer);
+    const S* z = tiles.load(row, begin, n);
     distribution.start_tile(begin, n);
     const T shift(part.shift(first_lane(f.value(T(largest_of<T>(z, n))))));
     T sum(0), unsmoothed(0), gaps(0);
@@ -116,23 +116,25 @@ void cross_entropy_finish(const CrossEntropyCall<S, ProbabilityTarget<S>>& call,
   call.lse[row] = whole.softmax().lse();
   call.stats.largest[row] = whole.softmax().largest();
   call.stats.sum[row] = whole.softmax().sum();
-  call.stats.mass[row] = whole.mass();
+  call.stats.third[row] = whole.mass();
   call.loss[row] = whole.loss(call.target.options);
 }
 
 template <class T, class F, class Sums, class S = typename Arithmetic<T>::Scalar>
 void backward_rows(const F& f, const CrossEntropyBackwardCall<S, ProbabilityTarget<S>>& call, Sums& sums, int64_t begin,
                    int64_t end, int64_t first, int64_t last) {
+  const S inverse = f.inverse_temperature();
   for (int64_t row = begin; row < end; ++row) {
-    const S grad_lse = call.grad_lse == nullptr ? S(0) : call.grad_lse[row];
-    const S grad_loss = call.grad_loss == nullptr ? call.grad_of_every_loss : call.grad_loss[row];
+    const S grad_lse = call.grad_lse == nullptr ? S(0) : inverse * call.grad_lse[row];
+    const S grad_loss = inverse * (call.grad_loss == nullptr ? call.grad_of_every_loss : call.grad_loss[row]);
     const S largest = call.stats.largest[row], sum = call.stats.sum[row];
-    const ProbabilityGradient<S> gradient(call.target.options, call.stats.mass[row], grad_loss, grad_lse, largest, sum);
+    const ProbabilityGradient<S> gradient(call.target.options, call.stats.third[row], grad_loss, grad_lse, largest,
+                                          sum);
     const T of_p(gradient.of_p), extra_of_p(gradient.extra_of_p);
     const bool has_extra = gradient.extra_of_p != 0;
     EveryColumn<T, !std::is_same_v<Sums, NoSums>> of_target(call.target, row, grad_loss, gradient.of_p);
     backward_row<T>(f, call.input, row, first, last, largest, sum, of_target, call.grad_input, sums,
-                    [&](int64_t, int64_t, T p, T t) {
+                    [&](int64_t, int64_t, T p, T, T t) {
                       const T g = of_p * p - t;
                       return has_extra ? g + extra_of_p * p : g;
                     });

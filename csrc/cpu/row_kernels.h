@@ -6,6 +6,7 @@
 // Memory traffic for each logit, without accesses to the caches: cross_entropy reads it once, and writes the gradient
 // if a call asks for it. Its backward reads it once and writes the gradient. log_softmax reads it once and writes once.
 // Its backward reads input and the upstream gradient, and writes once. Class probabilities are read as often as logits.
+// divergence reads logits and log q once, and writes the gradient if a call asks for it; its backward does the same.
 // Arithmetic is in S: float for float, bfloat16 and half logits, double for double. Each result is rounded once.
 #pragma once
 
@@ -28,12 +29,23 @@ struct Rows {
   int64_t stride;
 };
 
+// The numbers of transforms/inner.h. A scale of 0 says that there is no inner.
+template <class S>
+struct InnerNumbers {
+  S scale, cap;
+
+  bool present() const { return scale != 0; }
+};
+
+// y = f(inner(z)) / temperature: see composition.h.
 template <class S>
 struct Transform {
   std::string_view name;
   const S* coefficients;
   int64_t size;  // of a row of coefficients
   const double* constants;
+  InnerNumbers<S> inner;
+  S inverse_temperature;  // NaN if the temperature is not positive, so that all results are NaN
 };
 
 // The largest y of each row, and the sum of exp(y - largest): see OnlineSoftmax.
@@ -41,7 +53,9 @@ template <class S>
 struct RowStats {
   S* largest;
   S* sum;
-  S* mass;  // sum of the q of class probabilities; null for class indices
+  // The third number, by the kernel that found it: the sum of the q of class probabilities; the
+  // sum_j p_j (largest - y_j) of token statistics; the sum of row/divergence.h. Null for two numbers.
+  S* third;
 };
 
 // The sums over the columns [first, last) of a row.
@@ -106,6 +120,7 @@ struct TokenStatisticsCall {
   int64_t* argmax;
   S* lse;
   int64_t* rank;
+  RowStats<S> stats;
 };
 
 template <class S, class Target>
@@ -115,7 +130,8 @@ struct CrossEntropyBackwardCall {
   Transform<S> transform;
   S grad_of_every_loss;  // if grad_loss is null
   const S* grad_loss;
-  const S* grad_lse;  // null: zero
+  const S* grad_lse;      // null: zero
+  const S* grad_entropy;  // null: zero; needs the stats of token statistics
   RowStats<const S> stats;
   Rows<void*> grad_input;  // data null: not needed; may be the input
 };
@@ -124,13 +140,8 @@ struct CrossEntropyBackwardCall {
 template <class S, class Target>
 CrossEntropyBackwardCall<S, Target> backward_of(const CrossEntropyCall<S, Target>& forward) {
   const RowStats<S>& stats = forward.stats;
-  return {forward.input,
-          forward.target,
-          forward.transform,
-          forward.grad_loss,
-          nullptr,
-          nullptr,
-          {stats.largest, stats.sum, stats.mass},
+  return {forward.input,     forward.target, forward.transform, forward.grad_loss,
+          nullptr,           nullptr,        nullptr,           {stats.largest, stats.sum, stats.third},
           forward.grad_input};
 }
 
@@ -143,15 +154,53 @@ struct LogSoftmaxCall {
   RowStats<S> stats;
 };
 
+// Sums over columns of the terms of row/divergence.h.
+struct DivergenceSums {
+  double loss = 0, gradient = 0;
+
+  void merge(const DivergenceSums& part) {
+    loss += part.loss;
+    gradient += part.gradient;
+  }
+};
+
+// A row of p, known from its stats: p = exp(y - largest) / sum.
 template <class S>
-struct LogSoftmaxBackwardCall {
-  Rows<const void*> grad_output;
+struct Distribution {
+  S largest, sum;
+};
+
+// What a divergence does with tiles of y and of log q: it knows no transform, so that all transforms share its code.
+template <class S>
+struct DivergenceTiles {
+  DivergenceSums (*sums)(S beta, const Distribution<S>& p, const S* y, const S* log_q, int64_t n);
+  // Writes `factor` times the term of the gradient.
+  void (*gradients)(S beta, const Distribution<S>& p, const S* y, const S* log_q, int64_t n, S factor, S* to);
+};
+
+// The backward pass of log_softmax and of the divergences: dL/dy_j = part_j - of_p p_j. log_softmax has the upstream
+// gradients as parts, and their sum is of_p. A divergence makes the parts from log q and p.
+template <class S>
+struct DenseBackwardCall {
   Rows<const void*> input;
-  int64_t classes;
+  Rows<const void*> dense;               // the upstream gradients, or log q
+  const DivergenceTiles<S>* divergence;  // null: log_softmax
+  S beta;
   Transform<S> transform;
   RowStats<const S> stats;
-  const double* grad_sum;  // of each row of grad_output
-  Rows<void*> grad_input;  // data null: not needed
+  const double* grad_sum;  // log_softmax: of each row of upstream gradients
+  S grad_of_every_loss;    // divergence: if grad_loss is null
+  const S* grad_loss;
+  Rows<void*> grad_input;  // data null: not needed; may be the input
+};
+
+template <class S>
+struct DivergenceCall {
+  DenseBackwardCall<S> backward;
+  int64_t classes;
+  S* loss;
+  S* lse;
+  RowStats<S> stats;
 };
 
 // The gradients of the coefficients are added to `coefficients`, in the layout of the coefficients. It may be null.
@@ -173,12 +222,19 @@ struct RowKernels {
   LossKernels<S, ProbabilityTarget<S>> of_probabilities;
   void (*token_statistics)(const TokenStatisticsCall<S>&, int64_t begin, int64_t end);
   void (*log_softmax)(const LogSoftmaxCall<S>&, int64_t begin, int64_t end);
-  OnlineSoftmax<S> (*log_softmax_scan)(const LogSoftmaxCall<S>&, int64_t row, int64_t first, int64_t last);
+  OnlineSoftmax<S> (*softmax_scan)(const Rows<const void*>& input, const Transform<S>&, int64_t row, int64_t first,
+                                   int64_t last);
   void (*log_softmax_finish)(const LogSoftmaxCall<S>&, int64_t row, const OnlineSoftmax<S>& whole, int64_t first,
                              int64_t last);
   double (*sum_of_row)(const Rows<const void*>&, int64_t row, int64_t first, int64_t last);
-  void (*log_softmax_backward)(const LogSoftmaxBackwardCall<S>&, double* coefficients, int64_t begin, int64_t end,
-                               int64_t first, int64_t last);
+  void (*dense_backward)(const DenseBackwardCall<S>&, double* coefficients, int64_t begin, int64_t end, int64_t first,
+                         int64_t last);
+  DivergenceTiles<S> forward_kl, reverse_kl, jsd;
+  void (*divergence)(const DivergenceCall<S>&, double* coefficients, int64_t begin, int64_t end);
+  DivergenceSums (*divergence_scan)(const DivergenceCall<S>&, int64_t row, const OnlineSoftmax<S>& whole, int64_t first,
+                                    int64_t last);
+  void (*divergence_finish)(const DivergenceCall<S>&, int64_t row, const OnlineSoftmax<S>& whole,
+                            const DivergenceSums& sums);
 
   const LossKernels<S, IndexTarget<S>>& of(const IndexTarget<S>&) const { return of_indices; }
   const LossKernels<S, ProbabilityTarget<S>>& of(const ProbabilityTarget<S>&) const { return of_probabilities; }

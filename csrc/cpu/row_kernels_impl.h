@@ -1,12 +1,13 @@
 // The kernels of row_kernels.h, compiled once for each instruction set. All names are in an anonymous namespace, or in
 // a namespace with the name of the instruction set: the linker must not merge the code of two instruction sets.
 //
-// This file has the kernels of class indices and of log_softmax, row_passes.h the loops over a row, and
-// probability_kernels.h the kernels of class probabilities.
+// This file has the kernels of class indices and of log_softmax, row_passes.h the loops over a row,
+// probability_kernels.h the kernels of class probabilities, and divergence_kernels.h those of the divergences.
 #pragma once
 
 #include <vector>
 
+#include "divergence_kernels.h"
 #include "probability_kernels.h"
 #include "row_passes.h"
 
@@ -16,27 +17,37 @@ namespace {
 template <class T, class F, class Sums, class S = typename Arithmetic<T>::Scalar>
 void backward_rows(const F& f, const CrossEntropyBackwardCall<S, IndexTarget<S>>& call, Sums& sums, int64_t begin,
                    int64_t end, int64_t first, int64_t last) {
+  const S inverse = f.inverse_temperature();
+  const T lowest(static_cast<S>(kLowest));
   for (int64_t row = begin; row < end; ++row) {
     const int64_t target = call.target.index[row];
     const bool ignored = call.target.ignores(row);
     const S grad_lse = call.grad_lse == nullptr ? S(0) : call.grad_lse[row];
+    const S grad_entropy = call.grad_entropy == nullptr ? S(0) : call.grad_entropy[row];
     const S grad_loss = ignored ? S(0) : call.grad_loss == nullptr ? call.grad_of_every_loss : call.grad_loss[row];
-    if (ignored && grad_lse == 0) {
+    if (ignored && grad_lse == 0 && grad_entropy == 0) {
       if (call.grad_input.data != nullptr) zero_row(call.grad_input, row, first, last);
       continue;
     }
     const S largest = call.stats.largest[row], sum = call.stats.sum[row];
     const RowLoss<S> loss(call.target.options, ignored ? 0 : target);
-    const auto gradient = loss.gradient(grad_loss, grad_lse, largest, sum);
+    const auto gradient = loss.gradient(inverse * grad_loss, inverse * grad_lse, largest, sum);
     const T of_p(gradient.of_p), extra_of_p(gradient.extra_of_p), of_weight(gradient.of_weight);
-    const bool smooths = gradient.of_weight != 0, has_extra = gradient.extra_of_p != 0;
+    // sum_j p_j (largest - y_j). Relative to the largest y, nothing cancels in y_j - largest + gaps.
+    const T of_entropy(inverse * grad_entropy), gaps(grad_entropy == 0 ? S(0) : call.stats.third[row]);
+    const bool smooths = gradient.of_weight != 0, has_entropy = grad_entropy != 0;
+    const bool has_extra = gradient.extra_of_p != 0 || has_entropy;
     const S* weight = call.target.options.weight;
     OneColumn<T> of_target(ignored ? -1 : target, gradient.of_target, first, last);
     backward_row<T>(f, call.input, row, first, last, largest, sum, of_target, call.grad_input, sums,
-                    [&](int64_t i, int64_t n, T p, T t) {
+                    [&](int64_t i, int64_t n, T p, T gap, T t) {
                       if (smooths) t = t + (weight == nullptr ? of_weight : of_weight * load<T>(weight + i, n));
                       const T g = of_p * p - t;
-                      return has_extra ? g + extra_of_p * p : g;
+                      if (!has_extra) return g;
+                      T extra = extra_of_p;
+                      // A gap may be -inf even though the logit is raised, and p is 0 there.
+                      if (has_entropy) extra = extra - of_entropy * (at::vec::clamp_min(gap, lowest) + gaps);
+                      return g + extra * p;
                     });
   }
 }
@@ -59,7 +70,7 @@ RowPart<S> scan_part(const F& f, const CrossEntropyCall<S, IndexTarget<S>>& call
   const int64_t target = call.target.index[row];
   const LossOptions<S>& options = call.target.options;
   RowPart<S> part;
-  part.softmax = scan_row<T>(f, call.input, row, first, last, [&](int64_t at, int64_t n, const S* z) {
+  part.softmax = scan_row<T>(f, call.input, row, first, last, [&](int64_t at, int64_t n, const S* z, const S*) {
     if (at <= target && target < at + n) part.target_y = first_lane(f.value(T(z[target - at])));
     if (options.smooths()) {
       alignas(kLine) S y[kTile];
@@ -98,17 +109,18 @@ void row_with_gradient(const F f, const CrossEntropyCall<S, IndexTarget<S>>& cal
                                              : reinterpret_cast<char*>(unscaled_row.data()));
   }
   const T lowest(static_cast<S>(kLowest));
-  const T target_z(load_one<S>(call.input, row, target));
+  LogitTiles<T> tiles(call.input, f.inner());
+  S slope_at_target;
+  const T target_z(tiles.load_one(row, target, slope_at_target));
   const int64_t target_vector = target - target % T::size();
   S but_target[T::size()];
   for (int i = 0; i < T::size(); ++i) but_target[i] = target_vector + i == target ? 0 : 1;
 
-  alignas(kLine) S buffer[kTile];
   RowPart<S> whole;
   shifts.clear();
   for (int64_t begin = 0; begin < classes; begin += kTile) {
     const int64_t n = std::min(kTile, classes - begin);
-    const S* logits = load_tile(call.input, row, begin, n, buffer);
+    const S* logits = tiles.load_for_gradients(row, begin, n);
     const S previous = whole.softmax.largest();
     shifts.push_back(whole.softmax.shift(first_lane(f.value(T(largest_of<T>(logits, n))))));
     if (begin > 0 && whole.softmax.largest() != previous) {
@@ -122,7 +134,7 @@ void row_with_gradient(const F f, const CrossEntropyCall<S, IndexTarget<S>>& cal
       for (int64_t i = strip; i < end; i += T::size()) {
         const T z = at::vec::clamp_min(load<T>(logits + i, n - i), lowest);
         const typename F::Point point = f.at(z);
-        T p = A::exp(point.value - shift);
+        T p = A::exp(f.y(point) - shift);
         if (n - i < T::size()) p = T::set(T(0), p, n - i);
         sum = sum + p;
         if (unscaled != nullptr) store(p * point.derivative, unscaled + begin + i, n - i);
@@ -132,13 +144,15 @@ void row_with_gradient(const F f, const CrossEntropyCall<S, IndexTarget<S>>& cal
       sums.end_strip(end - strip);
     }
     sums.end_tile();
+    if (unscaled != nullptr) tiles.finish_gradients(unscaled + begin, n);
     whole.softmax.add(sum_of_lanes(sum));
   }
 
   whole.target_y = first_lane(f.value(target_z));
   cross_entropy_finish(call, row, whole);
   const S largest = call.stats.largest[row], sum = call.stats.sum[row];
-  const auto gradient = RowLoss<S>(call.target.options, target).gradient(call.grad_loss, 0, largest, sum);
+  const auto gradient =
+      RowLoss<S>(call.target.options, target).gradient(f.inverse_temperature() * call.grad_loss, 0, largest, sum);
   const double of_p = static_cast<double>(gradient.of_p) + gradient.extra_of_p;
   const S inverse_sum = sum == 0 ? std::numeric_limits<S>::quiet_NaN() : 1 / sum;
   sums.finish(of_p * inverse_sum);
@@ -146,7 +160,7 @@ void row_with_gradient(const F f, const CrossEntropyCall<S, IndexTarget<S>>& cal
   // The column of the target goes alone: its two large parts cancel if p is next to 1.
   const T z = at::vec::clamp_min(target_z, lowest);
   const typename F::Point point = f.at(z);
-  const T p = A::exp(point.value - T(largest)) * T(inverse_sum);
+  const T p = A::exp(f.y(point) - T(largest)) * T(inverse_sum);
   const T of_target = (T(gradient.of_p) * p - T(gradient.of_target)) + T(gradient.extra_of_p) * p;
   S alone[T::size()] = {first_lane(of_target)};
   sums.add_alone(f, point, z, T::loadu(alone));
@@ -156,7 +170,7 @@ void row_with_gradient(const F f, const CrossEntropyCall<S, IndexTarget<S>>& cal
     const S factor = static_cast<S>(of_p * inverse_sum * std::exp(static_cast<double>(shifts[tile]) - largest));
     write_scaled<T>(unscaled + begin, factor, call.grad_input, row, begin, n);
   }
-  const S at_target = first_lane(of_target * point.derivative);
+  const S at_target = first_lane(of_target * point.derivative) * slope_at_target;
   write_scaled<T>(&at_target, S(1), call.grad_input, row, target, 1);
 }
 
@@ -202,7 +216,7 @@ void token_statistics(const TokenStatisticsCall<S>& call, int64_t begin, int64_t
   using T = at::vec::Vectorized<S>;
   using A = Arithmetic<T>;
   with_transform_of<T>(call.transform, [&](const auto& f) {
-    alignas(kLine) S buffer[kTile];
+    LogitTiles<T> tiles(call.input, f.inner());
     for (int64_t row = begin; row < end; ++row) {
       const int64_t target = call.target[row];
       const bool valid = target != call.ignore_index;
@@ -211,7 +225,7 @@ void token_statistics(const TokenStatisticsCall<S>& call, int64_t begin, int64_t
       int64_t best_at = 0;
       double larger = 0;
       const OnlineSoftmax<S> state =
-          scan_row<T>(f, call.input, row, 0, call.classes, [&](int64_t at, int64_t n, const S* z) {
+          scan_row<T>(f, call.input, row, 0, call.classes, [&](int64_t at, int64_t n, const S*, const S* z) {
             const S largest = largest_of<T>(z, n);
             if (!(largest <= best) && !std::isnan(best)) {
               best = largest;
@@ -230,33 +244,29 @@ void token_statistics(const TokenStatisticsCall<S>& call, int64_t begin, int64_t
       double gaps = 0;
       for (int64_t at = 0; at < call.classes; at += kTile) {
         const int64_t n = std::min(kTile, call.classes - at);
-        const S* z = load_tile(call.input, row, at, n, buffer);
+        const S* z = tiles.load(row, at, n);
         T sum(0);
         for (int64_t i = 0; i < n; i += T::size()) {
-          const T gap = shift - f.value(at::vec::clamp_min(load<T>(z + i, n - i), lowest));
+          const T y = f.value(at::vec::clamp_min(load<T>(z + i, n - i), lowest));
+          const T gap = at::vec::clamp_max(shift - y, T(0) - lowest);
           const T term = A::exp(T(0) - gap) * gap;
           sum = sum + (n - i < T::size() ? T::set(T(0), term, n - i) : term);
         }
         gaps += sum_of_lanes(sum);
       }
-      const S target_y = first_lane(f.value(T(target_z)));
+      S slope;
+      const S target_y = valid ? first_lane(f.value(T(tiles.load_one(row, target, slope)))) : S(0);
       call.log_prob[row] = valid ? (target_y - state.largest()) - state.log_sum() : S(0);
-      call.entropy[row] = static_cast<S>(static_cast<double>(state.log_sum()) + gaps / state.sum());
+      gaps = state.sum() == 0 ? std::numeric_limits<double>::quiet_NaN() : gaps / state.sum();
+      call.entropy[row] = static_cast<S>(static_cast<double>(state.log_sum()) + gaps);
+      call.stats.largest[row] = state.largest();
+      call.stats.sum[row] = state.sum();
+      call.stats.third[row] = static_cast<S>(gaps);
       call.argmax[row] = best_at;
       call.lse[row] = state.lse();
       call.rank[row] = valid ? static_cast<int64_t>(larger) : -1;
     }
   });
-}
-
-template <class S>
-OnlineSoftmax<S> log_softmax_scan(const LogSoftmaxCall<S>& call, int64_t row, int64_t first, int64_t last) {
-  using T = at::vec::Vectorized<S>;
-  OnlineSoftmax<S> state;
-  with_transform_of<T>(call.transform, [&](const auto& f) {
-    state = scan_row<T>(f, call.input, row, first, last, [](int64_t, int64_t, const S*) {});
-  });
-  return state;
 }
 
 template <class S>
@@ -267,10 +277,10 @@ void log_softmax_finish(const LogSoftmaxCall<S>& call, int64_t row, const Online
   call.stats.sum[row] = whole.sum();
   const T shift(whole.largest()), log_sum(whole.log_sum());
   with_transform_of<T>(call.transform, [&](const auto& f) {
-    alignas(kLine) S buffer[kTile];
+    LogitTiles<T> tiles(call.input, f.inner());
     for (int64_t at = first; at < last; at += kTile) {
       const int64_t n = std::min(kTile, last - at);
-      const S* z = load_tile(call.input, row, at, n, buffer);
+      const S* z = tiles.load(row, at, n);
       TileWriter<S> writer(call.output, row, at, n);
       S* out = writer.place();
       for (int64_t i = 0; i < n; i += T::size()) {
@@ -284,7 +294,8 @@ void log_softmax_finish(const LogSoftmaxCall<S>& call, int64_t row, const Online
 template <class S>
 void log_softmax(const LogSoftmaxCall<S>& call, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    log_softmax_finish(call, row, log_softmax_scan(call, row, 0, call.classes), 0, call.classes);
+    const OnlineSoftmax<S> whole = softmax_scan(call.input, call.transform, row, 0, call.classes);
+    log_softmax_finish(call, row, whole, 0, call.classes);
   }
 }
 
@@ -299,31 +310,6 @@ double sum_of_row(const Rows<const void*>& rows, int64_t row, int64_t first, int
   return sum;
 }
 
-template <class S>
-void log_softmax_backward(const LogSoftmaxBackwardCall<S>& call, double* coefficients, int64_t begin, int64_t end,
-                          int64_t first, int64_t last) {
-  using T = at::vec::Vectorized<S>;
-  with_transform_of<T>(call.transform, [&](const auto& f) {
-    with_sums<T>(f, coefficients, call.transform.size, [&](auto&& sums) {
-      alignas(kLine) S buffer[kTile];
-      for (int64_t row = begin; row < end; ++row) {
-        const T sum_of_grad(static_cast<S>(call.grad_sum[row]));
-        const S* grad = nullptr;
-        OneColumn<T> no_target(-1, 0, first, last);
-        backward_row<T>(f, call.input, row, first, last, call.stats.largest[row], call.stats.sum[row], no_target,
-                        call.grad_input, sums, [&](int64_t i, int64_t n, T p, T) {
-                          const int64_t in_tile = (i - first) % kTile;
-                          if (in_tile == 0) {
-                            grad = load_tile(call.grad_output, row, i, std::min(kTile, last - i), buffer);
-                          }
-                          return load<T>(grad + in_tile, n) - sum_of_grad * p;
-                        });
-      }
-      sums.finish(1);
-    });
-  });
-}
-
 template <class S, class Target>
 constexpr LossKernels<S, Target> loss_kernels() {
   return {&cross_entropy, &cross_entropy_scan<S, Target>, &cross_entropy_finish, &cross_entropy_backward<S, Target>};
@@ -335,10 +321,16 @@ constexpr RowKernels<S> row_kernels() {
           loss_kernels<S, ProbabilityTarget<S>>(),
           &token_statistics<S>,
           &log_softmax<S>,
-          &log_softmax_scan<S>,
+          &softmax_scan<S>,
           &log_softmax_finish<S>,
           &sum_of_row<S>,
-          &log_softmax_backward<S>};
+          &dense_backward<S>,
+          divergence_tiles<S, ForwardKl>(),
+          divergence_tiles<S, ReverseKl>(),
+          divergence_tiles<S, Jsd>(),
+          &divergence<S>,
+          &divergence_scan<S>,
+          &divergence_finish<S>};
 }
 
 }  // namespace

@@ -1,9 +1,10 @@
-// The row algorithm: blockwise log-sum-exp, and the loss of a row with its gradient.
+// The row algorithm: blockwise log-sum-exp, the losses of a row with their gradients, and the divergences.
 #include <algorithm>
 #include <limits>
 #include <vector>
 
 #include "check.h"
+#include "row/divergence.h"
 #include "row/loss.h"
 #include "row/online_softmax.h"
 #include "row/probability_loss.h"
@@ -203,6 +204,77 @@ void test_soft_loss_of_masked_logits() {
   CHECK(std::isnan(row.loss()));
 }
 
+// The sums of a divergence of softmax(y) from exp(log_q), and dL/dy.
+template <template <class> class Divergence>
+double divergence(const std::vector<double>& y, const std::vector<double>& log_q, double beta,
+                  std::vector<double>* gradient = nullptr) {
+  const double lse = in_blocks(y, y.size()).lse();
+  const Divergence<double> divergence(beta);
+  const auto terms = [&](size_t j) {
+    return divergence.of(y[j] - lse, std::exp(y[j] - lse), log_q[j], std::exp(log_q[j]));
+  };
+  double loss = 0, sum = 0;
+  for (size_t j = 0; j < y.size(); ++j) {
+    loss += terms(j).loss;
+    sum += terms(j).gradient;
+  }
+  if (gradient == nullptr) return loss;
+  gradient->clear();
+  for (size_t j = 0; j < y.size(); ++j) gradient->push_back(terms(j).gradient - std::exp(y[j] - lse) * sum);
+  return loss;
+}
+
+template <template <class> class Divergence, class Wanted>
+void test_divergence(double beta, Wanted&& wanted) {
+  const std::vector<double> y = {0.3, -1.2, 2.5, 0.9, -0.4}, log_q = {-1.5, -0.2, -7, -40, -2};
+  const double lse = in_blocks(y, 5).lse();
+  double sum = 0;
+  for (size_t j = 0; j < 5; ++j) sum += wanted(std::exp(y[j] - lse), std::exp(log_q[j]));
+  std::vector<double> gradient;
+  CHECK_CLOSE(divergence<Divergence>(y, log_q, beta, &gradient), sum, 1e-14);
+  const double step = 1e-6;
+  for (size_t j = 0; j < 5; ++j) {
+    std::vector<double> above = y, below = y;
+    above[j] += step;
+    below[j] -= step;
+    CHECK_CLOSE(gradient[j],
+                (divergence<Divergence>(above, log_q, beta) - divergence<Divergence>(below, log_q, beta)) / (2 * step),
+                1e-8);
+  }
+  // p and q are the same; far from 0, too.
+  std::vector<double> log_p, far;
+  for (const double each : y) log_p.push_back(each - lse);
+  for (const double each : y) far.push_back(each - 300);
+  CHECK_CLOSE(divergence<Divergence>(y, log_p, beta, &gradient), 0, 1e-14);
+  for (const double each : gradient) CHECK_CLOSE(each, 0, 1e-14);
+  CHECK_CLOSE(divergence<Divergence>(far, log_p, beta), 0, 1e-12);
+  // Classes of which neither has anything.
+  std::vector<double> masked_y = y, masked_q = log_q;
+  masked_y.insert(masked_y.end(), {-kInfinity, -kInfinity, -1000});
+  masked_q.insert(masked_q.end(), {-kInfinity, -1000, -kInfinity});
+  CHECK_CLOSE(divergence<Divergence>(masked_y, masked_q, beta, &gradient), sum, 1e-14);
+  for (size_t j = 5; j < 8; ++j) CHECK(gradient[j] == 0);
+  masked_q[7] = kNaN;
+  CHECK(std::isnan(divergence<Divergence>(masked_y, masked_q, beta)) || beta == 0);
+}
+
+void test_divergences() {
+  test_divergence<ForwardKl>(0.5, [](double p, double q) { return q * std::log(q / p); });
+  // beta 0: a NaN where p is 0 is not read.
+  test_divergence<ReverseKl>(0, [](double p, double q) { return p * std::log(p / q); });
+  for (const double beta : {0.5, 0.1, 0.999}) {
+    test_divergence<Jsd>(beta, [beta](double p, double q) {
+      const double m = beta * q + (1 - beta) * p;
+      return beta * q * std::log(q / m) + (1 - beta) * p * std::log(p / m);
+    });
+  }
+  const std::vector<double> y = {0, 0}, log_q = {0, -kInfinity}, y_of_one = {0, -kInfinity}, log_half = {-1, -1};
+  CHECK(divergence<ReverseKl>(y, log_q, 0.5) == kInfinity);
+  CHECK(divergence<ForwardKl>(y_of_one, log_half, 0.5) == kInfinity);
+  CHECK_CLOSE(divergence<Jsd>(y, log_q, 0.5), 0.5 * (std::log(4. / 3) + 0.5 * std::log(2. / 3) + 0.5 * std::log(2)),
+              1e-14);
+}
+
 }  // namespace
 }  // namespace monosoftmax::test
 
@@ -213,5 +285,6 @@ int main() {
   test_loss();
   test_soft_loss();
   test_soft_loss_of_masked_logits();
+  test_divergences();
   return failures == 0 ? 0 : 1;
 }

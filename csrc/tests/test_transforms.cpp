@@ -1,9 +1,11 @@
-// Every transform over double: increasing, and derivative and coefficient gradients against finite differences.
+// Every transform over double: increasing, and derivative and coefficient gradients against finite differences. And
+// what stands before a transform.
 #include <limits>
 #include <string>
 #include <vector>
 
 #include "check.h"
+#include "transforms/inner.h"
 #include "transforms/registry.h"
 
 namespace monosoftmax::test {
@@ -104,6 +106,25 @@ void test_special_values(const Case& c) {
   CHECK(std::isnan(value_of(c, std::numeric_limits<double>::quiet_NaN())));
 }
 
+void test_inner() {
+  for (const double scale : {0.25, 1.0, 3.0}) {
+    for (const double cap : {0.0, 2.0, 30.0}) {
+      const Inner<double> inner(scale, cap);
+      for (const double z : {-7.3, -0.7, 0.0, 0.05, 1.6, 5.9}) {
+        const double step = 1e-6, wanted = cap == 0 ? scale * z : cap * std::tanh(scale * z / cap);
+        CHECK_CLOSE(inner.value(z), wanted, 1e-15);
+        CHECK(inner.at(z).value == inner.value(z));
+        CHECK_CLOSE(inner.at(z).derivative, (inner.value(z + step) - inner.value(z - step)) / (2 * step), 1e-8);
+      }
+      const double infinity = std::numeric_limits<double>::infinity();
+      CHECK(inner.value(infinity) == (cap == 0 ? infinity : cap));
+      CHECK(inner.value(-infinity) == (cap == 0 ? -infinity : -cap));
+      CHECK(std::isfinite(inner.at(-infinity).derivative));
+      CHECK(std::isnan(inner.value(std::numeric_limits<double>::quiet_NaN())));
+    }
+  }
+}
+
 void test_search() {
   const double sorted[] = {-2, -1, 0.5, 0.5, 3, 7, 8};
   const auto at = [&](double i) { return sorted[static_cast<int64_t>(i)]; };
@@ -146,6 +167,7 @@ int main() {
     test_increasing(c);
     test_special_values(c);
   }
+  test_inner();
   test_search();
   test_registry();
   return failures == 0 ? 0 : 1;

@@ -37,7 +37,17 @@ from monosoftmax.groups import LossOptions, RowResults, Transform, Upstream
 
 from .arithmetic import decay, exp, log1p
 from .coefficient_sums import add_contributions, begin_sums, end_sums
-from .launch import Call, Sums, as_read, launch_options, on_device, registers_of, rows_of, tile_arguments
+from .launch import (
+    Call,
+    Sums,
+    as_read,
+    launch_options,
+    on_device,
+    reads_again,
+    registers_of,
+    rows_of,
+    tile_arguments,
+)
 from .rows import LOWEST, LOWEST_FLOAT, log_of_sum, lse_of, scan_row
 from .tiles import as_aligned, edge_begin, full_tiles, load_tile, positions_from, row_shift, row_start
 from .transforms.composed import load_parameters
@@ -224,7 +234,9 @@ def _add_masses(state, y, mass, given, kind: tl.constexpr):
     terms = given - distance if kind == "forward_kl" else -distance
     gaps += _raised(masses, new - largest) + tl.sum(tl.where(mass == 0, 0.0, mass * terms), 1)
     total = total * exp(largest - new) + tl.sum(exp(distance), 1)
-    return new, total, masses + tl.sum(mass, 1), gaps
+    # ``+ 0.0``: where the masses are a tile as it was loaded, Triton 3.7 would keep their sums in another layout, and
+    # fails on an assertion of its own, since they are used twice.
+    return new, total, masses + tl.sum(mass + 0.0, 1), gaps
 
 
 @triton.jit
@@ -378,6 +390,9 @@ def launch_dense_target(
         return
     upstream = None if upstream is None else as_read(upstream, rows)
     empty = rows.new_empty(0)
+    if reads_again(rows, results, sums):
+        launch_dense_target(rows, loss, upstream, results._replace(grad_rows=empty), sums)
+        results, sums = results._replace(loss=empty), Sums(loss.call, rows, False)
     for chunk, part in sums.launches():
         if chunk is None:
             _launch(rows, loss, upstream, results, part)

@@ -75,7 +75,8 @@ class Call(NamedTuple):
         functions = REGISTRY[name]
         c0, c1, c2 = (float(each) for each in (*constants, 0.0, 0.0, 0.0)[:3])
         packed = functions.pack(coefficients, constants)
-        return cls(functions, coefficients, coefficients.shape[-1], (c0, c1, c2), packed, inner, temperature)
+        size, numbers = coefficients.shape[-1], (c0, c1, c2)
+        return cls(functions, coefficients, size, numbers, packed, inner=inner, temperature=temperature)
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
         """The arguments that every kernel has, for logits of type ``dtype``."""
@@ -323,6 +324,11 @@ class Sums:
         return self.totals if self.regime == "written" else self.call.gradient(self.totals)
 
 
+def reads_again(rows: Tensor, results: RowResults, sums: Sums) -> bool:
+    """Whether launches for ``sums`` read logits that the gradient overwrites. Then the gradient must come last."""
+    return sums.regime == "written" and results.grad_rows.data_ptr() == rows.data_ptr()
+
+
 def launch_cross_entropy(
     rows: Tensor, loss: RowLoss, upstream: Upstream | None, results: RowResults | ShardResults, sums: Sums
 ) -> None:
@@ -333,6 +339,10 @@ def launch_cross_entropy(
     if rows.shape[0] == 0:
         return
     upstream = None if upstream is None else as_read(upstream, rows)
+    if isinstance(results, RowResults) and reads_again(rows, results, sums):
+        empty = rows.new_empty(0)
+        launch_cross_entropy(rows, loss, upstream, results._replace(grad_rows=empty), sums)
+        results, sums = results._replace(loss=empty), Sums(loss.call, rows, False)
     for chunk, part in sums.launches():
         if chunk is None:
             _launch_cross_entropy(rows, loss, upstream, results, part)

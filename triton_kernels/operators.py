@@ -50,10 +50,12 @@ def cross_entropy(
         if upstream is not None and upstream.entropy is not None:
             raise ValueError("monosoftmax: the gradient of the entropy needs indices as the target")
         dense = DenseLoss.of_probabilities(target, transform, options)
-        return _of_rows(rows, dense, upstream, row_stats, output_mask, grad_rows)
+        return _of_rows(rows, dense, upstream, row_stats, output_mask=output_mask, grad_rows=grad_rows)
     if upstream is not None and upstream.entropy is not None and (row_stats is None or row_stats.shape[0] != 3):
         raise ValueError("monosoftmax: the gradient of the entropy needs the row_stats of token_statistics")
-    return _of_rows(rows, RowLoss.of(target, transform, options), upstream, row_stats, output_mask, grad_rows)
+    return _of_rows(
+        rows, RowLoss.of(target, transform, options), upstream, row_stats, output_mask=output_mask, grad_rows=grad_rows
+    )
 
 
 def divergence(
@@ -70,7 +72,7 @@ def divergence(
     """The divergence of each row from exp(log_target), and gradients, as :func:`cross_entropy` gives them."""
     loss = DenseLoss.divergence(log_target, transform, kind, beta)
     upstream = None if upstream is None else Upstream(upstream.loss)
-    return _of_rows(rows, loss, upstream, row_stats, output_mask, grad_rows)
+    return _of_rows(rows, loss, upstream, row_stats, output_mask=output_mask, grad_rows=grad_rows)
 
 
 def _of_rows(
@@ -125,7 +127,7 @@ def token_statistics(rows: Tensor, target: Tensor, transform: Transform, ignore_
                 ignore_index=ignore_index, **call.arguments(rows.dtype), **tile,
                 **launch_options(tile["LANES"], registers, rows.device),
             )  # fmt: skip
-    return TokenStatistics(log_prob, entropy, argmax, lse, rank, row_stats)
+    return TokenStatistics(log_prob, entropy, argmax, lse, rank, row_stats=row_stats)
 
 
 def log_softmax(rows: Tensor, transform: Transform, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -79,6 +79,10 @@ _SWEEP_ONCE = ("loss", "backward")
 _GRADIENTS = ("loss, d logits", "loss, d logits, d coefficients", "loss, d logits in place, d coefficients")
 _SWEEP_TWICE = (*_GRADIENTS, "token statistics", "log_softmax", "log_softmax backward")
 _HEADS = ("recomputed head: loss", "recomputed head: gradients")
+#: By the sweeps of a loss: those with p as the first factor need the whole row before they sum.
+_DENSE = {"probabilities": 1, "forward_kl": 1, "reverse_kl": 2, "jsd": 2}
+_DENSE_LOSSES = tuple(f"{kind}: loss" for kind in _DENSE)
+_DENSE_GRADIENTS = tuple(f"{name}, d logits, d coefficients" for name in _DENSE_LOSSES)
 _ANY_PLACE = ("V=50257", "sliced")
 _HALF = ("bf16", "fp16")
 _EVERY = (*_HALF, "fp32")
@@ -105,7 +109,17 @@ def _triton_accesses() -> Iterator[Budget]:
             yield loads("single_loads", 1 + 8 * sweeps, reason, dtypes=_HALF, having=word)
     reason = "the sweep that adds up what the launch before has written"
     yield Budget("wide_loads", 2, reason, "triton", targets=_NVIDIA, having="deterministic", at_least=True)
-    writing = (*_GRADIENTS, "backward", "log_softmax", "log_softmax backward")
+    for kind, sweeps in _DENSE.items():
+        for operator, reads in ((f"{kind}: loss", sweeps + 1), (f"{kind}: loss, d logits, d coefficients", sweeps + 3)):
+            any_place = partial(Budget, compiler="triton", operators=(operator,), targets=_NVIDIA)
+            loads = partial(any_place, lacking=_ANY_PLACE)
+            reason = "full tiles and the masked one of aligned rows, in each sweep of the logits and of the target"
+            # The masked tile of the logits stays in registers between the sweeps of a loss.
+            yield loads("wide_loads", 2 * reads - (sweeps - 1), reason, at_least=True)
+            yield loads("single_loads", 0, "as wide loads", dtypes=_HALF)
+            reason = "full tiles of rows that begin anywhere, in each sweep of the logits and of the target"
+            yield any_place("wide_loads", reads, reason, having="V=50257", at_least=True)
+    writing = (*_GRADIENTS, *_DENSE_GRADIENTS, "backward", "log_softmax", "log_softmax backward")
     stores = partial(Budget, compiler="triton", operators=writing, targets=_NVIDIA)
     reason = "full tiles and the masked one of aligned rows"
     yield stores("wide_stores", 2, reason, lacking=(*_ANY_PLACE, "deterministic"), at_least=True)
@@ -118,8 +132,8 @@ def _triton_accesses() -> Iterator[Budget]:
 def _triton_registers() -> Iterator[Budget]:
     """Up to 64 registers leave 1024 threads to a multiprocessor, up to 128 leave 512."""
     losses = ("loss",)
-    without = ("loss", "token statistics", "log_softmax")
-    gradients = (*_GRADIENTS, "backward", "log_softmax backward")
+    without = ("loss", "token statistics", "log_softmax", *_DENSE_LOSSES)
+    gradients = (*_GRADIENTS, *_DENSE_GRADIENTS, "backward", "log_softmax backward")
     for limit, reason, operators, transforms in (
         (48, "loss of the identity", losses, ("identity",)),
         (64, "without gradients: the limit that the launcher sets for losses", without, _BUT_THE_SPLINE),

@@ -57,10 +57,17 @@ COEFFICIENTS_BACKWARD = "coefficients backward"
 HEAD_LOSS = "recomputed head: loss"
 HEAD_BACKWARD = "recomputed head: gradients"
 HEADS = (HEAD_LOSS, HEAD_BACKWARD)
+#: Losses against a target of all classes, by their kinds, and the same with all gradients.
+DENSE_LOSSES = {"probabilities: loss": "probabilities"} | {
+    f"{kind}: loss": kind for kind in ("forward_kl", "reverse_kl", "jsd")
+}
+DENSE_GRADIENTS = {f"{name}, d logits, d coefficients": kind for name, kind in DENSE_LOSSES.items()}
 
 #: Words of a variant. "all options": class weights, smoothed labels, z_loss and lse. "sliced": the logits are columns
-#: of a larger matrix, and even their pointer is no multiple of 16 bytes.
+#: of a larger matrix, and even their pointer is no multiple of 16 bytes. "composed": a soft cap before f and a
+#: temperature after it. "entropy": with the gradient of the entropy.
 OF_ANY_LENGTH, SLICED, ALL_OPTIONS, DETERMINISTIC = "V=50257", "sliced", "all options", "deterministic"
+COMPOSED, ENTROPY = "composed", "entropy"
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -90,6 +97,13 @@ _COMPILED: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("fp32",), (HEAD_LOSS,), _MORE, ("",)),
     (("bf16",), (HEAD_BACKWARD,), _MORE, (ALL_OPTIONS,)),
     (("fp32",), (HEAD_BACKWARD,), _MORE, ("",)),
+    (("bf16",), (LOSS, LOSS_ALL, STATISTICS, LOG_SOFTMAX_BACKWARD, *HEADS), ("soft_cap", "plif-64"), (COMPOSED,)),
+    (("fp32",), (LOSS_ALL,), ("soft_cap", "plif-64"), (COMPOSED,)),
+    (("bf16",), (BACKWARD,), _SOME, (ENTROPY, f"{ENTROPY}, {ALL_OPTIONS}")),
+    (("bf16",), (*DENSE_LOSSES, *DENSE_GRADIENTS), _SOME, ("",)),
+    (("fp32",), (*DENSE_GRADIENTS,), ("identity",), ("",)),
+    (("bf16",), ("jsd: loss, d logits, d coefficients",), ("plif-64",), (COMPOSED,)),
+    (("bf16",), ("probabilities: loss, d logits, d coefficients",), _SOME, (OF_ANY_LENGTH, ALL_OPTIONS)),
     (("fp32",), (COEFFICIENTS, COEFFICIENTS_BACKWARD), ("plif-64", "plif-1000"), ("",)),
 )
 
@@ -114,8 +128,8 @@ def _is_of_its_own(one: Kernel) -> bool:
     Closed forms with all gradients do all that they do in a backward pass.
     """
     if one.transform in _CLOSED_FORMS:
-        return one.operator not in (LOSS_INPUT, BACKWARD) and one.variant == ""
-    if one.variant == OF_ANY_LENGTH and one.operator not in (LOSS, LOSS_ALL):
+        return one.operator not in (LOSS_INPUT, BACKWARD) and one.variant in ("", COMPOSED)
+    if one.variant == OF_ANY_LENGTH and one.operator not in (LOSS, LOSS_ALL, *DENSE_GRADIENTS):
         return False
     if one.operator == LOSS_INPUT:
         return one.transform not in (*_WITHOUT_COEFFICIENTS, "plif-4", "plif-1000")
@@ -146,10 +160,14 @@ def call_of(one: Kernel, classes: int | None = None) -> Callable[[], object]:
     name, settings = TRANSFORMS[one.transform]
     transform = transforms.make(name, **settings)
     f = Transform(transform.coefficients().detach().contiguous(), name, list(transform.constants()))
+    if COMPOSED in one.variant:
+        f = f._replace(inner=[0.5, 30.0], temperature=torch.ones(()))
     if classes is None:
         classes = SHIFTED if OF_ANY_LENGTH in one.variant else ALIGNED
     if one.operator in HEADS:
         call = _head_call(one, f, classes)
+    elif one.operator in DENSE_LOSSES or one.operator in DENSE_GRADIENTS:
+        call = _dense_call(one, f, classes)
     elif one.operator == COEFFICIENTS:
         call = partial(operators.plif_coefficients, torch.empty(f.coefficients.shape[1]), 20.0, 0.01)
     elif one.operator == COEFFICIENTS_BACKWARD:
@@ -165,13 +183,14 @@ def _row_call(one: Kernel, f: Transform, classes: int) -> Callable[[], object]:
     if SLICED in one.variant:
         logits = logits[:, 1 : classes + 1]
     target = torch.zeros(_ROWS, dtype=torch.int64)
-    stats = torch.empty(2, _ROWS)
+    stats = torch.empty(3 if ENTROPY in one.variant else 2, _ROWS)
     coefficients = one.transform not in _WITHOUT_COEFFICIENTS
     loss = partial(operators.cross_entropy, logits, target, f, _options(one, classes))
     if one.operator == LOSS:
         return partial(loss, None, None, (False, False), None)
     if one.operator == BACKWARD:
-        upstream = Upstream(torch.ones(_ROWS), torch.ones(_ROWS) if ALL_OPTIONS in one.variant else None)
+        entropy = torch.ones(_ROWS) if ENTROPY in one.variant else None
+        upstream = Upstream(torch.ones(_ROWS), torch.ones(_ROWS) if ALL_OPTIONS in one.variant else None, None, entropy)
         return partial(loss, upstream, stats, (True, coefficients), None)
     if one.operator in (LOSS_INPUT, LOSS_ALL, LOSS_IN_PLACE):
         mask = True, one.operator != LOSS_INPUT and coefficients
@@ -181,6 +200,18 @@ def _row_call(one: Kernel, f: Transform, classes: int) -> Callable[[], object]:
     if one.operator == LOG_SOFTMAX:
         return partial(operators.log_softmax, logits, f, logits.dtype)
     return partial(operators.log_softmax_backward, torch.empty_like(logits), logits, f, stats, (True, coefficients))
+
+
+def _dense_call(one: Kernel, f: Transform, classes: int) -> Callable[[], object]:
+    logits = torch.empty(_ROWS, classes, dtype=_DTYPES[one.dtype])
+    target = torch.empty_like(logits)
+    losses = one.operator in DENSE_LOSSES
+    kind = DENSE_LOSSES[one.operator] if losses else DENSE_GRADIENTS[one.operator]
+    upstream = None if losses else Upstream(torch.ones(()))
+    mask = not losses, not losses and one.transform not in _WITHOUT_COEFFICIENTS
+    if kind == "probabilities":
+        return partial(operators.cross_entropy, logits, target, f, _options(one, classes), upstream, output_mask=mask)
+    return partial(operators.divergence, logits, target, f, kind, 0.5, upstream=upstream, output_mask=mask)
 
 
 def _head_call(one: Kernel, f: Transform, classes: int) -> Callable[[], object]:

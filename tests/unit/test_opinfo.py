@@ -46,6 +46,12 @@ COUNTS = {
 COUNTED = torch.__version__.startswith("2.13.")
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """For samples this small, threads only wait for each other. tests/conftest.py brings back the others."""
+    torch.set_num_threads(1)
+
+
 @functools.cache
 def variants() -> dict[str, Any]:
     """The OpInfos by name and variant."""

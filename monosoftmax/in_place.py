@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import gradients_ahead, ops, reference
+from . import gradients_ahead, ops
 from ._dispatch import keeps_graph
 from .groups import Upstream
 from .reductions import reduced, scale_of
@@ -26,10 +26,6 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: ops.CrossEntropy, rows: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         memory, classes = rows.detach(), rows.shape[1]
-        if not call.target.is_floating_point():
-            valid = call.target != call.options.ignore_index
-            outside = valid & ((call.target < 0) | (call.target >= classes))
-            reference.raise_if_any(outside, call.target, classes, call.options.ignore_index)
         scale = scale_of(call.reduction, call.target, call.options, classes, coefficients.dtype)
         assert scale is not None  # a mean or a sum
         results = row_kernels(call.backend).cross_entropy(

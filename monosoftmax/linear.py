@@ -203,7 +203,7 @@ def linear_cross_entropy(
     if not isinstance(linear_weight, Tensor) or linear_weight.dim() <= 2:
         losses = linear_losses(head, target, transform, options, how, reduction=reduction, backend=backend)
         return losses.result(return_lse)
-    how, target = how._replace(z_loss_divisor="loss"), _check_places(head, target)
+    target = _check_places(head, target)
     check_loss_options(options, len(linear_weight), input.device, reduction)
 
     def losses_of(options: LossOptions) -> Losses:

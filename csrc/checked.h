@@ -143,7 +143,8 @@ inline groups::TokenStatistics room_for_statistics(const Tensor& rows) {
 // The divergences of monosoftmax/row_kernels.py.
 enum class Divergence { kForwardKl, kReverseKl, kJsd };
 
-inline Divergence divergence_of(std::string_view kind, double beta) {
+inline Divergence divergence_of(const groups::Divergence& given) {
+  const auto& [kind, beta] = given;
   if (kind == "forward_kl") return Divergence::kForwardKl;
   if (kind == "reverse_kl") return Divergence::kReverseKl;
   TORCH_CHECK_VALUE(kind == "jsd", "monosoftmax: kind must be forward_kl, reverse_kl or jsd, got \"", kind, "\"");

@@ -27,6 +27,11 @@ struct LossOptions {
   bool return_lse;
 };
 
+struct Divergence {
+  std::string_view kind;
+  double beta;
+};
+
 struct Upstream {
   Optional loss, lse, factor, entropy;
 };

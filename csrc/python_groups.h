@@ -85,6 +85,15 @@ struct type_caster<monosoftmax::groups::LossOptions> {
 };
 
 template <>
+struct type_caster<monosoftmax::groups::Divergence> {
+  PYBIND11_TYPE_CASTER(monosoftmax::groups::Divergence, const_name("Divergence"));
+  bool load(handle source, bool) {
+    monosoftmax::Fields(source, "Divergence", 2).read("kind", value.kind).read("beta", value.beta);
+    return true;
+  }
+};
+
+template <>
 struct type_caster<monosoftmax::groups::Upstream> {
   PYBIND11_TYPE_CASTER(monosoftmax::groups::Upstream, const_name("Upstream"));
   bool load(handle source, bool) {

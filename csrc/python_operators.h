@@ -32,7 +32,7 @@ inline void bind_row_operators(pybind11::module_& module, const RowOperators& op
   module.def("token_statistics", operators.token_statistics, WhileComputing(), py::arg("rows"), py::arg("target"),
              py::arg("transform"), py::arg("ignore_index"));
   module.def("divergence", operators.divergence, WhileComputing(), py::arg("rows"), py::arg("log_target"),
-             py::arg("transform"), py::arg("kind"), py::arg("beta"), py::arg("upstream") = py::none(),
+             py::arg("transform"), py::arg("divergence"), py::arg("upstream") = py::none(),
              py::arg("row_stats") = py::none(), py::arg("output_mask") = std::make_pair(false, false),
              py::arg("grad_rows") = py::none());
   module.def("log_softmax", operators.log_softmax, WhileComputing(), py::arg("rows"), py::arg("transform"),

@@ -17,7 +17,7 @@ struct RowOperators {
   groups::TokenStatistics (*token_statistics)(const Tensor& rows, const Tensor& target, const groups::Transform&,
                                               int64_t ignore_index);
   groups::RowResults (*divergence)(const Tensor& rows, const Tensor& log_target, const groups::Transform&,
-                                   std::string_view kind, double beta, const std::optional<groups::Upstream>&,
+                                   const groups::Divergence&, const std::optional<groups::Upstream>&,
                                    const Optional& row_stats, groups::OutputMask, const Optional& grad_rows);
   std::tuple<Tensor, Tensor> (*log_softmax)(const Tensor& rows, const groups::Transform&, at::ScalarType dtype);
   std::tuple<Tensor, Tensor> (*log_softmax_backward)(const Tensor& grad_output, const Tensor& rows,

@@ -44,26 +44,30 @@ def _linear_cross_entropy(call: ops.LinearCrossEntropy) -> ops.LinearLosses:
     if scale is not None and any(call.output_mask) and head.input.dtype == torch.float16:
         upstream = Upstream(scale * float16_shift(scale, target, options.weight, options.ignore_index))
     kernels = row_kernels(call.backend)
-    parts: list[Sequence[Tensor]] = []
-    tokens: list[Sequence[Tensor]] = []
+    dtype, whole = transform.coefficients.dtype, torch.int64
+    of_rows = head.gathered((dtype, 1), (dtype, 1), (dtype, 3 if target.is_floating_point() else 2))
+    every = call.return_statistics
+    tokens = head.gathered(*[(dtype, 1), (dtype, 1), (whole, 1), (dtype, 1), (whole, 1)][: 5 if every else 1])
     grad_coefficients: Tensor | None = None
     for chunk, logits in head:
         target_rows = rows_in(target, chunk)
         # Before the gradient is written over the logits.
         if call.return_statistics:
-            tokens.append(kernels.token_statistics(logits, target_rows, transform, options.ignore_index)[:5])
+            found = kernels.token_statistics(logits, target_rows, transform, options.ignore_index)
+            tokens.put(chunk, found[:5])
+            del found
         elif call.return_log_prob:
-            tokens.append([kernels.cross_entropy(logits, target_rows, transform, plain)[0].neg_()])
+            tokens.put(chunk, [kernels.cross_entropy(logits, target_rows, transform, plain)[0].neg_()])
         wanted = head.gradients(logits, need_coefficients)
         results = kernels.cross_entropy(logits, target_rows, transform, options, upstream=upstream, **wanted)
-        parts.append(results[:3])
+        of_rows.put(chunk, results[:3])
         grad_coefficients = sum_of_chunks(grad_coefficients, results[4])
         head.add_gradients(chunk, logits)
         del logits, wanted, results
-    of_rows = _joined(parts)
-    statistics = _statistics(_joined(tokens) if tokens else [of_rows[0].new_empty(0)])
-    gradients = head.summed(grad_coefficients)
-    return ops.LinearLosses._make([*of_rows, *statistics, *reduced(of_rows[0], scale), *gradients])
+    loss, gradients = of_rows.results[0], head.summed(grad_coefficients)
+    asked = call.return_statistics or call.return_log_prob
+    statistics = _statistics(tokens.results if asked else [loss.new_empty(0)])
+    return ops.LinearLosses._make([*of_rows.results, *statistics, *reduced(loss, scale), *gradients])
 
 
 def _statistics(found: Sequence[Tensor]) -> list[Tensor]:
@@ -126,12 +130,14 @@ def upstream_of_statistics(call: ops.LinearTokenStatisticsBackward | ops.RowToke
 
 def _linear_token_statistics(call: ops.LinearTokenStatistics) -> TokenStatistics:
     _check_targets(call)
-    parts = []
-    for chunk, logits in HeadProducts(call.head):
-        target = rows_in(call.target, chunk)
-        parts.append(row_kernels(call.backend).token_statistics(logits, target, call.transform, call.ignore_index))
+    head, dtype, whole = HeadProducts(call.head), call.transform.coefficients.dtype, torch.int64
+    of_stats = ((dtype, 1), (dtype, 1), (whole, 1), (dtype, 1), (whole, 1), (dtype, 3))
+    tokens = head.gathered(*of_stats)
+    kernel = row_kernels(call.backend).token_statistics
+    for chunk, logits in head:
+        tokens.put(chunk, kernel(logits, rows_in(call.target, chunk), call.transform, call.ignore_index))
         del logits
-    return TokenStatistics(*_joined(parts))
+    return TokenStatistics(*tokens.results)
 
 
 def _linear_token_statistics_backward(call: ops.LinearTokenStatisticsBackward) -> HeadGradients:
@@ -143,11 +149,6 @@ def _linear_token_statistics_backward(call: ops.LinearTokenStatisticsBackward) -
 def _largest(upstream: Sequence[Tensor | None]) -> Tensor:
     """The largest absolute value of upstream gradients, of which there is one at least."""
     return torch.stack([each.abs().amax() for each in upstream if each is not None]).amax()
-
-
-def _joined(parts: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
-    """What the chunks say of their rows, as if all rows had been one chunk."""
-    return parts[0] if len(parts) == 1 else [torch.cat(each, -1) for each in zip(*parts, strict=True)]
 
 
 def _recompute_head(backend: str) -> Callable[..., Any]:

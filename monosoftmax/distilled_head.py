@@ -47,13 +47,13 @@ class _Heads:
 
     def losses(self, logits: Tensor, log_q: Tensor) -> Sequence[Tensor]:
         """The loss, lse and row_stats of some rows."""
-        return self.kernels.divergence(logits, log_q, self.call.transform, *self.call.divergence)[:3]
+        return self.kernels.divergence(logits, log_q, self.call.transform, self.call.divergence)[:3]
 
     def add_gradients(self, rows: slice, logits: Tensor, log_q: Tensor, *, upstream: Tensor, stats: Tensor) -> None:
         """Take in the gradients under ``upstream`` [n], which overwrite ``logits``."""
         wanted = self.student.gradients(logits, self.need_coefficients)
         results = self.kernels.divergence(
-            logits, log_q, self.call.transform, *self.call.divergence,
+            logits, log_q, self.call.transform, self.call.divergence,
             upstream=Upstream(upstream), row_stats=stats, **wanted,
         )  # fmt: skip
         self.grad_coefficients = sum_of_chunks(self.grad_coefficients, results[4])
@@ -68,18 +68,17 @@ def _linear_distillation(call: ops.LinearDistillation) -> ops.DistillationLosses
     heads, scale = _Heads(call), call.scale
     if scale is not None and any(call.output_mask) and call.head.input.dtype == torch.float16:
         scale = scale * float16_power(scale.amax())
-    losses, stats = [], []
+    gathered = heads.student.gathered((heads.dtype, 1), (heads.dtype, 3))
     for rows, logits, log_q in heads:
         loss, _, row_stats = heads.losses(logits, log_q)
-        losses.append(loss)
-        stats.append(row_stats)
+        gathered.put(rows, (loss, row_stats))
         if any(call.output_mask):
             assert scale is not None
             heads.add_gradients(rows, logits, log_q, upstream=rows_in(scale, rows), stats=row_stats)
-        del logits, log_q
-    loss = torch.cat(losses)
+        del logits, log_q, loss, row_stats
+    loss, stats = gathered.results
     total = loss.new_empty(0) if call.scale is None else (loss * call.scale).sum()
-    return ops.DistillationLosses(loss, torch.cat(stats, 1), total, *heads.summed())
+    return ops.DistillationLosses(loss, stats, total, *heads.summed())
 
 
 def _linear_distillation_backward(call: ops.LinearDistillationBackward) -> HeadGradients:

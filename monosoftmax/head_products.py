@@ -96,6 +96,11 @@ class HeadProducts:
             part = x @ self.weight[block].float().t()
             logits[:, block] = part if self.bias is None else part.add_(self.bias[block])
 
+    def gathered(self, *kinds: tuple[torch.dtype, int]) -> Gathered:
+        """Memory for results of rows: the type of each, and how many numbers a row has."""
+        rows = self.input.shape[0]
+        return Gathered(rows, kinds, self.input.device if rows > self.rows else None)
+
     def gradients(self, logits: Tensor, need_coefficients: bool) -> dict[str, Any]:
         """What a row kernel is asked for: where a gradient of the logits is needed, it is written over them."""
         needed = self.needs_logit_gradient
@@ -144,6 +149,30 @@ class HeadProducts:
     def _blocks(self) -> Iterator[slice]:
         classes = self.weight.shape[0]
         return (slice(start, min(start + _BLOCK, classes)) for start in range(0, classes, _BLOCK))
+
+
+class Gathered:
+    """What the chunks say of their rows, as if all rows had been one chunk.
+
+    The memory is made before the first chunk of logits. Small tensors that outlive the logits beside which they were
+    made would lie above the hole that the logits leave in the heap of the C library. oneDNN's next chunk, which must be
+    aligned, does not fit into the hole, so that memory would grow by a chunk with each chunk (glibc 2.36).
+    """
+
+    def __init__(self, rows: int, kinds: Sequence[tuple[torch.dtype, int]], device: torch.device | None) -> None:
+        """Without a device: for a single chunk, whose results are handed on."""
+        self.results: list[Tensor] = []
+        self._one = device is None
+        if device is not None:
+            shapes = [((rows,) if numbers == 1 else (numbers, rows), dtype) for dtype, numbers in kinds]
+            self.results = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+
+    def put(self, chunk: slice, parts: Sequence[Tensor]) -> None:
+        if self._one:
+            self.results = list(parts)
+            return
+        for whole, part in zip(self.results, parts, strict=True):
+            whole[..., chunk] = part
 
 
 def _add(total: Tensor, part: Tensor, first: bool) -> None:

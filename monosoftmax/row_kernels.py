@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import _installation
 from ._dispatch import assume_constant
-from .groups import LossOptions, RowResults, TokenStatistics, Transform, Upstream
+from .groups import Divergence, LossOptions, RowResults, TokenStatistics, Transform, Upstream
 
 #: The compiled extension ``monosoftmax._C``, or None; and the reason why it is None.
 extension, extension_problem = _installation.load_extension()
@@ -70,8 +70,7 @@ class RowKernels(Protocol):
         rows: Tensor,
         log_target: Tensor,
         transform: Transform,
-        kind: str,
-        beta: float,
+        divergence: Divergence,
         upstream: Upstream | None = None,
         row_stats: Tensor | None = None,
         output_mask: Sequence[bool] = (False, False),

@@ -150,7 +150,7 @@ def _fused(call: TokenLoss, rows: Tensor, linear_weight: Tensor, linear_bias: Te
     operands = (rows, linear_weight, linear_bias, coefficients)
     needed = tuple(torch.is_grad_enabled() and each is not None and each.requires_grad for each in operands)
     total: Tensor = _Ahead.apply(  # type: ignore[no-untyped-call]
-        call, needed, rows, linear_weight, linear_bias, coefficients
+        call, needed, *operands
     )
     return total
 

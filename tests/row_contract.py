@@ -14,7 +14,7 @@ from losses import disturbed
 from torch import Tensor
 
 import monosoftmax as ms
-from monosoftmax.groups import LossOptions, RowResults, Transform, Upstream
+from monosoftmax.groups import Divergence, LossOptions, RowResults, Transform, Upstream
 from monosoftmax.row_kernels import RowKernels
 
 #: scale and cap before f, and the temperature after it.
@@ -219,14 +219,16 @@ def check_divergence(kernels: RowKernels, rows: Tensor, composition: Composition
         given = given.to(log_dtype)
         true = divergence_of(kind, beta, truth.log_p, given.double())
         unit = max(1.0, given.double().clamp_min(-100).abs().max().item() / 8)
-        only = kernels.divergence(rows, given, f, kind, beta)
+        only = kernels.divergence(rows, given, f, Divergence(kind, beta))
         _close(only.loss, true, kind, unit=unit)
         _close(only.lse, torch.logsumexp(truth.y, 1), "lse")
-        at_once = kernels.divergence(rows, given, f, kind, beta, Upstream(one), None, (True, True))
+        at_once = kernels.divergence(rows, given, f, Divergence(kind, beta), Upstream(one), None, (True, True))
         _close(at_once.loss, true, kind, unit=unit)
         assert at_once.row_stats.shape == (3, len(rows))
         into = rows.clone(memory_format=torch.contiguous_format)
-        later = kernels.divergence(into, given, f, kind, beta, Upstream(g), at_once.row_stats, (True, True), into)
+        later = kernels.divergence(
+            into, given, f, Divergence(kind, beta), Upstream(g), at_once.row_stats, (True, True), into
+        )
         assert later.grad_rows.data_ptr() == into.data_ptr()
         for results, total, when in (
             (at_once, 0.25 * true.sum(), "at once"), (later, (g.double() * true).sum(), "later")
@@ -237,7 +239,7 @@ def check_divergence(kernels: RowKernels, rows: Tensor, composition: Composition
     given = log_q.clone()
     given[:, 0] = -torch.inf
     for kind, beta in DIVERGENCES:
-        loss = kernels.divergence(rows, given.to(log_dtype), f, kind, beta).loss
+        loss = kernels.divergence(rows, given.to(log_dtype), f, Divergence(kind, beta)).loss
         if kind == "reverse_kl":
             assert bool((loss == torch.inf)[[0, 2, 3, 4]].all()), loss
         else:

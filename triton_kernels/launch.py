@@ -76,7 +76,9 @@ class Call(NamedTuple):
         c0, c1, c2 = (float(each) for each in (*constants, 0.0, 0.0, 0.0)[:3])
         packed = functions.pack(coefficients, constants)
         size, numbers = coefficients.shape[-1], (c0, c1, c2)
-        return cls(functions, coefficients, size, numbers, packed, inner=inner, temperature=temperature)
+        return cls(
+            functions, coefficients, size, constants=numbers, packed=packed, inner=inner, temperature=temperature
+        )
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
         """The arguments that every kernel has, for logits of type ``dtype``."""

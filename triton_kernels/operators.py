@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from monosoftmax.groups import LossOptions, RowResults, TokenStatistics, Transform, Upstream
+from monosoftmax.groups import Divergence, LossOptions, RowResults, TokenStatistics, Transform, Upstream
 
 from .dense_targets import DenseLoss, launch_dense_target
 from .launch import (
@@ -50,11 +50,16 @@ def cross_entropy(
         if upstream is not None and upstream.entropy is not None:
             raise ValueError("monosoftmax: the gradient of the entropy needs indices as the target")
         dense = DenseLoss.of_probabilities(target, transform, options)
-        return _of_rows(rows, dense, upstream, row_stats, output_mask=output_mask, grad_rows=grad_rows)
+        return _of_rows(rows, dense, upstream, row_stats=row_stats, output_mask=output_mask, grad_rows=grad_rows)
     if upstream is not None and upstream.entropy is not None and (row_stats is None or row_stats.shape[0] != 3):
         raise ValueError("monosoftmax: the gradient of the entropy needs the row_stats of token_statistics")
     return _of_rows(
-        rows, RowLoss.of(target, transform, options), upstream, row_stats, output_mask=output_mask, grad_rows=grad_rows
+        rows,
+        RowLoss.of(target, transform, options),
+        upstream,
+        row_stats=row_stats,
+        output_mask=output_mask,
+        grad_rows=grad_rows,
     )
 
 
@@ -62,23 +67,23 @@ def divergence(
     rows: Tensor,
     log_target: Tensor,
     transform: Transform,
-    kind: str,
-    beta: float,
+    divergence: Divergence,
     upstream: Upstream | None = None,
     row_stats: Tensor | None = None,
     output_mask: Sequence[bool] = (False, False),
     grad_rows: Tensor | None = None,
 ) -> RowResults:
     """The divergence of each row from exp(log_target), and gradients, as :func:`cross_entropy` gives them."""
-    loss = DenseLoss.divergence(log_target, transform, kind, beta)
+    loss = DenseLoss.divergence(log_target, transform, *divergence)
     upstream = None if upstream is None else Upstream(upstream.loss)
-    return _of_rows(rows, loss, upstream, row_stats, output_mask=output_mask, grad_rows=grad_rows)
+    return _of_rows(rows, loss, upstream, row_stats=row_stats, output_mask=output_mask, grad_rows=grad_rows)
 
 
 def _of_rows(
     rows: Tensor,
     loss: RowLoss | DenseLoss,
     upstream: Upstream | None,
+    *,
     row_stats: Tensor | None,
     output_mask: Sequence[bool],
     grad_rows: Tensor | None,
@@ -127,7 +132,7 @@ def token_statistics(rows: Tensor, target: Tensor, transform: Transform, ignore_
                 ignore_index=ignore_index, **call.arguments(rows.dtype), **tile,
                 **launch_options(tile["LANES"], registers, rows.device),
             )  # fmt: skip
-    return TokenStatistics(log_prob, entropy, argmax, lse, rank, row_stats=row_stats)
+    return TokenStatistics(log_prob, entropy, argmax, lse=lse, rank=rank, row_stats=row_stats)
 
 
 def log_softmax(rows: Tensor, transform: Transform, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

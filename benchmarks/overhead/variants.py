@@ -125,7 +125,11 @@ def prepare(operator: Operator, variant: str, case: Case, inputs: Inputs) -> Con
         arguments = ops.CrossEntropy(input=operands[0], output_mask=mask, **given)
     else:
         function, mask = ops.linear_cross_entropy, (gradient, gradient, False, sums)
-        given |= {"return_log_prob": False, "return_statistics": False, "head_options": HeadOptions("chunked", chunk_rows, 0.0)}
+        given |= {
+            "return_log_prob": False,
+            "return_statistics": False,
+            "head_options": HeadOptions("chunked", chunk_rows, 0.0),
+        }
         arguments = ops.LinearCrossEntropy(head=Head(*operands, None), output_mask=mask, **given)
 
     def step() -> tuple[Tensor, ...]:

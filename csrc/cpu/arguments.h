@@ -183,8 +183,10 @@ class DivergenceArguments {
  public:
   static constexpr int64_t kStats = 3;
 
-  DivergenceArguments(const Tensor& rows, const Tensor& log_target, std::string_view kind, double beta)
-      : kind_(divergence_of(kind, beta)), beta_(beta), log_q_(checked_like(kMemory, "log_target", log_target, rows)) {
+  DivergenceArguments(const Tensor& rows, const Tensor& log_target, const groups::Divergence& divergence)
+      : kind_(divergence_of(divergence)),
+        beta_(divergence.beta),
+        log_q_(checked_like(kMemory, "log_target", log_target, rows)) {
     element_of(log_q_.scalar_type());
   }
 

@@ -231,11 +231,11 @@ void compute_divergences(const Tensor& rows, const DivergenceArguments& divergen
 }
 
 groups::RowResults divergence(const Tensor& rows, const Tensor& log_target, const groups::Transform& transform,
-                              std::string_view kind, double beta, const std::optional<groups::Upstream>& upstream,
+                              const groups::Divergence& given, const std::optional<groups::Upstream>& upstream,
                               const Optional& row_stats, groups::OutputMask mask, const Optional& grad_rows) {
   check_rows("input", rows);
   const TransformArguments arguments(transform, rows);
-  const DivergenceArguments checked(rows, log_target, kind, beta);
+  const DivergenceArguments checked(rows, log_target, given);
   check_gradients(rows, upstream, mask, grad_rows);
   groups::RowResults results = room_for_losses(rows, DivergenceArguments::kStats, row_stats);
   results.grad_rows = grad_rows.has_value() ? *grad_rows : gradient_if(mask.rows, rows);

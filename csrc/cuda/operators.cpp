@@ -301,16 +301,16 @@ groups::RowResults cross_entropy(const Tensor& rows, const Tensor& target, const
 }
 
 groups::RowResults divergence(const Tensor& rows, const Tensor& log_target, const groups::Transform& transform,
-                              std::string_view kind, double beta, const std::optional<groups::Upstream>& upstream,
+                              const groups::Divergence& given, const std::optional<groups::Upstream>& upstream,
                               const Optional& row_stats, groups::OutputMask mask, const Optional& grad_rows) {
   const RowCall call(rows, transform);
-  const DenseLoss loss = dense_loss_of(divergence_of(kind, beta));
+  const DenseLoss loss = dense_loss_of(divergence_of(given));
   check_upstream(upstream, rows, mask);
   check_grad_rows(kMemory, grad_rows, rows, mask);
   std::optional<groups::Upstream> of_loss;
   if (upstream.has_value()) of_loss = groups::Upstream{.loss = upstream->loss};
   return run_dense(call, rows, checked_like(kMemory, "log_target", log_target, rows), of_loss, row_stats, mask,
-                   grad_rows, {.kind = loss, .beta = static_cast<float>(beta)});
+                   grad_rows, {.kind = loss, .beta = static_cast<float>(given.beta)});
 }
 
 std::tuple<Tensor, Tensor> log_softmax(const Tensor& rows, const groups::Transform& transform, at::ScalarType dtype) {

@@ -13,7 +13,7 @@ from losses import DTYPES, SOME_TRANSFORMS, TRANSFORMS
 from row_contract import COMPOSITIONS, DIVERGENCES, compositions, logits, targets
 from torch import Tensor
 
-from monosoftmax.groups import LossOptions, RowResults, TokenStatistics, Transform, Upstream
+from monosoftmax.groups import Divergence, LossOptions, RowResults, TokenStatistics, Transform, Upstream
 from monosoftmax.row_kernels import RowKernels, row_kernels
 
 OPTIONS = LossOptions(None, -100, 0.0, 0.0, True)
@@ -159,7 +159,9 @@ def test_a_temperature_that_is_not_positive_makes_nan(
     for given in (target, log_q.exp()):
         found += RowResults(*kernels.cross_entropy(rows, given, f, OPTIONS, Upstream(ONE), output_mask=BOTH))
     for kind, beta in DIVERGENCES:
-        found += RowResults(*kernels.divergence(rows, log_q, f, kind, beta, Upstream(ONE), output_mask=BOTH))
+        found += RowResults(
+            *kernels.divergence(rows, log_q, f, Divergence(kind, beta), Upstream(ONE), output_mask=BOTH)
+        )
     statistics = TokenStatistics(*kernels.token_statistics(rows, target, f, -100))
     found += [statistics.log_prob, statistics.entropy, statistics.lse]
     log_p, row_stats = kernels.log_softmax(rows, f, torch.float32)
@@ -179,7 +181,9 @@ def test_classes_without_a_finite_logit(kernels: RowKernels) -> None:
     log_q = torch.log_softmax(torch.randn(4, 33), 1)
     calls = [kernels.cross_entropy(rows, log_q.exp(), f, OPTIONS, Upstream(ONE), output_mask=BOTH)]
     for kind, beta in DIVERGENCES:
-        calls.append(kernels.divergence(rows, log_q, f, kind, beta, upstream=Upstream(ONE), output_mask=BOTH))
+        calls.append(
+            kernels.divergence(rows, log_q, f, Divergence(kind, beta), upstream=Upstream(ONE), output_mask=BOTH)
+        )
     for call in calls:
         results = RowResults(*call)
         assert results.loss[:3].isnan().all() and results.loss[3].isfinite()
@@ -196,7 +200,9 @@ def test_masked_classes(kernels: RowKernels, masked_in_target: bool) -> None:
         log_q[:, ::2] = -torch.inf
     log_p = torch.log_softmax(rows.double() / COMPOSITIONS[COOLED][1], 1)
     for kind, beta in DIVERGENCES:
-        results = RowResults(*kernels.divergence(rows, log_q, f, kind, beta, upstream=Upstream(ONE), output_mask=BOTH))
+        results = RowResults(
+            *kernels.divergence(rows, log_q, f, Divergence(kind, beta), upstream=Upstream(ONE), output_mask=BOTH)
+        )
         true = row_contract.divergence_of(kind, beta, log_p, log_q.double())
         torch.testing.assert_close(results.loss.double(), true, rtol=1e-5, atol=1e-6)
         if kind != "forward_kl" or masked_in_target:
@@ -221,7 +227,9 @@ def test_no_rows(kernels: RowKernels) -> None:
         results = RowResults(*kernels.cross_entropy(rows, target, f, OPTIONS, Upstream(ONE), output_mask=BOTH))
         assert results.loss.shape == (0,) and results.grad_rows.shape == (0, 9)
         assert (results.grad_coefficients == 0).all()
-    results = RowResults(*kernels.divergence(rows, torch.empty(0, 9), f, "jsd", 0.5, Upstream(ONE), output_mask=BOTH))
+    results = RowResults(
+        *kernels.divergence(rows, torch.empty(0, 9), f, Divergence("jsd", 0.5), Upstream(ONE), output_mask=BOTH)
+    )
     assert results.row_stats.shape == (3, 0)
 
 
@@ -257,8 +265,8 @@ def test_errors(kernels: RowKernels) -> None:
     with pytest.raises(ValueError, match="target must have shape"):
         gradients(log_q[:, :8].exp(), Upstream(ONE), None)
     with pytest.raises(ValueError, match="kind must be"):
-        kernels.divergence(rows, log_q, f, "kl", 0.5)
+        kernels.divergence(rows, log_q, f, Divergence("kl", 0.5))
     with pytest.raises(ValueError, match="beta must be"):
-        kernels.divergence(rows, log_q, f, "jsd", 1.0)
+        kernels.divergence(rows, log_q, f, Divergence("jsd", 1.0))
     with pytest.raises(TypeError, match="takes float32"):
-        kernels.divergence(rows, torch.ones(4, 9, dtype=torch.int64), f, "forward_kl", 0.5)
+        kernels.divergence(rows, torch.ones(4, 9, dtype=torch.int64), f, Divergence("forward_kl", 0.5))

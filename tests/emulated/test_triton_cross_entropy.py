@@ -424,7 +424,7 @@ def test_token_statistics(name: str, dtype: torch.dtype) -> None:
     input[0, 300:] = input[0, 100]  # ties
     input[1, target[1]] = -torch.inf
     f = kernel_transform(transform, device=DEVICE)
-    log_prob, entropy, argmax, lse, rank = operators.token_statistics(input, target, f, ignore_index=-100)
+    log_prob, entropy, argmax, lse, rank, _ = operators.token_statistics(input, target, f, ignore_index=-100)
     log_p = reference.log_softmax(input.double(), transform, torch.float64)
     valid = target != -100
     at = torch.where(valid, target, 0)

@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton_interpreter import interpreting
 
-from monosoftmax.groups import Head, LossOptions, RowResults, Upstream
+from monosoftmax.groups import Divergence, Head, LossOptions, RowResults, Upstream
 from monosoftmax.row_kernels import row_kernels
 from monosoftmax.triton_kernels import recompute_head
 
@@ -110,7 +110,7 @@ def test_a_temperature_that_is_none_makes_every_result_nan(name: str, temperatur
     f = f._replace(temperature=torch.tensor(temperature, device=DEVICE))
     target, one = torch.arange(len(rows), device=DEVICE), Upstream(torch.ones((), device=DEVICE))
     of_indices = KERNELS.cross_entropy(rows, target, f, OPTIONS, one, output_mask=BOTH)
-    divergence = KERNELS.divergence(rows, rows.clone(), f, "jsd", 0.5, one, output_mask=BOTH)
+    divergence = KERNELS.divergence(rows, rows.clone(), f, Divergence("jsd", 0.5), one, output_mask=BOTH)
     statistics = KERNELS.token_statistics(rows, target, f, -100)
     log_p, _ = KERNELS.log_softmax(rows, f, torch.float32)
     results = [each for found in (of_indices, divergence) for each in (found.loss, found.lse, found.grad_rows)]
@@ -159,7 +159,9 @@ def test_every_way_of_summing_in_place(pieces: int, deterministic: bool) -> None
         for call in (
             lambda rows, **last: KERNELS.cross_entropy(rows, target, f, OPTIONS, one, row_stats, BOTH, **last),
             lambda rows, **last: KERNELS.cross_entropy(rows, q, f, OPTIONS, one, row_stats, BOTH, **last),
-            lambda rows, **last: KERNELS.divergence(rows, log_q, f, "jsd", 0.3, one, row_stats, BOTH, **last),
+            lambda rows, **last: KERNELS.divergence(
+                rows, log_q, f, Divergence("jsd", 0.3), one, row_stats, BOTH, **last
+            ),
         ):
             rows = _rows()
             yield call(rows, grad_rows=rows) if into else call(rows)
@@ -183,7 +185,7 @@ def test_a_factor_of_the_loss(kind: str) -> None:
 
     def call(upstream: Upstream, **last: Any) -> RowResults:
         if kind == "jsd":
-            return KERNELS.divergence(rows, q.log(), f, kind, 0.5, upstream, **last)
+            return KERNELS.divergence(rows, q.log(), f, Divergence(kind, 0.5), upstream, **last)
         return KERNELS.cross_entropy(rows, q, f, OPTIONS, upstream, **last)
 
     ahead = call(Upstream(torch.full((), 0.3, device=DEVICE)), output_mask=(True, False))
@@ -233,9 +235,9 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"monosoftmax: .* needs the row_stats \[3, N\]"):
         KERNELS.cross_entropy(rows, rows.softmax(1), f, OPTIONS, Upstream(e), two, BOTH)
     with pytest.raises(ValueError, match="monosoftmax: gradients need a scale"):
-        KERNELS.divergence(rows, rows, f, "jsd", 0.5, output_mask=BOTH)
+        KERNELS.divergence(rows, rows, f, Divergence("jsd", 0.5), output_mask=BOTH)
     with pytest.raises(ValueError, match="monosoftmax: kind='kl' is none of"):
-        KERNELS.divergence(rows, rows, f, "kl", 0.5)
+        KERNELS.divergence(rows, rows, f, Divergence("kl", 0.5))
     head = Head(rows[:, :16], torch.ones(37, 16, device=DEVICE), None)
     with pytest.raises(ValueError, match=r"monosoftmax: .* entropy needs logits in memory"):
         recompute_head.linear_cross_entropy(
@@ -248,6 +250,6 @@ def test_no_rows() -> None:
     scale = Upstream(torch.ones((), device=DEVICE))
     statistics = KERNELS.token_statistics(rows, torch.empty(0, dtype=torch.int64, device=DEVICE), f, -100)
     assert statistics.row_stats.shape == (3, 0)
-    found = KERNELS.divergence(rows, rows, f, "forward_kl", 0.5, scale, output_mask=BOTH)
+    found = KERNELS.divergence(rows, rows, f, Divergence("forward_kl", 0.5), scale, output_mask=BOTH)
     assert found.loss.shape == (0,) and found.row_stats.shape == (3, 0) and found.grad_rows.shape == rows.shape
     assert not found.grad_coefficients.any()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from losses import disturbed
-from test_token_loss import products
+from token_batches import products
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -12,7 +12,7 @@ from losses import SOME_TRANSFORMS, TRANSFORMS
 from row_contract import COMPOSITIONS, DIVERGENCES, compositions, logits, targets
 from tiers import mostly_slow
 
-from monosoftmax.groups import LossOptions, RowResults, TokenStatistics, Transform, Upstream
+from monosoftmax.groups import Divergence, LossOptions, RowResults, TokenStatistics, Transform, Upstream
 from monosoftmax.row_kernels import row_kernels
 
 CHECKS: dict[str, Callable[..., None]] = {
@@ -89,7 +89,9 @@ def test_a_temperature_that_is_not_positive_makes_all_results_nan(temperature: f
     results = [by_index, of_all]
     for kind, beta in DIVERGENCES:
         results.append(
-            kernels.divergence(rows, rows.log_softmax(1), f, kind, beta, Upstream(one), output_mask=(True, False))
+            kernels.divergence(
+                rows, rows.log_softmax(1), f, Divergence(kind, beta), Upstream(one), output_mask=(True, False)
+            )
         )
     log_p, _ = kernels.log_softmax(rows, f, torch.float32)
     for each in (*(r for loss, lse, _, grad, _ in results for r in (loss, lse, grad)), log_p):
@@ -109,12 +111,12 @@ def test_divergence_of_masked_logits(kind: str, beta: float, dtype: torch.dtype,
     f = Transform(coefficients, "identity", [], inner, rows.new_tensor(0.5))
     log_p, _ = kernels.log_softmax(rows, f, dtype)
     g = torch.ones(5, dtype=dtype)
-    same = _divergence(rows, log_p, f, kind, beta, Upstream(g), output_mask=(True, False))
+    same = _divergence(rows, log_p, f, Divergence(kind, beta), Upstream(g), output_mask=(True, False))
     eps = 20 * torch.finfo(dtype).eps
     torch.testing.assert_close(same.loss, torch.zeros_like(g), rtol=0, atol=eps)
     torch.testing.assert_close(same.grad_rows, torch.zeros_like(rows), rtol=0, atol=eps)
     other = log_p.roll(2, 1)
-    found = _divergence(rows, other, f, kind, beta, Upstream(g), output_mask=(True, False))
+    found = _divergence(rows, other, f, Divergence(kind, beta), Upstream(g), output_mask=(True, False))
     assert bool(found.loss.isfinite().all() and found.grad_rows.isfinite().all())
     true = row_contract.divergence_of(kind, beta, log_p.double(), other.double())
     torch.testing.assert_close(found.loss.double(), true, rtol=20 * eps, atol=eps)
@@ -130,7 +132,7 @@ def test_nan_and_infinity_reach_the_divergence(kind: str, beta: float) -> None:
     log_q[1, 6] = torch.nan
     rows[2] = -torch.inf
     rows[3, 7] = -torch.inf  # q > 0 = p
-    loss = _divergence(rows, log_q, f, kind, beta).loss
+    loss = _divergence(rows, log_q, f, Divergence(kind, beta)).loss
     assert bool(loss[:3].isnan().all())
     assert loss[3].isinf() if kind == "forward_kl" else loss[3].isfinite()
 
@@ -159,16 +161,17 @@ def test_refusals() -> None:
         (ValueError, "grad_entropy must have shape",
          lambda: loss(upstream=Upstream(None, None, None, e[:1]), row_stats=stats, **wanted)),
         (ValueError, "row_stats must have shape", lambda: loss(upstream=Upstream(e), row_stats=stats[:1], **wanted)),
-        (ValueError, "kind must be", lambda: kernels.divergence(rows, log_q, f, "kl", 0.5)),
-        (ValueError, "beta must be", lambda: kernels.divergence(rows, log_q, f, "jsd", 0.0)),
-        (ValueError, "beta must be", lambda: kernels.divergence(rows, log_q, f, "jsd", 1.0)),
-        (ValueError, "beta must be", lambda: kernels.divergence(rows, log_q, f, "jsd", float("nan"))),
-        (ValueError, "log_target must have shape", lambda: kernels.divergence(rows, log_q[:2], f, "jsd", 0.5)),
-        (TypeError, "not supported", lambda: kernels.divergence(rows, log_q.int(), f, "jsd", 0.5)),
+        (ValueError, "kind must be", lambda: kernels.divergence(rows, log_q, f, Divergence("kl", 0.5))),
+        (ValueError, "beta must be", lambda: kernels.divergence(rows, log_q, f, Divergence("jsd", 0.0))),
+        (ValueError, "beta must be", lambda: kernels.divergence(rows, log_q, f, Divergence("jsd", 1.0))),
+        (ValueError, "beta must be", lambda: kernels.divergence(rows, log_q, f, Divergence("jsd", float("nan")))),
+        (ValueError, "log_target must have shape",
+         lambda: kernels.divergence(rows, log_q[:2], f, Divergence("jsd", 0.5))),
+        (TypeError, "not supported", lambda: kernels.divergence(rows, log_q.int(), f, Divergence("jsd", 0.5))),
         (ValueError, "need a scale",
-         lambda: kernels.divergence(rows, log_q, f, "jsd", 0.5, None, None, (True, False))),
+         lambda: kernels.divergence(rows, log_q, f, Divergence("jsd", 0.5), None, None, (True, False))),
         (ValueError, "row_stats must have shape",
-         lambda: kernels.divergence(rows, log_q, f, "jsd", 0.5, Upstream(e), stats[:2], (True, False))),
+         lambda: kernels.divergence(rows, log_q, f, Divergence("jsd", 0.5), Upstream(e), stats[:2], (True, False))),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             call()
@@ -178,14 +181,14 @@ def test_beta_is_not_read_for_a_kl() -> None:
     rows = logits(torch.float32)
     f, log_q = _transform(rows), logits(torch.float32, seed=3).log_softmax(1)
     for kind in ("forward_kl", "reverse_kl"):
-        one, other = (_divergence(rows, log_q, f, kind, beta).loss for beta in (0.5, 7.0))
+        one, other = (_divergence(rows, log_q, f, Divergence(kind, beta)).loss for beta in (0.5, 7.0))
         assert torch.equal(one, other)
 
 
 def test_no_rows() -> None:
     kernels, rows = row_kernels("cpu"), torch.empty(0, 7)
     f = _transform(rows)
-    results = kernels.divergence(rows, rows, f, "jsd", 0.5, Upstream(torch.tensor(1.0)), None, (True, True))
+    results = kernels.divergence(rows, rows, f, Divergence("jsd", 0.5), Upstream(torch.tensor(1.0)), None, (True, True))
     assert [list(each.shape) for each in results] == [[0], [0], [3, 0], [0, 7], [0]]
     assert TokenStatistics(
         *kernels.token_statistics(rows, torch.empty(0, dtype=torch.int64), f, -100)

@@ -206,7 +206,7 @@ REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"upstream": Upstream(torch.ones(2))}, ValueError, "grad_loss must have shape"),
     ({"upstream": Upstream(None, torch.ones(2))}, ValueError, "grad_lse must have shape"),
     ({"upstream": Upstream(F32, None, F32[0])}, ValueError, "factor"),
-    ({"row_stats": torch.ones(3, N)}, ValueError, r"row_stats must have shape \[2, 6\]"),
+    ({"row_stats": torch.ones(4, N)}, ValueError, r"row_stats must have shape \["),
     ({"grad_rows": torch.ones(N, V + 1)}, ValueError, "grad_rows must have shape"),
     ({"grad_rows": torch.ones(N, V).bfloat16()}, TypeError, "grad_rows must be Float"),
     ({"grad_rows": torch.ones(V, N).t()}, ValueError, "grad_rows must have its columns next to each other"),

@@ -217,6 +217,7 @@ void token_statistics(const TokenStatisticsCall<S>& call, int64_t begin, int64_t
   using A = Arithmetic<T>;
   with_transform_of<T>(call.transform, [&](const auto& f) {
     LogitTiles<T> tiles(call.input, f.inner());
+    const T farthest(static_cast<S>(-kLowest));
     for (int64_t row = begin; row < end; ++row) {
       const int64_t target = call.target[row];
       const bool valid = target != call.ignore_index;
@@ -224,44 +225,45 @@ void token_statistics(const TokenStatisticsCall<S>& call, int64_t begin, int64_t
       S best = -std::numeric_limits<S>::infinity();
       int64_t best_at = 0;
       double larger = 0;
-      const OnlineSoftmax<S> state =
-          scan_row<T>(f, call.input, row, 0, call.classes, [&](int64_t at, int64_t n, const S*, const S* z) {
-            const S largest = largest_of<T>(z, n);
-            if (!(largest <= best) && !std::isnan(best)) {
-              best = largest;
-              best_at = at;
-              while (!(z[best_at - at] == best || std::isnan(z[best_at - at]))) ++best_at;
-            }
-            T count(0);
-            for (int64_t i = 0; i < n; i += T::size()) {
-              const T one = A::select(A::less(T(target_z), load<T>(z + i, n - i)), T(1), T(0));
-              count = count + (n - i < T::size() ? T::set(T(0), one, n - i) : one);
-            }
-            larger += sum_of_lanes(count);
-          });
-      // sum_j p_j (largest - y_j). Relative to the largest y, no terms cancel. The row is in the cache.
-      const T shift(state.largest()), lowest(static_cast<S>(kLowest));
-      double gaps = 0;
+      // One sweep: the largest y, the sum and the entropy need the same f and the same exponential.
+      OnlineEntropy<S> entropy;
       for (int64_t at = 0; at < call.classes; at += kTile) {
         const int64_t n = std::min(kTile, call.classes - at);
-        const S* z = tiles.load(row, at, n);
-        T sum(0);
+        const S* inner = tiles.load(row, at, n);
+        const S* z = tiles.logits();
+        const S largest = largest_of<T>(z, n);
+        const T shift(entropy.shift(first_lane(f.value(T(inner == z ? largest : largest_of<T>(inner, n))))));
+        T sum(0), gaps(0);
         for (int64_t i = 0; i < n; i += T::size()) {
-          const T y = f.value(at::vec::clamp_min(load<T>(z + i, n - i), lowest));
-          const T gap = at::vec::clamp_max(shift - y, T(0) - lowest);
-          const T term = A::exp(T(0) - gap) * gap;
-          sum = sum + (n - i < T::size() ? T::set(T(0), term, n - i) : term);
+          const T y = f.value(load<T>(inner + i, n - i));
+          T e = A::exp(y - shift);
+          if (n - i < T::size()) e = T::set(T(0), e, n - i);
+          sum = sum + e;
+          // -inf has a finite gap, so that 0 times the gap is 0.
+          gaps = A::fma(e, at::vec::clamp_max(shift - y, farthest), gaps);
         }
-        gaps += sum_of_lanes(sum);
+        entropy.add(sum_of_lanes(sum), sum_of_lanes(gaps));
+        if (!(largest <= best) && !std::isnan(best)) {
+          best = largest;
+          best_at = at;
+          while (!(z[best_at - at] == best || std::isnan(z[best_at - at]))) ++best_at;
+        }
+        T count(0);
+        for (int64_t i = 0; i < n; i += T::size()) {
+          const T one = A::select(A::less(T(target_z), load<T>(z + i, n - i)), T(1), T(0));
+          count = count + (n - i < T::size() ? T::set(T(0), one, n - i) : one);
+        }
+        larger += sum_of_lanes(count);
       }
+      const OnlineSoftmax<S>& state = entropy.softmax();
       S slope;
       const S target_y = valid ? first_lane(f.value(T(tiles.load_one(row, target, slope)))) : S(0);
       call.log_prob[row] = valid ? (target_y - state.largest()) - state.log_sum() : S(0);
-      gaps = state.sum() == 0 ? std::numeric_limits<double>::quiet_NaN() : gaps / state.sum();
-      call.entropy[row] = static_cast<S>(static_cast<double>(state.log_sum()) + gaps);
+      const double gap = entropy.gap();
+      call.entropy[row] = static_cast<S>(static_cast<double>(state.log_sum()) + gap);
       call.stats.largest[row] = state.largest();
       call.stats.sum[row] = state.sum();
-      call.stats.third[row] = static_cast<S>(gaps);
+      call.stats.third[row] = static_cast<S>(gap);
       call.argmax[row] = best_at;
       call.lse[row] = state.lse();
       call.rank[row] = valid ? static_cast<int64_t>(larger) : -1;

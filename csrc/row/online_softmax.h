@@ -33,6 +33,7 @@ class OnlineSoftmax {
   }
 
   MONOSOFTMAX_HD S largest() const { return largest_; }
+  MONOSOFTMAX_HD double unrounded_sum() const { return sum_; }
   // The sum is 0 for a row of -inf only. Such a row has no distribution: its p and its log_sum are NaN.
   MONOSOFTMAX_HD S sum() const { return static_cast<S>(sum_); }
   MONOSOFTMAX_HD S log_sum() const { return sum_ == 0 ? kNaN : static_cast<S>(std::log(sum_)); }
@@ -44,6 +45,38 @@ class OnlineSoftmax {
 
   S largest_ = -kInfinity;
   double sum_ = 0;
+};
+
+// The same, and the sum of exp(y - largest) (largest - y), from which comes the entropy log(sum) + gap. No terms
+// cancel: all of them are positive relative to the largest y so far, and stay so relative to a larger one.
+template <class S>
+class OnlineEntropy {
+ public:
+  MONOSOFTMAX_HD S shift(S block_largest) {
+    const S before = softmax_.largest();
+    const double sum = softmax_.unrounded_sum();
+    const S result = softmax_.shift(block_largest);
+    if (sum > 0 && softmax_.largest() != before) {
+      const double rise = static_cast<double>(softmax_.largest()) - before;
+      gaps_ = (gaps_ + sum * rise) * std::exp(-rise);
+    }
+    return result;
+  }
+  MONOSOFTMAX_HD void add(double block_sum, double block_gaps) {
+    softmax_.add(block_sum);
+    gaps_ += block_gaps;
+  }
+
+  MONOSOFTMAX_HD const OnlineSoftmax<S>& softmax() const { return softmax_; }
+  // sum_j p_j (largest - y_j). NaN for a row of -inf only, which has no distribution.
+  MONOSOFTMAX_HD double gap() const {
+    const double sum = softmax_.unrounded_sum();
+    return sum == 0 ? std::numeric_limits<double>::quiet_NaN() : gaps_ / sum;
+  }
+
+ private:
+  OnlineSoftmax<S> softmax_;
+  double gaps_ = 0;
 };
 
 }  // namespace monosoftmax

@@ -100,6 +100,14 @@ inline void check_grad_rows(const Memory& memory, const Optional& given, const T
   check_rows(memory, "grad_rows", *given);
 }
 
+// Memory for a result of the shape of rows: `given`, or new memory.
+inline Tensor output_for(const Memory& memory, const Optional& given, const Tensor& rows, at::ScalarType type) {
+  if (!given.has_value()) return at::empty(rows.sizes(), rows.options().dtype(type));
+  check_beside("out", *given, rows, rows.sizes(), type);
+  check_rows(memory, "out", *given);
+  return *given;
+}
+
 inline Tensor nothing_like(const Tensor& tensor) { return at::empty({0}, tensor.options()); }
 
 inline Optional contiguous(const Optional& tensor) {

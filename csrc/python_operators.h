@@ -36,7 +36,7 @@ inline void bind_row_operators(pybind11::module_& module, const RowOperators& op
              py::arg("row_stats") = py::none(), py::arg("output_mask") = std::make_pair(false, false),
              py::arg("grad_rows") = py::none());
   module.def("log_softmax", operators.log_softmax, WhileComputing(), py::arg("rows"), py::arg("transform"),
-             py::arg("dtype"));
+             py::arg("dtype"), py::arg("out") = py::none());
   module.def("log_softmax_backward", operators.log_softmax_backward, WhileComputing(), py::arg("grad_output"),
              py::arg("rows"), py::arg("transform"), py::arg("row_stats"), py::arg("output_mask"));
   module.def("plif_coefficients", operators.plif_coefficients, WhileComputing(), py::arg("raw_slope"), py::arg("bound"),

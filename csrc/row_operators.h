@@ -19,7 +19,8 @@ struct RowOperators {
   groups::RowResults (*divergence)(const Tensor& rows, const Tensor& log_target, const groups::Transform&,
                                    const groups::Divergence&, const std::optional<groups::Upstream>&,
                                    const Optional& row_stats, groups::OutputMask, const Optional& grad_rows);
-  std::tuple<Tensor, Tensor> (*log_softmax)(const Tensor& rows, const groups::Transform&, at::ScalarType dtype);
+  std::tuple<Tensor, Tensor> (*log_softmax)(const Tensor& rows, const groups::Transform&, at::ScalarType dtype,
+                                            const Optional& out);
   std::tuple<Tensor, Tensor> (*log_softmax_backward)(const Tensor& grad_output, const Tensor& rows,
                                                      const groups::Transform&, const Tensor& row_stats,
                                                      groups::OutputMask);

@@ -26,8 +26,7 @@ class _Heads:
         *mask, self.need_coefficients = call.output_mask
         self.call, self.kernels = call, row_kernels(call.backend)
         input, weight, _ = call.head
-        # Fewer rows than of a single head: there are two buffers.
-        rows = max(3 * chunk_rows(weight.shape[0], input.dtype, input.device.type) // 4, 1)
+        rows = self._rows(weight.shape[0], input)
         self.student = HeadProducts(call.head, mask, rows)
         # The teacher's log-probabilities are of the arithmetic type: rounded to half precision, those of rare classes
         # would be a few per cent off.
@@ -35,11 +34,24 @@ class _Heads:
         self.teacher = HeadProducts(call.teacher.head(), rows_in_chunk=rows)
         self.grad_coefficients: Tensor | None = None
 
+    @staticmethod
+    def _rows(classes: int, input: Tensor) -> int:
+        """Fewer rows of a chunk than of a single head: there are two buffers.
+
+        On the CPU so few that glibc takes a buffer from its heap, which it does below 32 MiB. A larger one has new
+        pages for each chunk: touching them takes as long as a kernel that reads them.
+        """
+        rows = chunk_rows(classes, input.dtype, input.device.type)
+        most = 31 * 2**20 // (classes * input.dtype.itemsize)
+        return max(3 * rows // 4, 1) if input.device.type != "cpu" else max(min(3 * rows // 4, most), rows // 2, 1)
+
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """The chunks of rows, with the logits of the student and the log-probabilities of the teacher."""
         students, f = iter(self.student), self.call.teacher.transform()
         for rows, of_teacher in self.teacher:
-            log_q, _ = self.kernels.log_softmax(of_teacher, f, self.dtype)
+            log_q, _ = self.kernels.log_softmax(
+                of_teacher, f, self.dtype, of_teacher if of_teacher.dtype == self.dtype else None
+            )
             del of_teacher
             _, logits = next(students)
             yield rows, logits, log_q

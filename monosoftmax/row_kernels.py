@@ -97,8 +97,10 @@ class RowKernels(Protocol):
         arguments are those of :meth:`cross_entropy`; ``grad_rows`` may be ``rows``.
         """
 
-    def log_softmax(self, rows: Tensor, transform: Transform, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """log p [N, V] of type ``dtype``, and row_stats [2, N]."""
+    def log_softmax(
+        self, rows: Tensor, transform: Transform, dtype: torch.dtype, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """log p [N, V] of type ``dtype``, and row_stats [2, N]. ``out`` is memory for log p; it may be ``rows``."""
 
     def log_softmax_backward(
         self,

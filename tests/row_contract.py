@@ -138,6 +138,11 @@ def check_composition(kernels: RowKernels, rows: Tensor, composition: Compositio
     assert torch.equal(found.argmax, rows.argmax(1)), "argmax"
     log_p, row_stats = kernels.log_softmax(rows, f, g.dtype)
     _close(log_p, truth.log_p, "log softmax", unit=truth.log_p.abs().max().item())
+    if rows.dtype == g.dtype:
+        over = rows.clone(memory_format=torch.contiguous_format)
+        found_over, _ = kernels.log_softmax(over, f, g.dtype, over)
+        assert found_over.data_ptr() == over.data_ptr()
+        _close(over, truth.log_p, "log softmax in place", unit=truth.log_p.abs().max().item())
     upstream = _numbers(rows.reshape(-1, 1), 3).reshape(rows.shape)
     got_both = kernels.log_softmax_backward(upstream, rows, f, row_stats, (True, True))
     wanted_both = _gradients(truth, (upstream.double() * truth.log_p).sum())

@@ -135,10 +135,12 @@ def token_statistics(rows: Tensor, target: Tensor, transform: Transform, ignore_
     return TokenStatistics(log_prob, entropy, argmax, lse=lse, rank=rank, row_stats=row_stats)
 
 
-def log_softmax(rows: Tensor, transform: Transform, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def log_softmax(
+    rows: Tensor, transform: Transform, dtype: torch.dtype, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """log p and row_stats."""
     count, classes = rows.shape
-    output = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    output = torch.empty(rows.shape, dtype=dtype, device=rows.device) if out is None else out
     row_stats = rows.new_empty((2, count), dtype=torch.float32)
     if count > 0:
         call, tile = Call.of(transform), tile_arguments(rows, output)

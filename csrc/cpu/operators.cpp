@@ -243,11 +243,12 @@ groups::RowResults divergence(const Tensor& rows, const Tensor& log_target, cons
   return results;
 }
 
-std::tuple<Tensor, Tensor> log_softmax(const Tensor& rows, const groups::Transform& transform, at::ScalarType dtype) {
+std::tuple<Tensor, Tensor> log_softmax(const Tensor& rows, const groups::Transform& transform, at::ScalarType dtype,
+                                       const Optional& out) {
   check_rows("input", rows);
   element_of(dtype);
   const TransformArguments arguments(transform, rows);
-  Tensor output = at::empty(rows.sizes(), rows.options().dtype(dtype));
+  Tensor output = output_for(kMemory, out, rows, dtype);
   Tensor row_stats = at::empty({2, rows.size(0)}, transform.coefficients.options());
   with_kernels(rows, [&](auto zero, const auto& kernels) {
     using S = decltype(zero);

@@ -5,7 +5,8 @@
 // where y = f(inner(z)) / tau, and largest is the largest y.
 // Memory traffic for each logit. Forward: a read from memory, one more from the L2 cache if the row is still there, and
 // a write. Backward: a read and a write, and two reads of the upstream gradient; the second may come from the L2 cache.
-// Numerics: scan.cuh, composition.cuh. Hazards: a thread only writes elements that no other thread reads.
+// Numerics: scan.cuh, composition.cuh. Hazards: a thread only writes elements that no other thread reads, so
+// that log p may overwrite the logits.
 #pragma once
 
 #include "coefficient_sums.cuh"

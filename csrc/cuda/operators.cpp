@@ -313,9 +313,10 @@ groups::RowResults divergence(const Tensor& rows, const Tensor& log_target, cons
                    grad_rows, {.kind = loss, .beta = static_cast<float>(given.beta)});
 }
 
-std::tuple<Tensor, Tensor> log_softmax(const Tensor& rows, const groups::Transform& transform, at::ScalarType dtype) {
+std::tuple<Tensor, Tensor> log_softmax(const Tensor& rows, const groups::Transform& transform, at::ScalarType dtype,
+                                       const Optional& out) {
   const RowCall call(rows, transform);
-  Tensor output = at::empty(rows.sizes(), rows.options().dtype(dtype));
+  Tensor output = output_for(kMemory, out, rows, dtype);
   Tensor row_stats = at::empty({2, rows.size(0)}, call.numbers());
   float* stats = row_stats.mutable_data_ptr<float>();
   LogSoftmaxArguments arguments{.output = output.mutable_data_ptr(),

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 from monosoftmax import transforms
-from monosoftmax.groups import Head, LossOptions, Transform, Upstream
+from monosoftmax.groups import Divergence, Head, LossOptions, Transform, Upstream
 from monosoftmax.triton_kernels import head_tiles, linear_cross_entropy, linear_cross_entropy_backward, operators
 from monosoftmax.triton_kernels import launch as launchers
 
@@ -211,7 +211,7 @@ def _dense_call(one: Kernel, f: Transform, classes: int) -> Callable[[], object]
     mask = not losses, not losses and one.transform not in _WITHOUT_COEFFICIENTS
     if kind == "probabilities":
         return partial(operators.cross_entropy, logits, target, f, _options(one, classes), upstream, output_mask=mask)
-    return partial(operators.divergence, logits, target, f, kind, 0.5, upstream=upstream, output_mask=mask)
+    return partial(operators.divergence, logits, target, f, Divergence(kind, 0.5), upstream=upstream, output_mask=mask)
 
 
 def _head_call(one: Kernel, f: Transform, classes: int) -> Callable[[], object]:

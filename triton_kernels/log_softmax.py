@@ -5,8 +5,8 @@
 
 for upstream gradients G. Memory traffic for each logit: log p reads it once from memory and once from a cache, and
 writes once. The gradient reads G twice (once from a cache) and the logit once, and writes once. Arithmetic is float32,
-and each result is rounded once. Hazards: as :mod:`.cross_entropy`, and log p may overwrite the logits in the same way: a
-thread writes the elements that it has read. A row of -inf only has no distribution and is NaN.
+and each result is rounded once. Hazards: as :mod:`.cross_entropy`, and log p may overwrite the logits in the same way:
+a thread writes the elements that it has read. A row of -inf only has no distribution and is NaN.
 """
 
 from __future__ import annotations

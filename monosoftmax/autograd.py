@@ -262,7 +262,7 @@ class _OfDistillation(_Derivative[ops.LinearDistillation, ops.DistillationLosses
     def _scaled(
         call: ops.LinearDistillation, ahead: list[Tensor], total: Tensor, computed: tuple[bool, ...]
     ) -> list[Tensor | None]:
-        in_place, kernels = not keeps_graph(), row_kernels(call.backend)
+        kernels, in_place = row_kernels(call.backend), not keeps_graph()
         if in_place:
             gradients_ahead.let_go(ahead)
         if call.head.input.dtype == torch.float16:

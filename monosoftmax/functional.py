@@ -162,9 +162,8 @@ def cross_entropy(
     Args:
         input: logits z, (V,), (N, V) or (N, V, d1, ...); float32, bfloat16, float16 or float64.
         target: class indices, int64 or uint8, of the shape of ``input`` without V; or class probabilities, of any
-            floating dtype listed for ``input`` and of the shape of ``input``. The reference and cpu backends take
-            probabilities. The reference backend differentiates with respect to them, and ``"auto"`` chooses it where
-            they require a gradient.
+            floating dtype listed for ``input`` and of the shape of ``input``. The reference backend differentiates with
+            respect to probabilities, and ``"auto"`` chooses it where they require a gradient.
         transform: f; ``None`` is Linear-Softmax.
         weight: weight of each class, (V,).
         ignore_index: targets of this value get loss 0 and gradient 0. Not for class probabilities.
@@ -372,7 +371,12 @@ def loss_in_place(
     f = for_kernels(transform.f, rows, transform.temperature)
     target = rows_for_kernel(target) if target.dim() == 2 else target
     mask = (True, f.coefficients.requires_grad)
-    total, loss = in_place.total_and_losses(
+    run = in_place.total_and_losses
+    if torch.compiler.is_compiling():
+        from . import outside_of_graphs
+
+        run = outside_of_graphs.total_and_losses
+    total, loss = run(
         ops.CrossEntropy(
             backend=backend,
             input=rows,

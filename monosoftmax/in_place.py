@@ -15,7 +15,6 @@ from .reductions import reduced, scale_of
 from .row_kernels import row_kernels
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def total_and_losses(call: ops.CrossEntropy) -> tuple[Tensor, Tensor]:
     """The mean or sum of the losses, and the losses [N], which have no gradient."""
     found: tuple[Tensor, Tensor] = _InPlace.apply(call, call.input, call.transform.coefficients)  # type: ignore[no-untyped-call]

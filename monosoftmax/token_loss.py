@@ -120,8 +120,12 @@ def linear_token_loss(
     )
     if call.backend == "reference":
         return _by_autograd(call, F.linear(rows, linear_weight, linear_bias))
-    total: Tensor = _fused(call, autocast_input(rows), linear_weight, linear_bias)
-    return total
+    run = of_head
+    if torch.compiler.is_compiling():
+        from . import outside_of_graphs
+
+        run = outside_of_graphs.token_loss_of_head
+    return run(call, autocast_input(rows), linear_weight, linear_bias)
 
 
 def _check_per_token(name: str, tensor: Tensor, shape: torch.Size, device: torch.device) -> None:
@@ -144,8 +148,8 @@ def _by_autograd(call: TokenLoss, logits: Tensor) -> Tensor:
     return loss_of(call, tokens, slice(0, len(logits)))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _fused(call: TokenLoss, rows: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+def of_head(call: TokenLoss, rows: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+    """The loss on a fused backend."""
     coefficients = for_kernels(call.transform, rows, call.temperature).coefficients
     operands = (rows, linear_weight, linear_bias, coefficients)
     needed = tuple(torch.is_grad_enabled() and each is not None and each.requires_grad for each in operands)

@@ -86,9 +86,9 @@ def _with_tile(state, z, inside, target_z, largest, parameters, functions: tl.co
     best = tl.maximum(best, tl.max(tl.where(inside, z, float("-inf")), 1))
     larger += tl.sum((inside & (z > target_z)).to(tl.int32), 1)
     gap = largest - functions[1](tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL), parameters, size)
-    e = exp(-gap)
-    # Where e is 0, the gap may be inf in spite of LOWEST, under a steep f.
-    return best, larger, gaps + tl.sum(tl.where(inside & (e != 0), e * gap, 0.0), 1)
+    # Under a steep f it may be inf in spite of LOWEST: 0 times a finite gap is 0.
+    gap = tl.minimum(gap, -LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    return best, larger, gaps + tl.sum(tl.where(inside, exp(-gap) * gap, 0.0), 1)
 
 
 @triton.jit

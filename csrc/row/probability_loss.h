@@ -23,8 +23,8 @@ struct ProbabilityOptions {
   const S* weight;  // [classes], or null for weights of 1
 
   // q = kept t w + spread w
-  S kept() const { return static_cast<S>(1 - label_smoothing); }
-  S spread() const { return static_cast<S>(label_smoothing / static_cast<double>(classes)); }
+  MONOSOFTMAX_HD S kept() const { return static_cast<S>(1 - label_smoothing); }
+  MONOSOFTMAX_HD S spread() const { return static_cast<S>(label_smoothing / static_cast<double>(classes)); }
 };
 
 // The sums over a part of a row, which arrives in blocks as for OnlineSoftmax: an OnlineSoftmax, Q, and the sum of q_j
@@ -32,29 +32,29 @@ struct ProbabilityOptions {
 template <class S>
 class ProbabilityPart {
  public:
-  S shift(S block_largest) {
+  MONOSOFTMAX_HD S shift(S block_largest) {
     const S before = softmax_.largest();
     const S shift = softmax_.shift(block_largest);
     gaps_ = gaps_to(softmax_.largest(), before);
     return shift;
   }
   // Sums over the block of exp(y - shift), of q, and of q (y - shift) where q is not 0.
-  void add(double block_sum, double block_mass, double block_gaps) {
+  MONOSOFTMAX_HD void add(double block_sum, double block_mass, double block_gaps) {
     softmax_.add(block_sum);
     mass_ += block_mass;
     gaps_ += block_gaps;
   }
   // Adds another part of the same row.
-  void merge(const ProbabilityPart& part) {
+  MONOSOFTMAX_HD void merge(const ProbabilityPart& part) {
     const S before = softmax_.largest();
     softmax_.merge(part.softmax_);
     gaps_ = gaps_to(softmax_.largest(), before) + part.gaps_to(softmax_.largest(), part.softmax_.largest());
     mass_ += part.mass_;
   }
 
-  const OnlineSoftmax<S>& softmax() const { return softmax_; }
-  S mass() const { return static_cast<S>(mass_); }
-  S loss(const ProbabilityOptions<S>& options) const {
+  MONOSOFTMAX_HD const OnlineSoftmax<S>& softmax() const { return softmax_; }
+  MONOSOFTMAX_HD S mass() const { return static_cast<S>(mass_); }
+  MONOSOFTMAX_HD S loss(const ProbabilityOptions<S>& options) const {
     double result = mass_ * softmax_.log_sum() - gaps_;
     if (options.z_loss > 0) result += options.z_loss * static_cast<double>(softmax_.lse()) * softmax_.lse();
     return static_cast<S>(result);
@@ -62,7 +62,7 @@ class ProbabilityPart {
 
  private:
   // If every y so far is -inf, the gaps are -inf, or 0 if Q is 0. Both are right for any largest y.
-  double gaps_to(S largest, S before) const {
+  MONOSOFTMAX_HD double gaps_to(S largest, S before) const {
     if (largest == before || before == -std::numeric_limits<S>::infinity()) return gaps_;
     return gaps_ + mass_ * (static_cast<double>(before) - largest);
   }
@@ -76,7 +76,8 @@ template <class S>
 struct ProbabilityGradient {
   S of_p, extra_of_p;
 
-  ProbabilityGradient(const ProbabilityOptions<S>& options, S mass, S grad_loss, S grad_lse, S largest, S sum)
+  MONOSOFTMAX_HD ProbabilityGradient(const ProbabilityOptions<S>& options, S mass, S grad_loss, S grad_lse, S largest,
+                                     S sum)
       : of_p(grad_loss * mass), extra_of_p(grad_lse) {
     if (options.z_loss > 0) {
       const double lse = largest + std::log(static_cast<double>(sum));

@@ -78,7 +78,7 @@ def test_memory_of_the_head_without_gradients(layer: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", ["fused", "statistics", "log_prob", "token_loss"])
-def test_memory_of_the_head_with_the_usual_malloc(layer: str) -> None:
+def test_memory_with_the_usual_malloc(layer: str) -> None:
     """V=32000, d=64: 256 rows of logits are 31 MiB, all of them 500 and 2000. Freed memory may have holes, but few."""
     mode = "inference" if layer == "statistics" else "training"
     peaks = [peak_mib(rows, 64, 32_000, layer, mode, exact=False) for rows in (4096, 16384)]

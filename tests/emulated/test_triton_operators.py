@@ -57,8 +57,8 @@ _BARE_CALL = """
 import sys, torch, monosoftmax
 assert "triton" not in sys.modules
 sys.modules.update(dict.fromkeys(sys.argv[1:]))
-arguments = "triton", torch.zeros(0, 7), torch.zeros(0, dtype=torch.int64), torch.zeros(0), "identity", [], None
-options = -100, 0.0, 0.0, False, "none", [False, False]
+arguments = "triton", torch.zeros(0, 7), torch.zeros(0, dtype=torch.int64), torch.zeros(0), "identity", []
+options = [], None, None, -100, 0.0, 0.0, False, "none", [False, False]
 print(torch.ops.monosoftmax.cross_entropy.default(*arguments, *options)[0])
 """
 

@@ -10,8 +10,7 @@ One kernel has three uses: it computes the losses; or the gradients, from the ro
 program takes every num_programs-th row, or one row if it keeps no sums. Memory traffic for each logit: the losses read
 it once. A gradient reads it once and writes once. Both together read it once from memory and once more from a cache.
 Arithmetic is float32, and each result is rounded once. A target outside [0, V) that is not ignore_index is not used as
-an index, and makes its row NaN. The columns may be those of a shard of the vocabulary. Then ``column_offset`` is the
-first class of the shard, targets and ``weight`` count all classes, and gradients need the row_stats of whole rows.
+an index, and makes its row NaN.
 
 Hazards: a lane beyond V is masked after f, since f(-inf) may be finite. The gradient of the target's column is formed
 in float32, as its two parts cancel where p is next to 1. Rows that are ignored may hold anything: they are not loaded,
@@ -31,26 +30,15 @@ from .tiles import edge_begin, full_tiles, inside_row, load_full_tile, positions
 from .transforms.composed import load_parameters
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows",
-        "classes",
-        "stride",
-        "grad_stride",
-        "grad_loss_stride",
-        "column_offset",
-        "all_classes",
-        "ignore_index",
-    ]
-)
+@triton.jit(do_not_specialize=["rows", "classes", "stride", "grad_stride", "grad_loss_stride", "ignore_index"])
 def cross_entropy_kernel(
     input, target, weight, weight_sum, coefficients, temperature, grad_loss, grad_lse, grad_entropy, factor,
-    loss, lse, row_stats, target_y, weighted_y, grad_input, totals, lanes,
-    rows, classes, stride, grad_stride, grad_loss_stride, column_offset, all_classes,
+    loss, lse, row_stats, grad_input, totals, lanes,
+    rows, classes, stride, grad_stride, grad_loss_stride,
     c0, c1, c2, scale, cap, ignore_index, target_share, smooth_share, z_loss,
     functions: tl.constexpr, size: tl.constexpr, groups: tl.constexpr, table_rows: tl.constexpr,
     regime: tl.constexpr, count: tl.constexpr,
-    losses: tl.constexpr, return_lse: tl.constexpr, partial: tl.constexpr, gradient: tl.constexpr,
+    losses: tl.constexpr, return_lse: tl.constexpr, gradient: tl.constexpr,
     weighted: tl.constexpr, smooths: tl.constexpr, of_lse: tl.constexpr, of_entropy: tl.constexpr,
     has_z_loss: tl.constexpr, has_factor: tl.constexpr,
     ALIGNMENT: tl.constexpr, OUT_ALIGNED: tl.constexpr, EDGES: tl.constexpr, WHOLE: tl.constexpr,
@@ -58,14 +46,14 @@ def cross_entropy_kernel(
 ):  # fmt: skip
     """See :mod:`.launch` for the arguments.
 
-    ``losses``: scan the rows, and write loss, lse and row_stats (``partial``: row_stats, target_y and weighted_y of a
-    shard). ``gradient``: write grad_input. ``has_factor``: multiply grad_loss by factor; if factor is 1, do nothing,
-    since grad_input has the result already. ``regime`` other than "none": sum the contributions to f's coefficients.
+    ``losses``: scan the rows, and write loss, lse and row_stats. ``gradient``: write grad_input. ``has_factor``:
+    multiply grad_loss by factor; if factor is 1, do nothing, since grad_input has the result already. ``regime`` other
+    than "none": sum the contributions to f's coefficients.
     """
     program = tl.program_id(0)
     parameters = load_parameters(coefficients, temperature, c0, c1, c2, scale, cap, functions, size)
     sums, lanes = begin_sums(lanes, program, size, table_rows, regime, count, LANES)
-    all_weights = tl.load(weight_sum) if weighted & smooths else all_classes * 1.0
+    all_weights = tl.load(weight_sum) if weighted & smooths else classes * 1.0
     # Without sums to keep, a program has one row.
     end, step = program + 1, 1
     if regime != "none":
@@ -79,10 +67,8 @@ def cross_entropy_kernel(
         start = row_start(input, row, stride, shift, True)
         t = tl.load(target + row)
         ignored = t == ignore_index
-        valid = (t >= 0) & (t < all_classes)
-        column = t - column_offset
-        here = valid & (column >= 0) & (column < classes)
-        at = tl.where(here, column, 0)
+        valid = (t >= 0) & (t < classes)
+        at = tl.where(valid, t, 0)
         if losses:
             largest, total = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
             row_loss, row_lse = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
@@ -90,37 +76,29 @@ def cross_entropy_kernel(
                 of_target = functions[1](tl.load(start + (at + shift)).to(tl.float32), parameters, size)
                 # Subtracted from every y: in a sum of V numbers of the size of y, rounding would hide the loss.
                 reference = tl.where(tl.abs(of_target) < float("inf"), of_target, 0.0)
-                if partial:
-                    reference = 0.0
                 largest, total, gaps = scan_row(
-                    start, shift, length, parameters, weight + column_offset, reference,
+                    start, shift, length, parameters, weight, reference,
                     functions[1], size, weighted, smooths, EDGES, WHOLE, LANES, WIDTH,
                 )  # fmt: skip
                 row_lse = lse_of(largest, total)
-                if partial:
-                    tl.store(target_y + row, tl.where(here, of_target, float("-inf")))
-                    if smooths:
-                        tl.store(weighted_y + row, gaps)
-                else:
-                    log_sum = log_of_sum(total)
-                    mass = target_share * tl.load(weight + tl.where(valid, t, 0)) if weighted else target_share
-                    row_loss = mass * (log_sum - (of_target - largest))
-                    if smooths:
-                        all_gaps = all_weights * (log_sum + (largest - reference)) - gaps
-                        row_loss += smooth_share * all_gaps
-                    if has_z_loss:
-                        row_loss += z_loss * row_lse * row_lse
-                    row_loss = tl.where(valid, row_loss, float("nan"))
-                    row_loss = tl.where(ignored, 0.0, row_loss)
+                log_sum = log_of_sum(total)
+                mass = target_share * tl.load(weight + at) if weighted else target_share
+                row_loss = mass * (log_sum - (of_target - largest))
+                if smooths:
+                    all_gaps = all_weights * (log_sum + (largest - reference)) - gaps
+                    row_loss += smooth_share * all_gaps
+                if has_z_loss:
+                    row_loss += z_loss * row_lse * row_lse
+                row_loss = tl.where(valid, row_loss, float("nan"))
+                row_loss = tl.where(ignored, 0.0, row_loss)
             if gradient & (LANES <= 64):
                 # All threads must have read the target's logit before one overwrites it. With more than one warp, the
                 # sums above end in a barrier already.
                 tl.debug_barrier()
             tl.store(row_stats + row, largest)
             tl.store(row_stats + rows + row, total)
-            if not partial:
-                tl.store(loss + row, row_loss)
-                tl.store(lse + row, row_lse)
+            tl.store(loss + row, row_loss)
+            tl.store(lse + row, row_lse)
         else:
             largest, total = tl.load(row_stats + row), tl.load(row_stats + rows + row)
         if gradient | (regime != "none"):
@@ -136,7 +114,7 @@ def cross_entropy_kernel(
                 spread = tl.load(row_stats + 2 * rows.to(tl.int64) + row)
             if has_z_loss:
                 extra += 2.0 * g * z_loss * (largest + log_of_sum(total))
-            mass = target_share * tl.load(weight + tl.where(valid, t, 0)) if weighted else target_share
+            mass = target_share * tl.load(weight + at) if weighted else target_share
             of_target = tl.where(ignored, 0.0, g * mass)
             of_weight = g * smooth_share
             of_p = of_target
@@ -151,7 +129,7 @@ def cross_entropy_kernel(
             extra = tl.where(present, extra * inverse, 0.0)
             if of_entropy:
                 spread, of_spread = tl.where(present, spread, 0.0), of_spread * inverse
-            target_position = tl.where(here, column + shift, -1).to(tl.int32)
+            target_position = tl.where(valid, t + shift, -1).to(tl.int32)
             full = full_tiles(length, EDGES, LANES, WIDTH)
             output = grad_input
             if gradient:
@@ -162,7 +140,7 @@ def cross_entropy_kernel(
                 z = load_full_tile(start, begin, present, LANES, WIDTH)
                 w = 0.0
                 if smooths:
-                    w = of_weight * tl.load(weight + column_offset + (position - shift)) if weighted else of_weight
+                    w = of_weight * tl.load(weight + (position - shift)) if weighted else of_weight
                 z, at_z, dy = _gradient_of_y(
                     z, target_position - begin, parameters, largest, of_p, extra, of_target, w, spread, of_spread,
                     functions, size, smooths, of_lse | has_z_loss, of_entropy, LANES, WIDTH,
@@ -182,7 +160,7 @@ def cross_entropy_kernel(
                 if smooths:
                     w = of_weight
                     if weighted:
-                        w *= tl.load(weight + column_offset + (position - shift), mask=inside, other=0.0)
+                        w *= tl.load(weight + (position - shift), mask=inside, other=0.0)
                 z, at_z, dy = _gradient_of_y(
                     z, target_position - begin, parameters, largest, of_p, extra, of_target, w, spread, of_spread,
                     functions, size, smooths, of_lse | has_z_loss, of_entropy, LANES, WIDTH,

@@ -85,14 +85,11 @@ def place_of(program, row_blocks, others, GROUP: tl.constexpr):
 
 
 @triton.jit
-def load_targets(target, r, rows, column_offset, classes, all_classes, ignore_index):
-    """For rows r: the target; its column, or -1 if another shard has it; whether it is valid; whether it is ignored."""
+def load_targets(target, r, rows, classes, ignore_index):
+    """For rows r: the target, or -1 if it is ignored or not a class; whether it is ignored."""
     t = tl.load(target + r, mask=r < rows, other=ignore_index)
     ignored = t == ignore_index
-    valid = (t >= 0) & (t < all_classes) & ~ignored
-    column = t - column_offset
-    here = valid & (column >= 0) & (column < classes)
-    return t, tl.where(here, column, -1).to(tl.int32), valid, ignored
+    return tl.where((t >= 0) & (t < classes) & ~ignored, t, -1).to(tl.int32), ignored
 
 
 class HeadTile(NamedTuple):

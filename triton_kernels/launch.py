@@ -107,49 +107,27 @@ class Call(NamedTuple):
         return self.functions.unpack(total).reshape(self.coefficients.shape)
 
 
-class Shard(NamedTuple):
-    """Which classes the columns of the logits are: ``classes`` in all, the first column is number ``offset``."""
-
-    offset: int
-    classes: int
-
-
-class ShardResults(NamedTuple):
-    """What the columns of one shard contribute to the losses of rows."""
-
-    #: [2, N]
-    row_stats: Tensor
-    #: [N]: y of the target; -inf where another shard has the target.
-    target_y: Tensor
-    #: [N]: sum_j w_j y_j; written only where labels are smoothed.
-    weighted_y: Tensor
-
-
 class RowLoss(NamedTuple):
-    """A loss of rows as the kernels take it, with contiguous tensors.
-
-    ``target`` and ``options.weight`` count all classes, also where the logits are those of a ``shard``.
-    """
+    """A loss of rows as the kernels take it, with contiguous tensors."""
 
     target: Tensor
     call: Call
     options: LossOptions
-    shard: Shard | None = None
 
     @classmethod
-    def of(cls, target: Tensor, transform: Transform, options: LossOptions, shard: Shard | None = None) -> RowLoss:
+    def of(cls, target: Tensor, transform: Transform, options: LossOptions) -> RowLoss:
         if options.weight is not None:
             options = options._replace(weight=options.weight.contiguous())
-        return cls(target.contiguous(), Call.of(transform), options, shard)
+        return cls(target.contiguous(), Call.of(transform), options)
 
     @property
     def smooths(self) -> bool:
         """Whether labels are smoothed."""
         return self.options.label_smoothing > 0
 
-    def arguments(self, dtype: torch.dtype, classes: int, unused: Tensor) -> dict[str, Any]:
+    def arguments(self, dtype: torch.dtype, unused: Tensor) -> dict[str, Any]:
         """The arguments that every kernel of the loss has. ``unused`` stands for a tensor that is not read."""
-        weight, shard = self.options.weight, self.shard or Shard(0, classes)
+        weight = self.options.weight
         arguments = self.call.arguments(dtype)
         arguments.update(
             target=self.target,
@@ -157,8 +135,6 @@ class RowLoss(NamedTuple):
             weighted=weight is not None,
             smooths=self.smooths,
             ignore_index=self.options.ignore_index,
-            column_offset=shard.offset,
-            all_classes=shard.classes,
         )
         return arguments
 
@@ -175,7 +151,7 @@ class RowLoss(NamedTuple):
             "grad_lse": unused if lse is None else lse,
             "of_lse": lse is not None,
             "target_share": 1.0 - label_smoothing,
-            "smooth_share": label_smoothing / (self.shard or Shard(0, classes)).classes,
+            "smooth_share": label_smoothing / classes,
             "z_loss": float(z_loss),
             "has_z_loss": z_loss > 0,
             "groups": functions.groups(size),
@@ -332,7 +308,7 @@ def reads_again(rows: Tensor, results: RowResults, sums: Sums) -> bool:
 
 
 def launch_cross_entropy(
-    rows: Tensor, loss: RowLoss, upstream: Upstream | None, results: RowResults | ShardResults, sums: Sums
+    rows: Tensor, loss: RowLoss, upstream: Upstream | None, results: RowResults, sums: Sums
 ) -> None:
     """Fills in ``sums`` and those of ``results`` that are not empty; row_stats without losses are read instead.
 
@@ -341,7 +317,7 @@ def launch_cross_entropy(
     if rows.shape[0] == 0:
         return
     upstream = None if upstream is None else as_read(upstream, rows)
-    if isinstance(results, RowResults) and reads_again(rows, results, sums):
+    if reads_again(rows, results, sums):
         empty = rows.new_empty(0)
         launch_cross_entropy(rows, loss, upstream, results._replace(grad_rows=empty), sums)
         results, sums = results._replace(loss=empty), Sums(loss.call, rows, False)
@@ -357,29 +333,21 @@ def launch_cross_entropy(
 
 
 def _launch_cross_entropy(
-    rows: Tensor, loss: RowLoss, upstream: Upstream | None, results: RowResults | ShardResults, sums: Sums
+    rows: Tensor, loss: RowLoss, upstream: Upstream | None, results: RowResults, sums: Sums
 ) -> None:
     (count, classes), unused = rows.shape, results.row_stats
-    of_rows, of_shard, grad_rows = (unused, unused), (unused, unused), rows
-    losses, return_lse, gradient = True, True, False
-    if isinstance(results, ShardResults):
-        of_shard = results[1:]
-    else:
-        losses, gradient = results.loss.numel() > 0, results.grad_rows.numel() > 0
-        return_lse = losses and loss.options.return_lse
-        of_rows = results[:2] if losses else of_rows
-        grad_rows = results.grad_rows if gradient else rows
+    losses, gradient = results.loss.numel() > 0, results.grad_rows.numel() > 0
+    grad_rows = results.grad_rows if gradient else rows
     _, _, factor, entropy = Upstream(None) if upstream is None else upstream
     tile = tile_arguments(rows, grad_rows, sums.most_lanes)
     registers = registers_of(loss.call.functions.table_rows, upstream is not None)
     with on_device(rows):
         cross_entropy_kernel[(sums.programs,)](
             input=rows, rows=count, classes=classes, stride=rows.stride(0), row_stats=results.row_stats,
-            loss=of_rows[0], lse=of_rows[1], target_y=of_shard[0], weighted_y=of_shard[1], losses=losses,
-            return_lse=return_lse, partial=isinstance(results, ShardResults), grad_input=grad_rows,
-            grad_stride=grad_rows.stride(0), gradient=gradient, factor=unused if factor is None else factor,
-            has_factor=factor is not None, grad_entropy=unused if entropy is None else entropy,
-            of_entropy=entropy is not None, **loss.arguments(rows.dtype, classes, unused),
-            **loss.gradient_arguments(classes, upstream, unused), **sums.arguments(), **tile,
-            **launch_options(tile["LANES"], registers, rows.device),
+            loss=results.loss if losses else unused, lse=results.lse if losses else unused, losses=losses,
+            return_lse=losses and loss.options.return_lse, grad_input=grad_rows, grad_stride=grad_rows.stride(0),
+            gradient=gradient, factor=unused if factor is None else factor, has_factor=factor is not None,
+            grad_entropy=unused if entropy is None else entropy, of_entropy=entropy is not None,
+            **loss.arguments(rows.dtype, unused), **loss.gradient_arguments(classes, upstream, unused),
+            **sums.arguments(), **tile, **launch_options(tile["LANES"], registers, rows.device),
         )  # fmt: skip

@@ -4,8 +4,9 @@
 
 A program has a block of BN rows and a split of the classes, which it goes through in tiles of BV. For each of its rows
 and every WIDTH-th column, a thread keeps the largest y and sum exp(y - largest) so far. This costs one exponential for
-each logit, and threads exchange nothing before the end of the split. Then the splits are merged as shards of the
-vocabulary are (:func:`.vocabulary_parallel.merge_shards`). :func:`recompute_shard` gives them unmerged.
+each logit, and threads exchange nothing before the end of the split. Then PyTorch merges the splits:
+
+    largest = max_s largest_s,   total = sum_s total_s exp(largest_s - largest)
 
 Memory: 3 or 4 float32 for each row and split. Traffic: every tile reads (BN + BV) d numbers. GROUP row blocks take
 turns on the same classes, so that most reads hit the L2 cache: memory is read once for input, and once for
@@ -37,19 +38,18 @@ from .head_tiles import (
     logits_tile,
     place_of,
 )
-from .launch import RowLoss, ShardResults, multiprocessors, on_device
+from .launch import RowLoss, multiprocessors, on_device
 from .rows import LOWEST_FLOAT
 from .transforms.composed import load_parameters
-from .vocabulary_parallel import merge_shards
 
 #: The least number of programs for each multiprocessor, if there are classes enough.
 _PROGRAMS = 4
 
 
-@triton.jit(do_not_specialize=["rows", "classes", "splits", "column_offset", "all_classes", "ignore_index"])
+@triton.jit(do_not_specialize=["rows", "classes", "splits", "ignore_index"])
 def linear_cross_entropy_kernel(
     input, linear_weight, linear_bias, target, weight, coefficients, temperature, row_stats, target_y, weighted_y,
-    rows, classes, features, input_stride, weight_stride, splits, column_offset, all_classes,
+    rows, classes, features, input_stride, weight_stride, splits,
     c0, c1, c2, scale, cap, ignore_index,
     functions: tl.constexpr, size: tl.constexpr, has_bias: tl.constexpr, weighted: tl.constexpr, smooths: tl.constexpr,
     every_row: tl.constexpr,
@@ -58,15 +58,14 @@ def linear_cross_entropy_kernel(
 ):  # fmt: skip
     """Writes row_stats [splits, 2, rows], target_y and, where labels are smoothed, weighted_y [splits, rows].
 
-    ``classes`` of ``all_classes`` begin at ``column_offset``; ``target`` and ``weight`` count all classes. target_y is
-    -inf where another split or shard has the target. ``every_row``: compute the row_stats of ignored rows, too.
+    target_y is -inf where another split has the target. ``every_row``: compute the row_stats of ignored rows, too.
     """
     row_blocks = tl.cdiv(rows, BN)
     row_block, split = place_of(tl.program_id(0), row_blocks, splits, GROUP)
     row = row_block * BN
     r = row.to(tl.int64) + tl.arange(0, BN)
     parameters = load_parameters(coefficients, temperature, c0, c1, c2, scale, cap, functions, size)
-    _, at, _, ignored = load_targets(target, r, rows, column_offset, classes, all_classes, ignore_index)
+    at, ignored = load_targets(target, r, rows, classes, ignore_index)
     tiles = tl.cdiv(classes, BV)
     first, last = split * tiles // splits, (split + 1) * tiles // splits
     if not every_row:
@@ -100,7 +99,7 @@ def linear_cross_entropy_kernel(
             if smooths:
                 w = 1.0
                 if weighted:
-                    w = tl.load(weight + (column_offset + column), mask=inside, other=0.0)[None, :]
+                    w = tl.load(weight + column, mask=inside, other=0.0)[None, :]
                 gaps += tl.where(inside[None, :], w * y, 0.0)
     row_largest = tl.max(largest, 1)
     # ``+ 0.0``: as in rows.py. The lanes that share a row write its total to one address, and must agree on it.
@@ -129,30 +128,6 @@ def recompute_forward(
     ``linear_weight`` has the type of ``input``; their rows may lie anywhere. ``tile``, ``splits`` and ``descriptors``
     follow from the device where they are not given.
     """
-    of_splits = _of_splits(head, loss, tile, splits, descriptors)
-    return merge_shards(of_splits, loss.target, loss.options, head.linear_weight.shape[0])
-
-
-def recompute_shard(
-    head: Head,
-    loss: RowLoss,
-    *,
-    tile: HeadTile | None = None,
-    splits: int | None = None,
-    descriptors: bool | None = None,
-) -> ShardResults:
-    """What the classes of ``loss.shard``, whose weights ``head`` has, contribute to the losses of rows."""
-    row_stats, target_y, weighted_y = _of_splits(head, loss, tile, splits, descriptors)
-    largest = row_stats[:, 0].amax(0)
-    total = (row_stats[:, 1] * (row_stats[:, 0] - largest).exp()).sum(0)
-    weighted_y = weighted_y.sum(0) if loss.smooths else torch.zeros_like(largest)
-    return ShardResults(torch.stack((largest, total)), target_y.amax(0), weighted_y)
-
-
-def _of_splits(
-    head: Head, loss: RowLoss, tile: HeadTile | None, splits: int | None, descriptors: bool | None
-) -> ShardResults:
-    """What each split of the classes contributes, [splits, ...]."""
     input, linear_weight = unit_columns(head.input), unit_columns(head.linear_weight)
     assert input.dtype == linear_weight.dtype and input.shape[1] == linear_weight.shape[1]
     (rows, features), classes, bias = input.shape, linear_weight.shape[0], head.linear_bias
@@ -170,10 +145,32 @@ def _of_splits(
                 linear_bias=row_stats if bias is None else bias.contiguous(), has_bias=bias is not None,
                 row_stats=row_stats, target_y=target_y, weighted_y=weighted_y, rows=rows, classes=classes,
                 features=features, input_stride=input.stride(0), weight_stride=linear_weight.stride(0), splits=splits,
-                every_row=loss.options.return_lse or loss.shard is not None, DESCRIPTORS=descriptors,
-                **loss.arguments(torch.float32, classes, row_stats), **tile.arguments(),
+                every_row=loss.options.return_lse, DESCRIPTORS=descriptors,
+                **loss.arguments(torch.float32, row_stats), **tile.arguments(),
             )  # fmt: skip
-    return ShardResults(row_stats, target_y, weighted_y)
+    return _merge_splits(row_stats, target_y, weighted_y, loss, classes)
+
+
+def _merge_splits(
+    row_stats: Tensor, target_y: Tensor, weighted_y: Tensor, loss: RowLoss, classes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, lse and row_stats [2, N] from what the kernel writes. lse is 0 in ignored rows unless ``return_lse``."""
+    target, (weight, ignore_index, label_smoothing, z_loss, return_lse) = loss.target, loss.options
+    largest = row_stats[:, 0].amax(0)
+    total = (row_stats[:, 1] * (row_stats[:, 0] - largest).exp()).sum(0)
+    log_sum = torch.where(total == 0, torch.nan, total.log())
+    lse = torch.where(total == 0, -torch.inf, largest + log_sum)
+    valid, ignored = (target >= 0) & (target < classes), target == ignore_index
+    losses = (1.0 - label_smoothing) * (log_sum - (target_y.amax(0) - largest))
+    if weight is not None:
+        losses = losses * weight[torch.where(valid, target, 0)]
+    if loss.smooths:
+        weights = classes if weight is None else weight.sum(dtype=torch.float64).float()
+        losses = losses + label_smoothing / classes * (weights * (log_sum + largest) - weighted_y.sum(0))
+    if z_loss > 0:
+        losses = losses + z_loss * lse.square()
+    losses = torch.where(ignored, 0.0, torch.where(valid, losses, torch.nan))
+    return losses, lse if return_lse else torch.where(ignored, 0.0, lse), torch.stack((largest, total))
 
 
 def splits_of(row_blocks: int, tiles: int, device: torch.device) -> int:

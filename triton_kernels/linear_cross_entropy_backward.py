@@ -55,11 +55,11 @@ from .transforms.composed import load_parameters, number_of
 _SLOTS, _NUMBERS = 1024, 2**22
 
 
-@triton.jit(do_not_specialize=["rows", "classes", "grad_loss_stride", "column_offset", "all_classes", "ignore_index"])
+@triton.jit(do_not_specialize=["rows", "classes", "grad_loss_stride", "ignore_index"])
 def linear_cross_entropy_backward_kernel(
     input, linear_weight, linear_bias, target, weight, weight_sum, coefficients, temperature, grad_loss, grad_lse,
     row_stats, grad_input, grad_weight, grad_bias, totals,
-    rows, classes, features, input_stride, weight_stride, grad_loss_stride, column_offset, all_classes,
+    rows, classes, features, input_stride, weight_stride, grad_loss_stride,
     c0, c1, c2, scale, cap, ignore_index, target_share, smooth_share, z_loss, filter_eps,
     functions: tl.constexpr, size: tl.constexpr, groups: tl.constexpr, table_rows: tl.constexpr,
     need_input: tl.constexpr, need_weight: tl.constexpr, need_bias: tl.constexpr, need_coefficients: tl.constexpr,
@@ -80,7 +80,7 @@ def linear_cross_entropy_backward_kernel(
     row, begin = row_block * BN, tile * BV
     r = row.to(tl.int64) + tl.arange(0, BN)
     parameters = load_parameters(coefficients, temperature, c0, c1, c2, scale, cap, functions, size)
-    t, at, valid, ignored = load_targets(target, r, rows, column_offset, classes, all_classes, ignore_index)
+    at, ignored = load_targets(target, r, rows, classes, ignore_index)
     g = tl.load(grad_loss + r * grad_loss_stride, mask=~ignored, other=0.0)
     extra = tl.load(grad_lse + r, mask=r < rows, other=0.0) if of_lse else tl.zeros((BN,), tl.float32)
     present = ~ignored | (extra != 0)
@@ -90,13 +90,13 @@ def linear_cross_entropy_backward_kernel(
         extra += 2.0 * g * z_loss * (largest + log_of_sum(total))
     of_target = g * target_share
     if weighted:
-        of_target *= tl.load(weight + tl.where(valid, t, 0))
+        of_target *= tl.load(weight + tl.maximum(at, 0))
     of_weight = g * smooth_share
     of_p = of_target
     if smooths:
-        of_p += of_weight * (tl.load(weight_sum) if weighted else all_classes * 1.0)
+        of_p += of_weight * (tl.load(weight_sum) if weighted else classes * 1.0)
     # A row of -inf only has no p: its gradient is NaN, as its loss is.
-    inverse = tl.where((total == 0) | ~(valid | ignored), float("nan"), 1.0 / total)
+    inverse = tl.where((total == 0) | ~((at >= 0) | ignored), float("nan"), 1.0 / total)
     of_p *= inverse
     extra *= inverse
     negligible = filter_eps * tl.abs(g)
@@ -128,7 +128,7 @@ def linear_cross_entropy_backward_kernel(
         if smooths:
             q = of_weight[:, None]
             if weighted:
-                q *= tl.load(weight + (column_offset + column), mask=inside, other=0.0)[None, :]
+                q *= tl.load(weight + column, mask=inside, other=0.0)[None, :]
             dy -= q
         if of_lse | has_z_loss:
             dy += e * extra[:, None]
@@ -198,9 +198,8 @@ def recompute_backward(
 ) -> HeadGradients:
     """The gradients that ``output_mask`` asks for, in the order of :class:`monosoftmax.groups.HeadGradients`.
 
-    ``row_stats`` [2, N] are of whole rows, also where ``head`` has the weights of a shard. The gradient of input has
-    the type of input. The gradients of linear_weight and linear_bias are float32. ``filter_eps`` leaves out tiles: see
-    the top of this file.
+    The gradient of input has the type of input. The gradients of linear_weight and linear_bias are float32.
+    ``filter_eps`` leaves out tiles: see the top of this file.
     """
     input, linear_weight = unit_columns(head.input), unit_columns(head.linear_weight)
     assert input.dtype == linear_weight.dtype and input.shape[1] == linear_weight.shape[1]
@@ -231,7 +230,7 @@ def recompute_backward(
                 weight_stride=linear_weight.stride(0), filter_eps=filter_eps, need_input=need_input,
                 need_weight=need_weight, need_bias=need_bias, need_coefficients=sums_coefficients,
                 DESCRIPTORS=descriptors, SLOTS=slots, LANES=tile.warps * warp_size(input.device),
-                **loss.arguments(torch.float32, classes, row_stats),
+                **loss.arguments(torch.float32, row_stats),
                 **loss.gradient_arguments(classes, upstream, row_stats), **tile.arguments(),
             )  # fmt: skip
     grad_coefficients = call.gradient(totals) if need_coefficients else call.coefficients.new_empty(0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from itertools import pairwise, product
+from itertools import product
 from typing import Any
 
 import pytest
@@ -36,7 +36,6 @@ import monosoftmax as ms
 from monosoftmax import gradients_ahead, ops, reference
 from monosoftmax.groups import LossOptions, RowResults, Upstream
 from monosoftmax.triton_kernels import coefficient_sums, launch, operators
-from monosoftmax.triton_kernels.vocabulary_parallel import merge_shards, shard_backward, shard_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS, IGNORED = 5, 2
@@ -456,51 +455,3 @@ def test_no_rows() -> None:
     result = loss_and_gradients(empty, none, transform, "triton", reduction="sum")
     assert result["loss"] == 0 and result["input"].shape == (0, 7) and (result["raw_slope"] == 0).all()
     assert ms.log_softmax(empty, transform, backend="triton").shape == (0, 7)
-
-
-@pytest.mark.grid
-@pytest.mark.parametrize("name", ["identity", "plif", "soft_cap"])
-@pytest.mark.parametrize("cuts", [(), (128,), (100, 101, 290)])
-@pytest.mark.parametrize(
-    "options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}, {"weight": True, "label_smoothing": 0.1}], ids=str
-)
-def test_shards_of_the_vocabulary(name: str, cuts: tuple[int, ...], options: dict[str, Any]) -> None:
-    """Each shard knows its columns only; what is reduced between them is a few numbers a row."""
-    transform = disturbed(name).to(DEVICE)
-    input, target = _rows(300, torch.float32), _target(300)
-    target[1] = 300  # of no shard
-    weight = (torch.rand(300) + 0.1).to(DEVICE) if options.get("weight") else None
-    numbers = {"label_smoothing": 0.0, "z_loss": 0.0} | {k: v for k, v in options.items() if k != "weight"}
-    whole = input.detach().clone().requires_grad_()
-    wanted, wanted_lse = ms.cross_entropy(
-        whole, target, transform, weight=weight, reduction="none", return_lse=True, backend="triton", **numbers
-    )
-    upstream = torch.rand(ROWS).to(DEVICE)
-    parameters = list(transform.parameters())
-    valid = torch.tensor([True, False, True, True, True], device=DEVICE)
-    wanted_gradient, *wanted_of_parameters = torch.autograd.grad(wanted[valid], [whole, *parameters], upstream[valid])
-    f, options_of_all = (
-        kernel_transform(transform, device=DEVICE),
-        LossOptions(weight, -100, **numbers, return_lse=True),
-    )
-    shards = [
-        (slice(a, b), launch.RowLoss.of(target, f, options_of_all, launch.Shard(a, 300)))
-        for a, b in pairwise([0, *cuts, 300])
-    ]
-    parts = [shard_forward(input[:, columns], loss_of_shard) for columns, loss_of_shard in shards]
-    stacked = launch.ShardResults(*(torch.stack(each) for each in zip(*parts, strict=True)))
-    loss, lse, row_stats = merge_shards(stacked, target, options_of_all, 300)
-    torch.testing.assert_close(loss, wanted, equal_nan=True)
-    torch.testing.assert_close(lse, wanted_lse)
-    sums = torch.zeros_like(transform.coefficients())
-    for columns, loss_of_shard in shards:
-        gradient, of_coefficients = shard_backward(
-            input[:, columns], loss_of_shard, row_stats, Upstream(upstream * valid), need_coefficients=True
-        )
-        torch.testing.assert_close(gradient[valid], wanted_gradient[:, columns][valid])
-        sums = sums + of_coefficients
-    if parameters:
-        of_parameters = torch.autograd.grad(transform.coefficients(), parameters, sums)
-        if math.isfinite(sums.sum().item()):
-            for got, truth in zip(of_parameters, wanted_of_parameters, strict=True):
-                torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-5)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -25,10 +24,9 @@ from triton_interpreter import interpreting
 from monosoftmax import groups, reference
 from monosoftmax.groups import LossOptions, Upstream
 from monosoftmax.triton_kernels.head_tiles import HeadTile
-from monosoftmax.triton_kernels.launch import RowLoss, Shard, ShardResults
-from monosoftmax.triton_kernels.linear_cross_entropy import recompute_forward, recompute_shard
+from monosoftmax.triton_kernels.launch import RowLoss
+from monosoftmax.triton_kernels.linear_cross_entropy import recompute_forward
 from monosoftmax.triton_kernels.linear_cross_entropy_backward import recompute_backward
-from monosoftmax.triton_kernels.vocabulary_parallel import merge_shards
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = HeadTile(BN=16, BV=64, BD=16, PARTS=2, warps=4, stages=2)
@@ -97,21 +95,16 @@ class Head(SimpleNamespace):
     def options(self) -> LossOptions:
         return LossOptions(self.weight, -100, self.label_smoothing, self.z_loss, self.return_lse)
 
-    def loss(self, shard: Shard | None = None) -> RowLoss:
-        return RowLoss.of(self.target, kernel_transform(self.transform, device=DEVICE), self.options(), shard)
+    def loss(self) -> RowLoss:
+        return RowLoss.of(self.target, kernel_transform(self.transform, device=DEVICE), self.options())
 
     def forward(self, **how: Any) -> Losses:
         return Losses(*recompute_forward(self.head(), self.loss(), **{"tile": TILE, "splits": 2} | how))
 
-    def shard_forward(self, shard: Shard) -> ShardResults:
-        return recompute_shard(self.head(), self.loss(shard), tile=TILE, splits=2)
-
-    def backward(
-        self, row_stats: Tensor, asked: Sequence[str] = GRADIENTS, shard: Shard | None = None, **how: Any
-    ) -> dict[str, Tensor]:
+    def backward(self, row_stats: Tensor, asked: Sequence[str] = GRADIENTS, **how: Any) -> dict[str, Tensor]:
         mask = [each in asked and (each != "linear_bias" or self.linear_bias is not None) for each in GRADIENTS]
         upstream, how = Upstream(self.grad_loss, self.grad_lse), {"tile": TILE} | how
-        results = recompute_backward(self.head(), self.loss(shard), upstream, row_stats, mask, **how)
+        results = recompute_backward(self.head(), self.loss(), upstream, row_stats, mask, **how)
         assert results._fields == GRADIENTS
         return results._asdict()
 
@@ -320,28 +313,3 @@ def test_rows_further_apart_than_an_int32_counts() -> None:
     head.linear_weight = far.copy_(head.linear_weight)
     for key, each in head.results().items():
         torch.testing.assert_close(each, wanted[key])
-
-
-@pytest.mark.grid
-@pytest.mark.parametrize("cuts", [(64,), (33, 100)])
-@pytest.mark.parametrize("name", ["identity", "plif", "soft_cap"])
-def test_shards_of_the_vocabulary(name: str, cuts: tuple[int, ...]) -> None:
-    head = Head(name, label_smoothing=0.1, weighted=True, z_loss=1e-2, bias=True)
-    whole = head.results()
-    weight, bias = head.linear_weight, head.linear_bias
-    parts, shards = [], [(slice(a, b), Shard(a, 150)) for a, b in pairwise([0, *cuts, 150])]
-    for classes, shard in shards:
-        head.linear_weight, head.linear_bias = weight[classes], bias[classes]
-        parts.append(head.shard_forward(shard))
-    stacked = ShardResults(*(torch.stack(each) for each in zip(*parts, strict=True)))
-    loss, _, row_stats = merge_shards(stacked, head.target, head.options(), 150)
-    torch.testing.assert_close(loss, whole["loss"])
-    sums = dict.fromkeys(("input", "coefficients"), 0)
-    for classes, shard in shards:
-        head.linear_weight, head.linear_bias = weight[classes], bias[classes]
-        results = head.backward(row_stats, shard=shard)
-        for key in ("linear_weight", "linear_bias"):
-            torch.testing.assert_close(results[key], whole[key][classes])
-        sums = {key: each + results[key] for key, each in sums.items()}
-    for key, each in sums.items():
-        torch.testing.assert_close(each, whole[key], rtol=1e-4, atol=1e-5)

@@ -8,6 +8,7 @@ from . import (
     backends,
     chunked_head,  # noqa: F401, what the linear_ operators compute
     distilled_head,  # noqa: F401, the same for distillation
+    distributed,
     losses,
     row_operators,  # noqa: F401, what the others compute
     transforms,
@@ -38,6 +39,7 @@ __all__ = [
     "backends",
     "clip_grad_norm_",
     "cross_entropy",
+    "distributed",
     "linear_cross_entropy",
     "linear_distillation",
     "linear_log_prob",

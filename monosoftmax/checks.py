@@ -108,8 +108,11 @@ def check_class_probabilities(target: Tensor, input: Tensor, ignore_index: int) 
         )
 
 
-def check_head(head: Head, target: Tensor, *, probabilities: bool = False) -> Tensor:
-    """Checks the head, and returns ``target`` as :func:`check_target` does; class probabilities as they are."""
+def check_head(head: Head, target: Tensor, *, probabilities: bool = False, may_be_empty: bool = False) -> Tensor:
+    """Checks the head, and returns ``target`` as :func:`check_target` does; class probabilities as they are.
+
+    ``may_be_empty``: the head may have no classes.
+    """
     input, linear_weight, linear_bias = head
     check_floating("input", input)
     check_floating("linear_weight", linear_weight)
@@ -147,7 +150,8 @@ def check_head(head: Head, target: Tensor, *, probabilities: bool = False) -> Te
             raise ValueError(f"{name} must be on {input.device} like input, got {operand.device}")
         if operand.dtype != input.dtype and not autocast_enabled(input.device.type):
             raise TypeError(f"{name} must have the dtype of input, {input.dtype}, got {operand.dtype}")
-    check_classes(classes)
+    if not may_be_empty:
+        check_classes(classes)
     return target
 
 

@@ -151,11 +151,11 @@ def linear_log_prob(
         >>> head.weight.grad.shape
         torch.Size([10000, 64])
     """
-    _check_outputs(outputs)
+    check_outputs(outputs)
     head = Head(input, linear_weight, linear_bias)
     options = StatisticsOptions(ignore_index, temperature, candidates)
     found = _of_head("linear_log_prob", head, target, transform, options, backend=backend)
-    return _asked(found, outputs, target, ignore_index, shape=input.shape[:-1])
+    return asked_outputs(found._asdict(), outputs, target, ignore_index, shape=input.shape[:-1])
 
 
 def log_prob(
@@ -186,7 +186,7 @@ def log_prob(
         >>> found.is_top1.shape, found.entropy
         (torch.Size([2, 8]), None)
     """
-    _check_outputs(outputs)
+    check_outputs(outputs)
     transform = check_transform(transform)
     check_floating("input", input)
     if input.dim() == 0:
@@ -207,7 +207,7 @@ def log_prob(
         rows, indices = allowed.of_columns(rows), allowed.of_target(indices, ignore_index)
     index = ignore_index if allowed is None else IGNORE_INDEX
     found = _classes(statistics_of_rows(chosen, rows, indices, Tempered(transform, tau), index), allowed)
-    return _asked(found, outputs, target, ignore_index, shape=input.shape[:-1])
+    return asked_outputs(found._asdict(), outputs, target, ignore_index, shape=input.shape[:-1])
 
 
 def _of_head(
@@ -243,7 +243,7 @@ def _classes(found: TokenStatistics, allowed: Candidates | None) -> TokenStatist
     return found if allowed is None else found._replace(argmax=allowed.classes[found.argmax])
 
 
-def _check_outputs(outputs: Sequence[OutputName]) -> None:
+def check_outputs(outputs: Sequence[OutputName]) -> None:
     names = get_args(OutputName)
     if isinstance(outputs, str) or len(outputs) == 0:
         raise ValueError(f"outputs must be a sequence of at least one of {', '.join(names)}, got {outputs!r}")
@@ -252,12 +252,13 @@ def _check_outputs(outputs: Sequence[OutputName]) -> None:
             raise ValueError(f"outputs must be some of {', '.join(names)}, got {each!r}")
 
 
-def _asked(
-    found: TokenStatistics, outputs: Sequence[OutputName], target: Tensor, ignore_index: int, *, shape: torch.Size
+def asked_outputs(
+    found: dict[str, Tensor], outputs: Sequence[OutputName], target: Tensor, ignore_index: int, *, shape: torch.Size
 ) -> TokenLogProb:
+    """The ``outputs`` by their names, from statistics [N] of tokens, or [0] where there are none."""
     # In the shape of the targets as they were checked: (1,) counts as ().
-    results = {name: each.reshape(shape) for name, each in found._asdict().items()}
-    if "is_top1" in outputs:
+    results = {name: each.reshape(shape) for name, each in found.items() if each.numel() == target.numel()}
+    if "is_top1" in outputs and "is_top1" not in results:
         results["is_top1"] = results["rank"] == 0
     if "target_logit" in outputs:
         target_logit = results["log_prob"] + results["lse"]

@@ -177,3 +177,19 @@ def register_autograd(
 
     lib.impl(op, kernel, "Autograd")
     return Derivative
+
+
+def is_sharded_by_fsdp(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is the sharded form of a parameter of ``fully_shard``, which has no mark of its own."""
+    from torch.distributed._composable_state import _module_state_mapping
+
+    def memory(each: Any) -> int:
+        return each._local_tensor.untyped_storage().data_ptr()  # type: ignore[no-any-return]
+
+    for reference in list(_module_state_mapping.values()):
+        for group in getattr(reference(), "_fsdp_param_groups", ()):
+            for each in group.fsdp_params:
+                sharded = each.sharded_param
+                if sharded is tensor or (memory(sharded) == memory(tensor) != 0):
+                    return True
+    return False

@@ -28,6 +28,7 @@ from .checks import (
     check_transform,
     check_z_loss_divisor,
 )
+from .dtensor_calls import takes_dtensors
 from .gradients_ahead import output_mask
 from .groups import LossOptions, Transform
 from .reductions import normalizer
@@ -125,6 +126,7 @@ def cross_entropy(
     inplace: bool = ...,
     **options: Unpack[LossKeywords],
 ) -> tuple[Any, ...]: ...
+@takes_dtensors
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -281,6 +283,7 @@ def cross_entropy(
     return reshaped(losses, without_classes).result(return_lse)
 
 
+@takes_dtensors
 def log_softmax(
     input: Tensor,
     transform: MonotonicTransform | None = None,

@@ -32,6 +32,7 @@ from .checks import (
     check_transform,
     check_z_loss_divisor,
 )
+from .dtensor_calls import takes_dtensors
 from .functional import (
     Losses,
     LossKeywords,
@@ -111,6 +112,7 @@ def linear_cross_entropy(
     return_statistics: Literal[True],
     **options: Unpack[_HeadKeywords],
 ) -> tuple[Any, ...]: ...
+@takes_dtensors
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,

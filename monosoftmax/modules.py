@@ -15,12 +15,16 @@ from .checks import (
     check_floating,
     check_ignore_index,
     check_loss_options,
+    check_temperature,
     check_tensor,
     check_transform,
 )
-from .functional import cross_entropy, log_softmax
+from .dtensor_calls import for_dtensors, is_dtensor
+from .functional import Losses, cross_entropy, log_softmax
 from .groups import Head, LossOptions
+from .head_products import chunk_rows
 from .linear import HeadCall, linear_losses
+from .sampling import perturbed_argmax
 from .transforms import Identity, MonotonicTransform
 from .transforms.base import require_count
 
@@ -249,12 +253,17 @@ class MonotonicSoftmax(nn.Module):
         return self
 
     def logits(self, input: Tensor) -> Tensor:
-        """The logits before the transform, (..., V).
+        """The logits before the transform, (..., V); a DTensor where ranks share out the classes or the tokens.
 
         Raises:
-            NotImplementedError: the weight is a DTensor, as after ``fully_shard`` everywhere outside of forward.
+            NotImplementedError: the weight is a parameter that ``fully_shard`` has sharded, as it is everywhere outside
+                of forward: see :func:`monosoftmax.distributed.prepare`.
         """
-        return F.linear(input, *self.matrix_and_bias())
+        weight, bias = self.matrix_and_bias()
+        if is_dtensor(weight) or is_dtensor(input):
+            logits: Tensor = for_dtensors("linear")(input, weight, bias)
+            return logits
+        return F.linear(input, weight, bias)
 
     def matrix_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """The weight and the bias with the values that forward would see, for other methods.
@@ -267,7 +276,8 @@ class MonotonicSoftmax(nn.Module):
         for hook in list(self._forward_pre_hooks.values()):
             if type(hook).__module__.startswith("torch.nn.utils."):
                 hook(self, ())
-        check_tensor("weight", self.weight)
+        if not is_dtensor(self.weight):
+            check_tensor("weight", self.weight)
         return self.weight, self.bias
 
     def forward(self, input: Tensor, target: Tensor) -> OutputAndLoss:
@@ -287,7 +297,8 @@ class MonotonicSoftmax(nn.Module):
             )
         # Without these options, the loss of a row is -log p.
         plain = self.label_smoothing == 0 and self.z_loss == 0 and self.class_weight is None
-        losses = linear_losses(
+        of_head = for_dtensors("linear_losses") if is_dtensor(self.weight) or is_dtensor(input) else linear_losses
+        losses: Losses = of_head(
             Head(input, self.weight, self.bias),
             target,
             self.transform,
@@ -309,7 +320,40 @@ class MonotonicSoftmax(nn.Module):
 
     def predict(self, input: Tensor) -> Tensor:
         """The most probable class, (...). f is increasing, so this class has the largest logit."""
-        return self.logits(input).argmax(-1)
+        logits = self.logits(input)
+        if is_dtensor(logits):
+            predicted: Tensor = for_dtensors("argmax")(logits)
+            return predicted
+        return logits.argmax(-1)
+
+    @torch.no_grad()
+    def sample(
+        self, input: Tensor, *, temperature: float | Tensor = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        r"""A class for each row, (...), drawn from :math:`\mathrm{softmax}(f(z) / \tau)`.
+
+        It is exact, also where ranks share out the classes, whose noise is independent and who all get the same
+        classes: the class is that of the largest logit of p plus Gumbel noise.
+
+        Args:
+            input: (..., d).
+            temperature: :math:`\tau`, as in :func:`monosoftmax.cross_entropy`.
+            generator: of random numbers, on the device of ``input``; for DTensors on any.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as in :func:`monosoftmax.linear_cross_entropy`.
+        """
+        weight, bias = self.matrix_and_bias()
+        if is_dtensor(weight) or is_dtensor(input):
+            drawn: Tensor = for_dtensors("sample")(self.logits(input), self.transform, temperature, generator)
+            return drawn
+        transform, tau = check_transform(self.transform), check_temperature(temperature, input)
+        rows = input.reshape(-1, input.shape[-1])
+        parts = [
+            perturbed_argmax(F.linear(part, weight, bias), transform, tau, generator)[1]
+            for part in torch.split(rows, chunk_rows(self.n_classes, torch.float64, input.device.type))
+        ]
+        return torch.cat(parts).reshape(input.shape[:-1])
 
     def extra_repr(self) -> str:
         return (

@@ -23,6 +23,7 @@ from .checks import (
     check_temperature,
     check_transform,
 )
+from .dtensor_calls import takes_dtensors
 from .functional import Tempered, TokenStatistics, for_kernels, rows_of, statistics_of_rows
 from .groups import Head
 from .linear import autocast_input
@@ -100,6 +101,7 @@ def linear_token_statistics(
     return TokenStatistics(*(each.reshape(input.shape[:-1]) for each in found))
 
 
+@takes_dtensors
 def linear_log_prob(
     input: Tensor,
     linear_weight: Tensor,
@@ -158,6 +160,7 @@ def linear_log_prob(
     return asked_outputs(found._asdict(), outputs, target, ignore_index, shape=input.shape[:-1])
 
 
+@takes_dtensors
 def log_prob(
     input: Tensor,
     target: Tensor,

@@ -71,6 +71,13 @@ class Ranks:
         if self.rank < 0:
             raise ValueError("group must be one that this process is in")
 
+    @classmethod
+    def alone(cls) -> Ranks:
+        """This process as a group of its own, without torch.distributed."""
+        alone = cls.__new__(cls)
+        alone.group, alone.size, alone.rank = None, 1, 0
+        return alone
+
     def sum_(self, tensor: Tensor, what: str) -> Tensor:
         """Overwrites a contiguous ``tensor`` with its sum over the ranks, the same bits on each, and returns it."""
         return self._reduce(tensor, "sum", what)

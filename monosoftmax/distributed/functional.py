@@ -11,31 +11,16 @@ import torch
 from torch import Tensor
 
 from ..backends import BackendName
-from ..checks import (
-    FLOATING_DTYPES,
-    IGNORE_INDEX,
-    Reduction,
-    ZLossDivisor,
-    check_device,
-    check_floating,
-    check_head,
-    check_ignore_index,
-    check_loss_options,
-    check_target,
-    check_transform,
-    check_z_loss_divisor,
-)
-from ..functional import reshaped, rows_of
+from ..checks import IGNORE_INDEX, Reduction, ZLossDivisor
 from ..groups import Head, LossOptions
-from ..token_log_prob import OutputName, TokenLogProb, asked_outputs, check_outputs
+from ..linear import HeadCall
+from ..token_log_prob import OutputName, TokenLogProb
 from ..transforms import MonotonicTransform
-from ..transforms.base import arithmetic_dtype, require_count
-from . import losses as of_ranks
-from .agreement import together
+from ..transforms.base import require_count
+from . import checked
 from .collectives import Ranks
-from .log_softmax import log_softmax as log_softmax_of_ranks
-from .losses import Layout, Rule, Tokens
-from .vocabulary import Asked, Sums
+from .losses import Layout, checks_by_default
+from .vocabulary import Sums
 
 
 def linear_cross_entropy(
@@ -113,23 +98,21 @@ def linear_cross_entropy(
         ...     hidden, weight, target, transform, vocab_start=rank * len(weight), group=group
         ... )  # doctest: +SKIP
     """
-    ranks, layout = _layout(
+    layout = _layout(
         input, group, vocab_start, vocab_size, check=check, reduce_grad_input=reduce_grad_input, token_group=token_group
     )
-    with together(ranks, layout.check):
-        head = Head(input, local_weight, linear_bias)
-        transform, target = check_transform(transform), check_head(head, target, may_be_empty=True)
-        options = LossOptions(weight, check_ignore_index(ignore_index), label_smoothing, z_loss, return_lse)
-        layout = _check_loss(layout, options, transform, input, reduction=reduction)
-        check_z_loss_divisor(z_loss_divisor)
-        rows_in_chunk = 0 if chunk_rows is None else require_count("chunk_rows", chunk_rows)
-        tokens = Tokens(head._replace(input=rows_of(input)), target.reshape(-1), transform, temperature)
-    rule = Rule(options, reduction, z_loss_divisor)
-    found = of_ranks.losses(
-        tokens, layout, rule, "linear_cross_entropy", backend=backend, rows_in_chunk=rows_in_chunk,
+    how = HeadCall(
+        chunk_rows=0 if chunk_rows is None else require_count("chunk_rows", chunk_rows),
         grad_in_forward=grad_in_forward,
-    )  # fmt: skip
-    return reshaped(found, target.shape).result(return_lse)
+        temperature=temperature,
+        z_loss_divisor=z_loss_divisor,
+    )
+    options = LossOptions(weight, ignore_index, label_smoothing, z_loss, return_lse)
+    head = Head(input, local_weight, linear_bias)
+    found = checked.head_losses(
+        head, target, transform, options, how, layout=layout, reduction=reduction, backend=backend
+    )
+    return found.result(return_lse)
 
 
 def cross_entropy(
@@ -164,22 +147,13 @@ def cross_entropy(
     Returns, Raises:
         As :func:`linear_cross_entropy`. The gradient of ``local_input`` is that of this rank's logits.
     """
-    ranks, layout = _layout(local_input, group, vocab_start, vocab_size, check=check, token_group=token_group)
-    with together(ranks, layout.check):
-        transform = check_transform(transform)
-        check_floating("local_input", local_input)
-        if local_input.dim() == 0:
-            raise ValueError("local_input must have at least 1 dimension, (V,) or (N, V, ...), got a scalar")
-        class_dim = 0 if local_input.dim() == 1 else 1
-        shape = local_input.shape[:class_dim] + local_input.shape[class_dim + 1 :]
-        target = _check_target(target, local_input, shape)
-        options = LossOptions(weight, check_ignore_index(ignore_index), label_smoothing, z_loss, return_lse)
-        layout = _check_loss(layout, options, transform, local_input, reduction=reduction)
-        check_z_loss_divisor(z_loss_divisor)
-        rows = rows_of(local_input.movedim(class_dim, -1))
-        tokens = Tokens(rows, target.reshape(-1), transform, temperature)
-    found = of_ranks.losses(tokens, layout, Rule(options, reduction, z_loss_divisor), "cross_entropy", backend=backend)
-    return reshaped(found, shape).result(return_lse)
+    layout = _layout(local_input, group, vocab_start, vocab_size, check=check, token_group=token_group)
+    how = HeadCall(temperature=temperature, z_loss_divisor=z_loss_divisor)
+    options = LossOptions(weight, ignore_index, label_smoothing, z_loss, return_lse)
+    found = checked.losses_of_logits(
+        local_input, target, transform, options, how, layout=layout, reduction=reduction, backend=backend
+    )
+    return found.result(return_lse)
 
 
 def log_softmax(
@@ -208,27 +182,8 @@ def log_softmax(
     Raises:
         As :func:`linear_cross_entropy`.
     """
-    ranks, layout = _layout(local_input, group, vocab_start, vocab_size, check=check)
-    with together(ranks, layout.check):
-        transform = check_transform(transform)
-        check_floating("local_input", local_input)
-        if local_input.dim() == 0:
-            raise ValueError("local_input must have at least 1 dimension, (..., V), got a scalar")
-        dtype = arithmetic_dtype(local_input.dtype) if dtype is None else dtype
-        if dtype not in FLOATING_DTYPES:
-            raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
-        check_device("transform", transform, local_input.device)
-        rows = rows_of(local_input)
-        nobody = torch.full((len(rows),), IGNORE_INDEX, device=rows.device)
-        tokens, rule = (
-            Tokens(rows, nobody, transform, temperature),
-            Rule(LossOptions(None, IGNORE_INDEX, 0.0, 0.0, True)),
-        )
-    problem, (rows_for_kernels, coefficients) = of_ranks.problem_of(
-        tokens, layout, "log_softmax", rule, Asked(), backend=backend
-    )
-    assert rows_for_kernels is not None and coefficients is not None
-    return log_softmax_of_ranks(problem, rows_for_kernels, coefficients, dtype).reshape(local_input.shape)
+    layout = _layout(local_input, group, vocab_start, vocab_size, check=check)
+    return checked.log_softmax(local_input, transform, dtype, temperature, layout=layout, backend=backend)
 
 
 def linear_log_prob(
@@ -262,29 +217,17 @@ def linear_log_prob(
     Raises:
         As :func:`linear_cross_entropy`.
     """
-    ranks, layout = _layout(input, group, vocab_start, vocab_size, check=check, reduce_grad_input=reduce_grad_input)
-    with together(ranks, layout.check):
-        check_outputs(outputs)
-        head = Head(input, local_weight, linear_bias)
-        transform, target = check_transform(transform), check_head(head, target, may_be_empty=True)
-        check_device("transform", transform, input.device)
-        ignore_index = check_ignore_index(ignore_index)
-        tokens = Tokens(head._replace(input=rows_of(input)), target.reshape(-1), transform, temperature)
-    found = log_probs_of(tokens, layout, ignore_index, outputs, backend=backend)
-    return asked_outputs(found, outputs, target, ignore_index, shape=target.shape)
-
-
-def log_probs_of(
-    tokens: Tokens, layout: Layout, ignore_index: int, outputs: Sequence[OutputName], *, backend: BackendName
-) -> dict[str, Tensor]:
-    """The numbers of tokens by their names, [N] each."""
-    asked = Asked(
-        entropy="entropy" in outputs, argmax="argmax" in outputs, is_top1="is_top1" in outputs, rank="rank" in outputs
+    layout = _layout(input, group, vocab_start, vocab_size, check=check, reduce_grad_input=reduce_grad_input)
+    return checked.log_probs(
+        Head(input, local_weight, linear_bias),
+        target,
+        transform,
+        outputs,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        layout=layout,
+        backend=backend,
     )
-    numbers, found = of_ranks.statistics(
-        tokens, layout, ignore_index, asked, operation="linear_log_prob", backend=backend
-    )
-    return {**numbers._asdict(), **found._asdict()}
 
 
 def _layout(
@@ -296,34 +239,12 @@ def _layout(
     check: bool | None,
     reduce_grad_input: bool = True,
     token_group: Any = None,
-) -> tuple[Ranks, Layout]:
+) -> Layout:
     ranks = Ranks(group)
-    tokens = None if token_group is None else Ranks(token_group)
+    tokens = () if token_group is None else (Ranks(token_group),)
     if isinstance(vocab_start, bool) or not isinstance(vocab_start, int):
         raise TypeError(f"vocab_start must be an int, got {type(vocab_start).__name__}")
     if vocab_size is not None:
         require_count("vocab_size", vocab_size)
-    checks = vocab_size is None or of_ranks.checks_by_default(input) if check is None else check or vocab_size is None
-    return ranks, Layout(ranks, vocab_start, vocab_size, Sums(reduce_grad_input), tokens, checks)
-
-
-def _check_target(target: Tensor, input: Tensor, shape: torch.Size) -> Tensor:
-    target = check_target(target, input.device, shape)
-    if target.shape != shape:
-        raise ValueError(
-            f"target must have the shape of local_input without its class dimension, {tuple(shape)}, got "
-            f"{tuple(target.shape)}"
-        )
-    return target
-
-
-def _check_loss(
-    layout: Layout, options: LossOptions, transform: MonotonicTransform, input: Tensor, *, reduction: Reduction
-) -> Layout:
-    """``layout``, with the number of classes where ``weight`` tells it."""
-    weight, classes = options.weight, layout.classes
-    if classes is None and weight is not None and isinstance(weight, Tensor) and weight.dim() == 1:
-        classes = weight.shape[0]
-    check_loss_options(options, classes or 1, input.device, reduction)
-    check_device("transform", transform, input.device)
-    return layout._replace(classes=classes)
+    checks = vocab_size is None or checks_by_default(input) if check is None else check or vocab_size is None
+    return Layout(ranks, vocab_start, vocab_size, Sums(reduce_grad_input), tokens, checks)

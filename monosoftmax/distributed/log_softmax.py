@@ -71,7 +71,8 @@ class _LogSoftmax(torch.autograd.Function):
                 )  # fmt: skip
                 gradients = [results[3], results[4]]
             if ctx.needed[1]:
-                gradients[1] = problem.ranks.sum_(gradients[1].to(wide), "the gradient of coefficients")
+                for ranks in (problem.ranks, *problem.sums.tokens):
+                    gradients[1] = ranks.sum_(gradients[1].to(wide).contiguous(), "the gradient of coefficients")
         wanted = [each for each, need in zip(gradients, ctx.needed, strict=True) if need]
         operands = [each for each, need in zip((rows, coefficients), ctx.needed, strict=True) if need]
         waiting = iter(gradients_ahead.differentiated_once(wanted, operands, "monosoftmax.distributed"))

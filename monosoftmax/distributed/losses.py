@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..backends import BackendName, Call, Operation, choose
 from ..checks import check_temperature
 from ..functional import Losses, for_kernels, rows_for_kernel, typed
@@ -32,7 +34,7 @@ class Layout(NamedTuple):
     classes: int | None
     sums: Sums = Sums()
     #: The ranks that have other tokens, over which a loss is summed, and a mean is one of all.
-    tokens: Ranks | None = None
+    tokens: Sequence[Ranks] = ()
     #: Whether the ranks compare their arguments. If not, ``classes`` must be given.
     check: bool = True
 
@@ -67,64 +69,66 @@ class Tokens(NamedTuple):
         return self.rows.linear_weight.shape[0] if isinstance(self.rows, Head) else self.rows.shape[1]
 
 
-def problem_of(
-    tokens: Tokens,
-    layout: Layout,
-    operation: Operation,
-    rule: Rule,
-    asked: Asked,
-    *,
-    backend: BackendName,
-    rows_in_chunk: int = 0,
-) -> tuple[Problem, tuple[Tensor | None, ...]]:
-    """The checked call, and its operands. Here the ranks compare their arguments."""
-    input, transform = tokens.input, tokens.transform
-    call = Call(operation, input.device.type, input.dtype, transform, classes=tokens.columns)
+class TokenCall(NamedTuple):
+    """Tokens and what computes on them: the backend, and the operands of its kernels."""
+
+    tokens: Tokens
+    backend: str
+    #: As the kernels take f. Its coefficients are the last operand.
+    transform: Transform
+    temperature: Tensor | None
+    #: (logits, coefficients), or (input, weight, bias, coefficients).
+    operands: tuple[Tensor | None, ...]
+
+
+def token_call(tokens: Tokens, operation: Operation, backend: BackendName) -> TokenCall:
+    """The call of a backend that can take it."""
+    input, f = tokens.input, tokens.transform
+    call = Call(operation, input.device.type, input.dtype, f, classes=tokens.columns)
     chosen, tau = choose(call, backend), check_temperature(tokens.temperature, input)
     rows = autocast_input(input) if isinstance(tokens.rows, Head) else rows_for_kernel(input)
     if chosen == "reference":
-        coefficients = coefficients_of(transform, rows.device, arithmetic_dtype(rows.dtype))
-        of_kernels = Transform(coefficients, "", [], [], tau)
+        transform = Transform(coefficients_of(f, rows.device, arithmetic_dtype(rows.dtype)), "", [], [], tau)
     else:
-        of_kernels = for_kernels(transform, rows, tau)
-    operands: tuple[Tensor | None, ...] = (rows, of_kernels.coefficients)
-    if isinstance(tokens.rows, Head):
-        operands = (rows, *tokens.rows[1:], of_kernels.coefficients)
+        transform = for_kernels(f, rows, tau)
+    of_head = tokens.rows[1:] if isinstance(tokens.rows, Head) else ()
+    return TokenCall(tokens, chosen, transform, tau, (rows, *of_head, transform.coefficients))
+
+
+def problem_of(
+    call: TokenCall, layout: Layout, rule: Rule, asked: Asked, *, rows_in_chunk: int = 0
+) -> tuple[Problem, tuple[Tensor | None, ...]]:
+    """The problem and its operands. Here the ranks compare their arguments."""
+    tokens, rows = call.tokens, call.operands[0]
+    assert rows is not None
     classes = layout.classes
     if layout.check:
-        classes = agree(layout.ranks, _facts(tokens, layout, rule, asked, operands=operands, of_kernels=of_kernels))
+        classes = agree(layout.ranks, _facts(call, layout, rule, asked))
     assert classes is not None
-    shard = even_shard(layout.ranks, layout.start, tokens.columns, classes)
+    target, ignored = tokens.target, rule.options.ignore_index
+    reference.raise_if_any((target != ignored) & ((target < 0) | (target >= classes)), target, classes, ignored)
     most = -(-classes // layout.ranks.size)  # of an even share, so that all ranks have the same chunks
     return Problem(
         ranks=layout.ranks,
-        shard=shard,
+        shard=even_shard(layout.ranks, layout.start, tokens.columns, classes),
         target=tokens.target,
-        f=transform,
-        temperature=tau,
-        transform=of_kernels,
+        f=tokens.transform,
+        temperature=call.temperature,
+        transform=call.transform,
         ignore_index=rule.options.ignore_index,
         weight=typed(rule.options, rows).weight if asked.spread else None,
-        backend=chosen,
+        backend=call.backend,
         rows_in_chunk=rows_in_chunk or chunk_rows(most, rows.dtype, rows.device.type),
         asked=asked,
         sums=layout.sums,
-    ), operands
+    ), call.operands
 
 
-def _facts(
-    tokens: Tokens,
-    layout: Layout,
-    rule: Rule,
-    asked: Asked,
-    *,
-    operands: tuple[Tensor | None, ...],
-    of_kernels: Transform,
-) -> Facts:
-    weight, f = rule.options.weight, of_kernels
+def _facts(call: TokenCall, layout: Layout, rule: Rule, asked: Asked) -> Facts:
+    tokens, f, weight = call.tokens, call.transform, rule.options.weight
     tau = 1.0 if f.temperature is None else float(f.temperature)
     options = (rule.options._replace(weight=None), rule.reduction, rule.z_loss_divisor, tuple(asked))
-    weights = 0 if weight is None else checksum_of_tensor(weight)
+    needed = [torch.is_grad_enabled() and each is not None and each.requires_grad for each in call.operands]
     return Facts(
         start=layout.start,
         stop=layout.start + tokens.columns,
@@ -136,24 +140,22 @@ def _facts(
         transform=checksum(
             type(tokens.transform).__name__, f.name, f.constants, f.inner, tau, checksum_of_tensor(f.coefficients)
         ),
-        options=checksum(options, weights),
-        needed=checksum([torch.is_grad_enabled() and each is not None and each.requires_grad for each in operands]),
+        options=checksum(options, 0 if weight is None else checksum_of_tensor(weight)),
+        needed=checksum(needed),
     )
 
 
 def losses(
-    tokens: Tokens,
+    call: TokenCall,
     layout: Layout,
     rule: Rule,
-    operation: Operation,
     *,
-    backend: BackendName,
     rows_in_chunk: int = 0,
     grad_in_forward: bool | None = None,
 ) -> Losses:
     """The losses of the rows, lse, log p of the targets, and the mean or sum."""
     asked = Asked(spread=rule.options.label_smoothing > 0)
-    problem, operands = problem_of(tokens, layout, operation, rule, asked, backend=backend, rows_in_chunk=rows_in_chunk)
+    problem, operands = problem_of(call, layout, rule, asked, rows_in_chunk=rows_in_chunk)
     scales = _scales(rule, problem, layout)
     ahead: ChunkLoss | None = None
     if grad_in_forward is not False and scales is not None and _takes_gradients_ahead(operands):
@@ -167,8 +169,8 @@ def losses(
     reduced: Tensor | None = None
     if scales is not None:
         reduced = total if ahead is not None else of_rows.sum() * scales[0] + z_losses.sum() * scales[1]
-        if layout.tokens is not None:
-            reduced = summed(reduced, layout.tokens, "losses")
+        for others in layout.tokens:
+            reduced = summed(reduced, others, "losses")
     return Losses(of_rows + z_losses, numbers.lse, reduced, numbers.log_prob)
 
 
@@ -206,16 +208,16 @@ def _scales(rule: Rule, problem: Problem, layout: Layout) -> tuple[Tensor, Tenso
     rows = divisor
     if rule.z_loss_divisor == "rows" and rule.reduction == "mean":
         rows = (target != options.ignore_index).sum().to(dtype)
-    if rule.reduction == "mean" and layout.tokens is not None:
-        divisor, rows = layout.tokens.sum_(torch.stack([divisor, rows]), "the count of tokens").unbind(0)
+    if rule.reduction == "mean" and layout.tokens:
+        counts = torch.stack([divisor, rows])
+        for others in layout.tokens:
+            counts = others.sum_(counts, "the count of tokens")
+        divisor, rows = counts.unbind(0)
     return divisor.reciprocal(), rows.reciprocal()
 
 
-def statistics(
-    tokens: Tokens, layout: Layout, ignore_index: int, asked: Asked, *, operation: Operation, backend: BackendName
-) -> tuple[Numbers, Statistics]:
+def statistics(call: TokenCall, layout: Layout, ignore_index: int, asked: Asked) -> tuple[Numbers, Statistics]:
     """log p, entropy and lse of tokens, with gradients, and what else is asked for."""
-    rule = Rule(LossOptions(None, ignore_index, 0.0, 0.0, True))
-    problem, operands = problem_of(tokens, layout, operation, rule, asked, backend=backend)
+    problem, operands = problem_of(call, layout, Rule(LossOptions(None, ignore_index, 0.0, 0.0, True)), asked)
     _, numbers, found = vocabulary.token_numbers(problem, operands)
     return numbers, found

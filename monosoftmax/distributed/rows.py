@@ -38,7 +38,7 @@ class GivenRows:
 
     def __init__(self, rows: Tensor, output_mask: Sequence[bool]) -> None:
         self._rows, self.needs_logit_gradient = rows, output_mask[0]
-        self._gradient = rows.new_empty(0)
+        self._gradient = rows[:, :0]  # all of it, where there are no classes
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         yield slice(0, self._rows.shape[0]), self._rows
@@ -91,7 +91,7 @@ class NoClasses:
             torch.zeros_like(input) if needs_input else input.new_empty(0),
             weight.new_zeros(weight.shape if needs_weight else 0, dtype=dtype),
             weight.new_zeros(0, dtype=dtype) if needs_bias else weight.new_empty(0, dtype=dtype),
-            grad_coefficients,
+            grad_coefficients.to(dtype),
         )
 
 

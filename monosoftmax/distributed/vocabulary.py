@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import gradients_ahead, reference
+from .. import gradients_ahead
 from .._dispatch import keeps_graph
 from ..float16 import float16_power
 from ..groups import Head, HeadGradients, LossOptions, TokenStatistics, Transform, Upstream
@@ -77,7 +77,7 @@ class Sums(NamedTuple):
     #: Whether the gradient of the input is summed over the ranks of the classes, or left as the part of this rank.
     input: bool = True
     #: The ranks that have other tokens, over which the gradients of weight, bias and coefficients are summed, too.
-    tokens: Ranks | None = None
+    tokens: Sequence[Ranks] = ()
 
 
 class Problem(NamedTuple):
@@ -257,7 +257,7 @@ def _local_numbers(problem: Problem, transform: Transform, logits: Tensor, chunk
     # A sum of w_j (largest - y_j), from one of w_j (lse - y_j).
     own = problem.weights().of_shard
     spread = torch.where(torch.isneginf(largest) & (own != 0), torch.inf, loss * count - own * total.log())
-    y = _target_y(problem, transform, _target_logits(logits, places))
+    y = _target_y(kernels, transform, _target_logits(logits, places))
     return LocalNumbers(largest, total, (y - largest).clamp(max=0.0), spread=spread)
 
 
@@ -285,8 +285,26 @@ def _target_logits(logits: Tensor, places: Tensor) -> Tensor:
     return z if z.dtype == torch.float64 else z.float()
 
 
-def _target_y(problem: Problem, transform: Transform, z: Tensor) -> Tensor:
-    return reference.evaluated(z, problem.f, transform.coefficients, problem.temperature)
+def _target_y(kernels: Any, transform: Transform, z: Tensor) -> Tensor:
+    """y of the logits ``z`` [n], with the bits that the kernels give it in its row, from a row of its own for each.
+
+    Where a target has the largest y of its row, p next to 1 needs a distance of 0.
+    """
+    column = z.new_zeros(len(z), dtype=torch.int64)
+    return kernels.cross_entropy(z.unsqueeze(1), column, transform, _PLAIN)[2][0]  # type: ignore[no-any-return]
+
+
+def _of_single_logits(
+    kernels: Any, transform: Transform, z: Tensor, dy: Tensor, *, output_mask: tuple[bool, bool]
+) -> Tensor:
+    """dL/dz of the logits ``z`` [n], or the gradient of the coefficients, from dL/dy: as rows of which p is 0."""
+    column = z.new_zeros(len(z), dtype=torch.int64)
+    far = torch.stack([torch.full_like(dy, torch.finfo(dy.dtype).max), torch.ones_like(dy)])
+    results = kernels.cross_entropy(
+        z.unsqueeze(1), column, transform, _PLAIN, upstream=Upstream(-dy), row_stats=far, output_mask=output_mask
+    )
+    found: Tensor = results[3].squeeze(1) if output_mask[0] else results[4]
+    return found
 
 
 def _of_spread(problem: Problem) -> LossOptions:
@@ -457,16 +475,13 @@ def _of_target_columns(
     from log p of the targets, the part that the kernel has left out.
     """
     a, h, _, s = upstream
-    here, own = places != ELSEWHERE, problem.shard_weight()
-    with torch.enable_grad():
-        z, coefficients = z.requires_grad_(), transform.coefficients.detach().requires_grad_()
-        y = _target_y(problem, transform._replace(coefficients=coefficients), z)
-    p = (y.detach() - row_stats[0]).exp() / row_stats[1]
+    here, own, kernels = places != ELSEWHERE, problem.shard_weight(), problem.kernels()
+    p = (_target_y(kernels, transform, z) - row_stats[0]).exp() / row_stats[1]
     w = 1.0 if own is None else own[places.clamp(min=0)]
-    dy = a * (1.0 - p) + h * p + s * (problem.weights().of_all * p - w)
-    (dz,) = torch.autograd.grad(y, z, torch.where(here, dy, 0.0), retain_graph=True)
-    (of_target,) = torch.autograd.grad(y, coefficients, torch.where(here, a, 0.0), allow_unused=True)
-    return dz, torch.zeros_like(coefficients) if of_target is None else of_target
+    dy = torch.where(here, a * (1.0 - p) + h * p + s * (problem.weights().of_all * p - w), 0.0)
+    dz = _of_single_logits(kernels, transform, z, dy, output_mask=(True, False))
+    of_target = _of_single_logits(kernels, transform, z, torch.where(here, a, 0.0), output_mask=(False, True))
+    return dz, of_target
 
 
 def _plus(upstream: Numbers, of_total: Tensor) -> Numbers:
@@ -495,7 +510,7 @@ def _summed(
         what = f"the gradient of {name}"
         if name == "coefficients" or (name == "input" and sums.input):
             gradient = ranks.sum_(gradient.contiguous(), what)
-        if sums.tokens is not None and name not in ("input", "logits"):
-            gradient = sums.tokens.sum_(gradient.contiguous(), what)
+        for others in sums.tokens if name not in ("input", "logits") else ():
+            gradient = others.sum_(gradient.contiguous(), what)
         summed.append(gradient.to(dtype))
     return summed

@@ -10,7 +10,7 @@ import functools
 import sys
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from torch.autograd.function import _SingleLevelFunction
 
 _functorch = torch._C._functorch
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 #: An autograd function that may be applied inside a kernel, and costs less than torch.autograd.Function. Where
 #: :func:`unobserved` is false, nested ``torch.func`` transforms need more: see :func:`register_autograd`.
@@ -68,6 +70,20 @@ def keeps_graph() -> bool:
     """Whether the backward pass that is running was asked to retain the graph, so that another one may follow."""
     # Dynamo, which reads the backward pass for compiled autograd, has no word for it.
     return torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def outside_of_graphs(function: _Function) -> _Function:
+    """Lets ``torch.compile`` call ``function`` between its graphs, as it is."""
+
+    @functools.wraps(function)
+    def between_graphs(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            from . import outside_of_graphs
+
+            return outside_of_graphs.run(function, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return between_graphs  # type: ignore[return-value]
 
 
 def assume_constant(function: Callable[..., Any]) -> Callable[..., Any]:

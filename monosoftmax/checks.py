@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .dtensor_calls import is_dtensor
 from .groups import Head, LossOptions
 from .transforms import Identity, MonotonicTransform
 from .transforms.base import arithmetic_dtype, require_count
@@ -56,10 +57,10 @@ def _unwrapped(module: Any) -> Any:
 def check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-    if hasattr(tensor, "full_tensor"):  # a DTensor, without the price of importing torch.distributed.tensor
+    if is_dtensor(tensor):
         # to_local() would give the loss over a part of the vocabulary, full_tensor() a gradient that nobody reduces.
         raise NotImplementedError(
-            f"{name} is a DTensor, which is not supported. Where fully_shard made it one, call the module that owns it "
+            f"{name} is a DTensor, which is not supported here. Where fully_shard made it one, call the module that owns it "
             "instead of reading its parameters; or call module.unshard() before; or let "
             'torch.distributed.fsdp.register_fsdp_forward_method(module, "method") gather for a method that is not '
             "forward"

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
+from ._dispatch import outside_of_graphs
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def is_dtensor(value: Any) -> bool:
-    """Whether ``value`` is a DTensor, without the price of importing torch.distributed.tensor."""
-    return type(value) not in _PLAIN and isinstance(value, Tensor) and hasattr(value, "full_tensor")
+    """Whether ``value`` is a DTensor. Nothing is one where nobody has loaded torch.distributed.tensor."""
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(value, loaded.DTensor)
 
 
-def for_dtensors(name: str) -> Callable[..., Any]:
-    """The function that stands in for ``name`` where an argument is a DTensor."""
-    function: Callable[..., Any] = getattr(importlib.import_module(f"{__package__}.distributed.dtensors"), name)
-    return function
+@outside_of_graphs
+def call_for_dtensors(name: str, /, *args: Any, **kwargs: Any) -> Any:
+    """Calls the function that stands in for ``name`` where an argument is a DTensor."""
+    return getattr(importlib.import_module(f"{__package__}.distributed.dtensors"), name)(*args, **kwargs)
 
 
 def takes_dtensors(function: _Function) -> _Function:
@@ -32,7 +32,7 @@ def takes_dtensors(function: _Function) -> _Function:
     def with_dtensors(*args: Any, **kwargs: Any) -> Any:
         for each in (*args, *kwargs.values()):
             if is_dtensor(each):
-                return for_dtensors(function.__name__)(*args, **kwargs)
+                return call_for_dtensors(function.__name__, *args, **kwargs)
         return function(*args, **kwargs)
 
     return with_dtensors  # type: ignore[return-value]

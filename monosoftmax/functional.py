@@ -374,12 +374,7 @@ def loss_in_place(
     f = for_kernels(transform.f, rows, transform.temperature)
     target = rows_for_kernel(target) if target.dim() == 2 else target
     mask = (True, f.coefficients.requires_grad)
-    run = in_place.total_and_losses
-    if torch.compiler.is_compiling():
-        from . import outside_of_graphs
-
-        run = outside_of_graphs.total_and_losses
-    total, loss = run(
+    total, loss = in_place.total_and_losses(
         ops.CrossEntropy(
             backend=backend,
             input=rows,

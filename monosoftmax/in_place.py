@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import gradients_ahead, ops
-from ._dispatch import keeps_graph
+from ._dispatch import keeps_graph, outside_of_graphs
 from .groups import Upstream
 from .reductions import reduced, scale_of
 from .row_kernels import row_kernels
 
 
+@outside_of_graphs
 def total_and_losses(call: ops.CrossEntropy) -> tuple[Tensor, Tensor]:
     """The mean or sum of the losses, and the losses [N], which have no gradient."""
     found: tuple[Tensor, Tensor] = _InPlace.apply(call, call.input, call.transform.coefficients)  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple, cast
 
@@ -19,7 +20,7 @@ from .checks import (
     check_tensor,
     check_transform,
 )
-from .dtensor_calls import for_dtensors, is_dtensor
+from .dtensor_calls import call_for_dtensors, is_dtensor
 from .functional import Losses, cross_entropy, log_softmax
 from .groups import Head, LossOptions
 from .head_products import chunk_rows
@@ -261,7 +262,7 @@ class MonotonicSoftmax(nn.Module):
         """
         weight, bias = self.matrix_and_bias()
         if is_dtensor(weight) or is_dtensor(input):
-            logits: Tensor = for_dtensors("linear")(input, weight, bias)
+            logits: Tensor = call_for_dtensors("linear", input, weight, bias)
             return logits
         return F.linear(input, weight, bias)
 
@@ -297,7 +298,9 @@ class MonotonicSoftmax(nn.Module):
             )
         # Without these options, the loss of a row is -log p.
         plain = self.label_smoothing == 0 and self.z_loss == 0 and self.class_weight is None
-        of_head = for_dtensors("linear_losses") if is_dtensor(self.weight) or is_dtensor(input) else linear_losses
+        of_head = linear_losses
+        if is_dtensor(self.weight) or is_dtensor(input):
+            of_head = functools.partial(call_for_dtensors, "linear_losses")
         losses: Losses = of_head(
             Head(input, self.weight, self.bias),
             target,
@@ -322,7 +325,7 @@ class MonotonicSoftmax(nn.Module):
         """The most probable class, (...). f is increasing, so this class has the largest logit."""
         logits = self.logits(input)
         if is_dtensor(logits):
-            predicted: Tensor = for_dtensors("argmax")(logits)
+            predicted: Tensor = call_for_dtensors("argmax", logits)
             return predicted
         return logits.argmax(-1)
 
@@ -345,7 +348,7 @@ class MonotonicSoftmax(nn.Module):
         """
         weight, bias = self.matrix_and_bias()
         if is_dtensor(weight) or is_dtensor(input):
-            drawn: Tensor = for_dtensors("sample")(self.logits(input), self.transform, temperature, generator)
+            drawn: Tensor = call_for_dtensors("sample", self.logits(input), self.transform, temperature, generator)
             return drawn
         transform, tau = check_transform(self.transform), check_temperature(temperature, input)
         rows = input.reshape(-1, input.shape[-1])

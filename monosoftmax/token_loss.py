@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import gradients_ahead, groups, reference
-from ._dispatch import keeps_graph
+from ._dispatch import keeps_graph, outside_of_graphs
 from .backends import BackendName, Call, choose
 from .checks import (
     IGNORE_INDEX,
@@ -120,12 +120,7 @@ def linear_token_loss(
     )
     if call.backend == "reference":
         return _by_autograd(call, F.linear(rows, linear_weight, linear_bias))
-    run = of_head
-    if torch.compiler.is_compiling():
-        from . import outside_of_graphs
-
-        run = outside_of_graphs.token_loss_of_head
-    return run(call, autocast_input(rows), linear_weight, linear_bias)
+    return of_head(call, autocast_input(rows), linear_weight, linear_bias)
 
 
 def _check_per_token(name: str, tensor: Tensor, shape: torch.Size, device: torch.device) -> None:
@@ -148,6 +143,7 @@ def _by_autograd(call: TokenLoss, logits: Tensor) -> Tensor:
     return loss_of(call, tokens, slice(0, len(logits)))
 
 
+@outside_of_graphs
 def of_head(call: TokenLoss, rows: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
     """The loss on a fused backend."""
     coefficients = for_kernels(call.transform, rows, call.temperature).coefficients

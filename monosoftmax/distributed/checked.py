@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._dispatch import outside_of_graphs
 from ..backends import BackendName, Operation
 from ..checks import (
     FLOATING_DTYPES,
@@ -37,6 +38,7 @@ from .losses import Layout, Rule, Tokens
 from .vocabulary import Asked
 
 
+@outside_of_graphs
 def head_losses(
     head: Head,
     target: Tensor,
@@ -64,6 +66,7 @@ def head_losses(
     return reshaped(found, target.shape)
 
 
+@outside_of_graphs
 def losses_of_logits(
     input: Tensor,
     target: Tensor,
@@ -93,6 +96,7 @@ def losses_of_logits(
     return reshaped(of_ranks.losses(call, layout, Rule(options, reduction, how.z_loss_divisor)), shape)
 
 
+@outside_of_graphs
 def log_softmax(
     input: Tensor,
     transform: MonotonicTransform | None,
@@ -121,6 +125,7 @@ def log_softmax(
     return log_softmax_of_ranks(problem, of_kernels, coefficients, dtype).reshape(input.shape)
 
 
+@outside_of_graphs
 def log_probs(
     rows: Head | Tensor,
     target: Tensor,

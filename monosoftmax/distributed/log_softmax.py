@@ -33,7 +33,7 @@ def log_softmax(problem: Problem, rows: Tensor, coefficients: Tensor, dtype: tor
 class _LogSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: Problem, dtype: torch.dtype, rows: Tensor, coefficients: Tensor) -> Tensor:
-        transform = problem.transform._replace(coefficients=coefficients.detach())
+        transform = problem.transform
         wide = coefficients.dtype
         if rows.shape[1] == 0:
             log_p, largest = (
@@ -49,7 +49,7 @@ class _LogSoftmax(torch.autograd.Function):
         others = (largest - whole.row_stats[0]) + (total.log() - whole.row_stats[1].log())
         # All y of this rank are -inf, or all of all ranks.
         without = torch.where(torch.isneginf(whole.lse), torch.nan, -torch.inf).unsqueeze(1)
-        log_p = torch.where(torch.isneginf(largest).unsqueeze(1), without, log_p.add_(others.unsqueeze(1))).to(dtype)
+        log_p = torch.where((total == 0).unsqueeze(1), without, log_p.add_(others.unsqueeze(1))).to(dtype)
         ctx.problem, ctx.needed = problem, (rows.requires_grad, coefficients.requires_grad)
         ctx.save_for_backward(rows, coefficients, whole.row_stats)
         return log_p
@@ -63,9 +63,8 @@ class _LogSoftmax(torch.autograd.Function):
             if rows.shape[1] == 0:
                 gradients = [torch.zeros_like(rows), torch.zeros_like(coefficients)]
             else:
-                transform = problem.transform._replace(coefficients=coefficients)
                 results = problem.kernels().cross_entropy(
-                    rows, rows_for_kernel(grad_output), transform, _PLAIN,
+                    rows, rows_for_kernel(grad_output), problem.transform, _PLAIN,
                     upstream=Upstream(torch.full_like(mass, -1.0)), row_stats=torch.stack([*row_stats, mass]),
                     output_mask=ctx.needed,
                 )  # fmt: skip

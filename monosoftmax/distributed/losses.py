@@ -114,7 +114,7 @@ def problem_of(
         target=tokens.target,
         f=tokens.transform,
         temperature=call.temperature,
-        transform=call.transform,
+        transform=call.transform._replace(coefficients=call.transform.coefficients.detach()),
         ignore_index=rule.options.ignore_index,
         weight=typed(rule.options, rows).weight if asked.spread else None,
         backend=call.backend,

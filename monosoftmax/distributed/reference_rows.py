@@ -37,6 +37,9 @@ class ReferenceRows:
         grad_rows: Tensor | None = None,
     ) -> RowResults:
         z, coefficients = rows.detach().to(arithmetic_dtype(rows.dtype)), transform.coefficients.detach()
+        if upstream is not None:
+            unread = self._unread(target, options, upstream).unsqueeze(1)
+            z = torch.where(unread, 0.0, z)
         with torch.set_grad_enabled(any(output_mask)):
             z, coefficients = (each.requires_grad_(any(output_mask)) for each in (z.clone(), coefficients.clone()))
             y = self._y(z, coefficients)
@@ -44,8 +47,7 @@ class ReferenceRows:
         q = target.to(y.dtype) if dense else self._of_indices(y, target, options)
         loss, mass = nothing, row_stats[2] if dense and row_stats is not None else q.sum(1)
         if row_stats is None:
-            largest = y.detach().amax(1)
-            total = (y.detach() - largest.unsqueeze(1)).exp().sum(1)
+            largest, total = _largest_and_total(y.detach())
             row_stats = torch.stack([largest, total])
             gap = torch.where(q == 0, 0.0, q * (largest.unsqueeze(1) - y.detach())).sum(1)
             loss = mass * total.log() + gap
@@ -63,12 +65,24 @@ class ReferenceRows:
         if upstream.entropy is not None:
             finite = torch.where(p == 0, 0.0, distance + row_stats[2].unsqueeze(1))
             dy = dy - upstream.entropy.unsqueeze(1) * p * finite
+        dy = torch.where(unread, 0.0, dy)
         dz, d_coefficients = torch.autograd.grad(y, [z, coefficients], dy, allow_unused=True)
         if output_mask[0]:
             grad_rows = torch.empty_like(rows) if grad_rows is None else grad_rows
             grad_rows.copy_(dz)
         d_coefficients = torch.zeros_like(coefficients) if d_coefficients is None else d_coefficients
         return RowResults(loss, nothing, row_stats, nothing if grad_rows is None else grad_rows, d_coefficients)
+
+    @staticmethod
+    def _unread(target: Tensor, options: LossOptions, upstream: Upstream) -> Tensor:
+        """The rows that may hold anything: ignored ones whose lse and entropy have no gradient."""
+        if target.is_floating_point():
+            return torch.zeros(len(target), dtype=torch.bool, device=target.device)
+        unread = target == options.ignore_index
+        for gradient in (upstream.lse, upstream.entropy):
+            if gradient is not None:
+                unread = unread & (gradient == 0)
+        return unread
 
     @staticmethod
     def _of_indices(y: Tensor, target: Tensor, options: LossOptions) -> Tensor:
@@ -85,10 +99,9 @@ class ReferenceRows:
     ) -> TokenStatistics:
         y = self._y(rows.detach().to(arithmetic_dtype(rows.dtype)), transform.coefficients.detach())
         found = reference.token_statistics(rows.detach(), target, self._f, ignore_index, self._temperature)
-        largest = y.amax(1)
+        largest, total = _largest_and_total(y)
         distance = largest.unsqueeze(1) - y
         mass = (-distance).exp()
-        total = mass.sum(1)
         moment = torch.where(mass == 0, 0.0, mass * distance).sum(1) / total
         return TokenStatistics(*found, torch.stack([largest, total, moment]))
 
@@ -96,10 +109,16 @@ class ReferenceRows:
         self, rows: Tensor, transform: Transform, dtype: torch.dtype, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         y = self._y(rows.detach().to(arithmetic_dtype(rows.dtype)), transform.coefficients.detach())
-        distance = y - y.amax(1, keepdim=True)
-        total = distance.exp().sum(1)
-        log_p = (distance - total.log().unsqueeze(1)).to(dtype)
-        return log_p if out is None else out.copy_(log_p), torch.stack([y.amax(1), total])
+        largest, total = _largest_and_total(y)
+        log_p = (y - largest.unsqueeze(1) - total.log().unsqueeze(1)).to(dtype)
+        return log_p if out is None else out.copy_(log_p), torch.stack([largest, total])
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None:
         tensor.mul_(factor)
+
+
+def _largest_and_total(y: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest y of each row, and sum exp(y - largest), which is 0 for a row of -inf."""
+    largest = y.amax(1)
+    total = (y - largest.unsqueeze(1)).exp().sum(1)
+    return largest, torch.where(torch.isneginf(largest), 0.0, total)

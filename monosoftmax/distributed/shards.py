@@ -50,6 +50,7 @@ class LocalNumbers(NamedTuple):
     """What the columns of one rank say of its rows, [n] each; None where nobody asks."""
 
     largest: Tensor
+    #: 0 where all y are -inf, or where there are no columns. ``largest`` is any small number then, and where one is NaN.
     total: Tensor
     #: y of the target minus ``largest``, where this rank has the target.
     target_gap: Tensor
@@ -92,8 +93,8 @@ def merged(local: LocalNumbers, here: Tensor, weights: Weights | None, ranks: Ra
         torch.stack([torch.where(each.isnan(), torch.inf, each) for each in maxima]), "largest logits"
     )
     largest = greatest[0]
-    # A rank whose logits are all -inf adds nothing, also where all ranks say so, and inf - inf would be NaN.
-    empty = torch.isneginf(local.largest)
+    # A rank whose y are all -inf adds nothing, also where all ranks say so, and inf - inf would be NaN.
+    empty = local.total == 0
     below = torch.where(empty, torch.inf, largest - local.largest)
     mass = torch.where(empty, 0.0, local.total * (-below).exp())
     parts = [mass, torch.where(here, torch.where(empty, -torch.inf, local.target_gap - below), 0.0)]

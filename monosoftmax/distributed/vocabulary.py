@@ -89,7 +89,7 @@ class Problem(NamedTuple):
     target: Tensor
     f: MonotonicTransform
     temperature: Tensor | None
-    #: As the kernels take f; its coefficients are an operand of the call.
+    #: As the kernels take f. Its coefficients have no gradient: those among the operands have.
     transform: Transform
     ignore_index: int
     #: [V], in the type of the arithmetic.
@@ -188,18 +188,12 @@ def _rows(problem: Problem, operands: Sequence[Tensor | None], needed: Sequence[
     return rows_of_head(Head(input, weight, bias), needed[:3], problem.rows_in_chunk)
 
 
-def _kernel_transform(problem: Problem, operands: Sequence[Tensor | None]) -> Transform:
-    coefficients = operands[-1]
-    assert coefficients is not None
-    return problem.transform._replace(coefficients=coefficients.detach())
-
-
 # --- the numbers of rows ----------------------------------------------------------------------------------------------
 
 
 def _numbers_of_all(problem: Problem, operands: Sequence[Tensor | None]) -> tuple[WholeNumbers, Tensor]:
     """The numbers of all rows, for which the ranks meet once; and the argmax."""
-    rows, transform = _rows(problem, operands, (False,) * len(operands)), _kernel_transform(problem, operands)
+    rows, transform = _rows(problem, operands, (False,) * len(operands)), problem.transform
     kept: list[bool] = []
     gathered = None
     for chunk, logits in rows:
@@ -256,7 +250,8 @@ def _local_numbers(problem: Problem, transform: Transform, logits: Tensor, chunk
     largest, total = row_stats.unbind(0)
     # A sum of w_j (largest - y_j), from one of w_j (lse - y_j).
     own = problem.weights().of_shard
-    spread = torch.where(torch.isneginf(largest) & (own != 0), torch.inf, loss * count - own * total.log())
+    without = torch.where(own == 0, 0.0, torch.inf)
+    spread = torch.where(total == 0, without, loss * count - own * total.log())
     y = _target_y(kernels, transform, _target_logits(logits, places))
     return LocalNumbers(largest, total, (y - largest).clamp(max=0.0), spread=spread)
 
@@ -356,7 +351,7 @@ def _with_gradients(
     problem: Problem, operands: Sequence[Tensor | None], needed: Sequence[bool], loss_of: ChunkLoss
 ) -> tuple[WholeNumbers, Tensor, Tensor, list[Tensor]]:
     """The numbers of all rows, the sum of ``loss_of``, its gradients for the numbers [4, N], and for the operands."""
-    rows, transform = _rows(problem, operands, needed), _kernel_transform(problem, operands)
+    rows, transform = _rows(problem, operands, needed), problem.transform
     dtype, kept = transform.coefficients.dtype, 5 if problem.asked.spread else 4
     gathered = rows.gathered((dtype, kept), (dtype, 4))
     total, grad_coefficients = transform.coefficients.new_zeros(()), None
@@ -395,7 +390,7 @@ def _gradients(
     row_stats: Tensor,
 ) -> list[Tensor]:
     """The gradients for the operands, of this rank's columns, from the logits again."""
-    rows, transform = _rows(problem, operands, needed), _kernel_transform(problem, operands)
+    rows, transform = _rows(problem, operands, needed), problem.transform
     shift: Tensor | None = None
     given = [each for each in upstream if each is not None]
     assert operands[0] is not None

@@ -50,7 +50,7 @@ class LocalNumbers(NamedTuple):
     """What the columns of one rank say of its rows, [n] each; None where nobody asks."""
 
     largest: Tensor
-    #: 0 where all y are -inf, or where there are no columns. ``largest`` is any small number then, and where one is NaN.
+    #: 0 where all y are -inf, and without columns. ``largest`` is any small number then, and where all are NaN.
     total: Tensor
     #: y of the target minus ``largest``, where this rank has the target.
     target_gap: Tensor

@@ -120,7 +120,7 @@ class RowResults(NamedTuple):
     #: [N]; empty if ``row_stats`` was given.
     lse: Tensor
     #: [2, N]: the largest y of a row, and sum exp(y - largest). [3, N] for a target of all classes: the third number is
-    #: the kernel's own. Without a meaning if ``row_stats`` was given.
+    #: sum_j q_j for class probabilities, else the kernel's own. Without a meaning if ``row_stats`` was given.
     row_stats: Tensor
     #: [N, V]
     grad_rows: Tensor

@@ -55,7 +55,8 @@ class RowKernels(Protocol):
             options: the options of the loss.
             upstream: the gradients of the results; needed if the mask asks for a gradient.
             row_stats: the result of an earlier call with the same arguments, which computed the losses; None computes
-                the losses.
+                the losses. They may be those of longer rows, of which ``rows`` are some columns: then the gradients
+                are those of these columns. A row whose target is among other columns is an ignored row to the kernel.
             output_mask: the gradients to compute.
             grad_rows: memory for the gradient of rows; it may be ``rows`` itself. None allocates new memory.
         """

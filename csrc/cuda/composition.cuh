@@ -63,8 +63,8 @@ class Composed {
     return function.value(T(argument(logit).value)).of[0];
   }
 
-  // log2 e^(y - largest y), from the shift for the largest f.
-  __device__ __forceinline__ float shift_of(float largest) const { return largest * unit; }
+  // log2 e^(y - largest y), from the shift for the largest y.
+  static __device__ __forceinline__ float shift_of(float largest) { return largest * kLog2E; }
   __device__ __forceinline__ float gap(float value, float shift) const { return __fmaf_rn(value, unit, -shift); }
   template <class T>
   __device__ __forceinline__ T exponential(T value, float shift) const {

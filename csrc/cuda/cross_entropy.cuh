@@ -56,9 +56,9 @@ __device__ RowScan scan_for_loss(const Composed<F>& f, const CrossEntropyArgumen
 }
 
 __device__ inline void write_results(const CrossEntropyArguments& arguments, int64_t row, const RowTarget& target,
-                                     const RowScan& scan, float inverse_temperature) {
+                                     const RowScan& scan) {
   const float log_sum = scan.sum == 0 ? NAN : log2f(scan.sum) * kLn2;
-  const float lse = scan.sum == 0 ? -INFINITY : scan.largest * inverse_temperature + log_sum;
+  const float lse = scan.sum == 0 ? -INFINITY : scan.largest + log_sum;
   const float loss = target.loss().loss(scan.gap * kLn2, scan.gaps * kLn2, log_sum, lse);
   arguments.loss[row] = target.ignored() ? 0 : target.valid() ? loss : NAN;
   arguments.lse[row] = lse;
@@ -82,7 +82,7 @@ class GradientOfF {
     const float grad_loss =
         target.ignored() ? 0 : arguments.grad_loss[row * arguments.grad_loss_stride] * factor * inverse;
     const float grad_lse = arguments.grad_lse == nullptr ? 0 : arguments.grad_lse[row] * inverse;
-    const auto of = target.loss().gradient(grad_loss, grad_lse, scan.largest * inverse, sum);
+    const auto of = target.loss().gradient(grad_loss, grad_lse, scan.largest, sum);
     // A row of -inf only has no p: its gradient is NaN, as its loss is.
     inverse_ = sum == 0 || !(target.valid() || target.ignored()) ? NAN : 1 / sum;
     of_p_ = of.of_p;
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
     const E* logits = static_cast<const E*>(arguments.input) + row * arguments.stride;
     const RowLayout<E> layout(logits, arguments.classes, target.column());
     const RowScan scan = scan_for_loss<T>(f, arguments, RowInMemory<E>{logits, layout}, team, target, memory[0]);
-    if (team.thread == 0) write_results(arguments, row, target, scan, f.inverse_temperature());
+    if (team.thread == 0) write_results(arguments, row, target, scan);
   }
 }
 
@@ -207,14 +207,14 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
         const ResidentRow<E> resident(in_memory, team, shared + arguments.row_offset);
         const RowScan scan =
             scan_resident<T>(f, resident, layout, team, target.column(), arguments.label_smoothing > 0, memory[0]);
-        if (team.thread == 0) write_results(arguments, row, target, scan, f.inverse_temperature());
+        if (team.thread == 0) write_results(arguments, row, target, scan);
         go_on(resident, scan);
       }
     } else {
       RowScan scan{};
       if (scanned) {
         scan = scan_for_loss<T>(f, arguments, in_memory, team, target, memory[0]);
-        if (team.thread == 0) write_results(arguments, row, target, scan, f.inverse_temperature());
+        if (team.thread == 0) write_results(arguments, row, target, scan);
       } else if (!arguments.losses) {
         scan.largest = arguments.largest[row];
         scan.sum = arguments.sum[row];

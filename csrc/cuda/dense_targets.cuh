@@ -16,9 +16,9 @@
 // the target are arguments of one kernel: the kinds differ in a few instructions for each logit, and a kernel for each
 // would take the compiler seven times as long.
 //
-// row_stats are the largest f, the sum of exp(y - largest y), and a third number: of kOfIndices the M of
+// row_stats are the largest y, the sum of exp(y - largest y), and a third number: of kOfIndices the gap M of
 // token_statistics.cuh, with which log p_j + H = (y_j - largest y) + M; Q of kOfProbabilities and kForwardKl; R of the
-// others. M and R are in units of ln 2, as all logarithms here.
+// others, in units of ln 2, as all logarithms here.
 //
 // Memory traffic for each class. With the losses: two reads of a logit and one of the target, of which the second read
 // of the logit may come from the L2 cache. For gradients: one more read of both, and a write. kOfIndices has no target
@@ -196,8 +196,7 @@ __device__ DenseStats dense_loss(const Composed<F>& f, const DenseTargetArgument
   __syncthreads();
   reduce<Sum>(sums.sums, memory.sums);
   if (team.thread == 0) {
-    const float of_largest = scan.largest * f.inverse_temperature();
-    const float lse = scan.sum == 0 ? -INFINITY : __fmaf_rn(sums.log2_sum(), kLn2, of_largest);
+    const float lse = scan.sum == 0 ? -INFINITY : __fmaf_rn(sums.log2_sum(), kLn2, scan.largest);
     arguments.loss[row] = sums.loss(lse);
     arguments.lse[row] = lse;
     arguments.row_stats[row] = scan.largest;
@@ -217,7 +216,7 @@ class DenseGradient {
         kind_(arguments.kind),
         beta_(arguments.beta),
         sum_(stats.sum),
-        third_(stats.third) {
+        third_(arguments.kind == DenseLoss::kOfIndices ? stats.third * kLog2E : stats.third) {
     const float inverse_temperature = f.inverse_temperature();
     const auto of_row = [&](const float* gradients) {
       return gradients == nullptr ? 0 : gradients[row] * inverse_temperature;
@@ -231,7 +230,7 @@ class DenseGradient {
     of_gap_ = of_row(arguments.grad_entropy) * -kLn2;
     extra_ = of_row(arguments.grad_lse);
     if (arguments.z_loss > 0) {
-      const float lse = __fmaf_rn(log2_sum_, kLn2, stats.largest * inverse_temperature);
+      const float lse = __fmaf_rn(log2_sum_, kLn2, stats.largest);
       extra_ = __fmaf_rn(2 * arguments.z_loss * lse, of_loss_, extra_);
     }
     of_ratio_ = of_loss_ * kLn2 * (kind_ == DenseLoss::kJsd ? 1 - beta_ : 1);

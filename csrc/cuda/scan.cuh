@@ -1,10 +1,10 @@
-// Finds the largest f of a row and sum exp(y - largest y), which describe a row as on the CPU (csrc/row), where
+// Finds the largest y of a row and sum exp(y - largest y), which describe a row as on the CPU (csrc/row), where
 // y = f(inner(z)) / temperature (composition.cuh).
 //
 // The largest y is y of the largest logit, since f increases. So it takes no f to find it if the row is on chip.
-// e^(y - largest y) is 2^(f unit - shift), with unit = log2(e) / temperature and shift = round(largest unit): one fma
-// and one ex2. The rounding of shift is a common factor of all exponentials of a row. It cancels in p, which is divided
-// by their sum, and in log(sum) - (y_t - largest y), as y_t - largest y is computed with the same shift.
+// e^(y - largest y) is 2^(f unit - shift), with unit = log2(e) / temperature and shift = round(log2(e) largest y): one
+// fma and one ex2. The rounding of shift is a common factor of all exponentials of a row. It cancels in p, which is
+// divided by their sum, and in log(sum) - (y_t - largest y), as y_t - largest y is computed with the same shift.
 //
 // Hazards: a thread reads only those elements of a row on chip that it copied itself, so no barrier protects them.
 // Blocks of a cluster exchange only maxima and sums (reduce.cuh).
@@ -25,7 +25,7 @@ __device__ __forceinline__ void for_each_group(const float (&logits)[kElements],
   }
 }
 
-// The result of a scan. largest is that of f. gap is y_t less the largest y. gaps is the sum of such gaps with weights,
+// The result of a scan. largest is that of y. gap is y_t less the largest y. gaps is the sum of such gaps with weights,
 // read only if labels are smoothed. Both are in units of ln 2.
 struct RowScan {
   float largest, sum, gap, gaps;
@@ -116,7 +116,8 @@ __device__ RowScan scan_once(const Composed<F>& f, const ClassWeights& weights, 
   if (target >= 0) of_target = f.template of_logit<T>(load_element(row.row + target));
   // Subtracted from every f: in a sum of V numbers of the size of f, rounding would hide the loss.
   const float reference = fabsf(of_target) < INFINITY ? of_target : 0;
-  float largest = lowest_logit<float>(), shift = f.shift_of(largest), sum = 0, gaps = 0;
+  const float inverse = f.inverse_temperature();
+  float largest = lowest_logit<float>(), shift = f.shift_of(largest * inverse), sum = 0, gaps = 0;
   for (int c = team.thread; c < layout.chunks(); c += team.threads) {
     constexpr int kElements = Chunk<E>::kElements;
     float arguments[kElements], values[kElements];
@@ -129,7 +130,7 @@ __device__ RowScan scan_once(const Composed<F>& f, const ClassWeights& weights, 
         chunk_largest = fmaxf(chunk_largest, value.of[j]);
       }
     });
-    const float new_shift = f.shift_of(chunk_largest);
+    const float new_shift = f.shift_of(chunk_largest * inverse);
     sum *= exp2_approximate(shift - new_shift);
     largest = chunk_largest;
     shift = new_shift;
@@ -142,7 +143,7 @@ __device__ RowScan scan_once(const Composed<F>& f, const ClassWeights& weights, 
   }
   for (int e = team.thread; e < layout.edges(); e += team.threads) {
     const Float value(f.template of_logit<T>(row.edge(e)));
-    const float new_largest = fmaxf(largest, value.of[0]), new_shift = f.shift_of(new_largest);
+    const float new_largest = fmaxf(largest, value.of[0]), new_shift = f.shift_of(new_largest * inverse);
     sum = sum * exp2_approximate(shift - new_shift) + f.exponential(value, new_shift).of[0];
     largest = new_largest;
     shift = new_shift;
@@ -150,10 +151,10 @@ __device__ RowScan scan_once(const Composed<F>& f, const ClassWeights& weights, 
   }
   float maximum[1] = {largest};
   reduce<Maximum>(maximum, memory.maximum);
-  const float row_shift = f.shift_of(maximum[0]);
+  const float largest_y = maximum[0] * inverse, row_shift = f.shift_of(largest_y);
   float sums[3] = {sum * exp2_approximate(shift - row_shift), gaps, 0};
   reduce<Sum>(sums, memory.sums);
-  return {maximum[0], sums[0], f.gap(of_target, row_shift),
+  return {largest_y, sums[0], f.gap(of_target, row_shift),
           kSmooths ? __fmaf_rn(weights.sum, f.gap(reference, row_shift), sums[1] * f.unit) : 0};
 }
 
@@ -174,7 +175,7 @@ __device__ RowScan scan_resident(const Composed<F>& f, const ResidentRow<E>& row
   MONOSOFTMAX_UNROLL for (int i = 1; i < kElements; ++i) maximum[0] = fmaxf(maximum[0], logits[i]);
   if (has_edge) maximum[0] = fmaxf(maximum[0], row.edge(team.thread));
   reduce<Maximum>(maximum, memory.maximum);
-  const float largest = f.template of_logit<T>(maximum[0]), shift = f.shift_of(largest);
+  const float largest = f.template of_logit<T>(maximum[0]) * f.inverse_temperature(), shift = f.shift_of(largest);
 
   // One sum for each place in a chunk, so that no addition waits for the addition before.
   float sums[3] = {0, 0, 0}, parts[kElements];

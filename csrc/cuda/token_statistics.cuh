@@ -3,8 +3,8 @@
 //
 //   entropy = log(sum_j e_j) + gap,   gap = sum_j e_j (largest - y_j) / sum_j e_j,   e_j = exp(y_j - largest)
 //
-// row_stats are the largest f, the sum of e_j and gap, in units of ln 2: what the gradient of the entropy needs
-// (dense_targets.cuh). y increases with the logits, so the logits themselves give argmax and rank.
+// row_stats are the largest y, the sum of e_j and gap: what the gradient of the entropy needs (dense_targets.cuh). y
+// increases with the logits, so the logits themselves give argmax and rank.
 //
 // Memory traffic for each logit: a read from memory, and one more from the L2 cache if the row is still there.
 // Numerics: scan.cuh, composition.cuh; a term of p = 0 is 0, also at a logit of -inf. Hazards: scan.cuh.
@@ -106,10 +106,10 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
     reduce<Sum>(gaps, of_gaps[0]);
     seen = seen_by_block(seen, of_warps);
     if (team.thread == 0) {
-      const float log2_sum = scan.sum == 0 ? NAN : log2f(scan.sum), gap = gaps[0] / scan.sum;
+      const float log2_sum = scan.sum == 0 ? NAN : log2f(scan.sum), gap = gaps[0] / scan.sum * kLn2;
       arguments.log_prob[row] = ignored ? 0 : valid ? (scan.gap - log2_sum) * kLn2 : NAN;
-      arguments.entropy[row] = (log2_sum + gap) * kLn2;
-      arguments.lse[row] = scan.sum == 0 ? -INFINITY : scan.largest * f.inverse_temperature() + log2_sum * kLn2;
+      arguments.entropy[row] = log2_sum * kLn2 + gap;
+      arguments.lse[row] = scan.sum == 0 ? -INFINITY : scan.largest + log2_sum * kLn2;
       arguments.argmax[row] = seen.column == Seen::kNowhere ? 0 : seen.column;
       arguments.rank[row] = valid ? seen.larger : -1;
       arguments.row_stats[row] = scan.largest;

@@ -60,7 +60,7 @@ struct Problem {
         of_p += p * log_of(j);
         of_q += is_cross_entropy() ? share * (lse - y[j]) : share * (std::log(share) - y[j] + lse);
       }
-      truth.largest.push_back(largest * kTemperature);
+      truth.largest.push_back(largest);
       truth.sum.push_back(sum);
       truth.gap.push_back(gap);
       truth.lse.push_back(lse);
@@ -153,7 +153,7 @@ void run(const Case& c, DenseLoss kind, int rows, int classes, int offset, bool 
     for (int row = 0; row < rows; ++row) {
       stats[row] = static_cast<float>(truth.largest[row]);
       stats[rows + row] = static_cast<float>(truth.sum[row]);
-      stats[2 * rows + row] = static_cast<float>(truth.gap[row] / std::log(2.0));
+      stats[2 * rows + row] = static_cast<float>(truth.gap[row]);
     }
   } else {
     a.target = target.get();

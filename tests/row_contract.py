@@ -1,12 +1,13 @@
 """The contract of ``monosoftmax.row_kernels.RowKernels``, checked on the kernels of any backend against float64.
 
-The composition with what stands before and after f, the gradient of the entropy, and the divergences, for a target of
-all classes. Tests call :func:`check_composition`, :func:`check_entropy_gradient` and :func:`check_divergence`.
+The composition with what stands before and after f, the gradient of the entropy, rows whose columns are shared out, and
+losses for a target of all classes. Tests call the functions ``check_...``.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -189,6 +190,124 @@ def check_entropy_gradient(kernels: RowKernels, rows: Tensor, composition: Compo
         masked, target, f, options, Upstream(None, None, None, e), row_stats=found.row_stats, output_mask=(True, True)
     )
     assert all(bool(each.isfinite().all()) for each in gradients[3:]), "a logit of -inf"
+
+
+class _Shards:
+    """Rows whose columns are shared out: each shard is rows of a kernel's own.
+
+    One shard is a single column. Each has a target, and p of one target is next to 1. The last row is ignored.
+    """
+
+    def __init__(self, kernels: RowKernels, rows: Tensor, f: Transform) -> None:
+        third = rows.shape[1] // 3
+        bounds = [0, third, third + 1, 2 * third + 5, rows.shape[1]]
+        self._kernels, self.rows, self.f = kernels, rows, f
+        self.parts = [slice(*each) for each in itertools.pairwise(bounds)]
+        self.target = torch.tensor([bounds[each % 4] for each in range(1, len(rows) + 1)], device=rows.device)
+        self.target[1], self.target[-1] = 3, -100
+        #: Whether a shard has the target of a row, [shards, N].
+        self.here = torch.stack([(self.target >= part.start) & (self.target < part.stop) for part in self.parts])
+
+    def calls(self, options: LossOptions) -> Iterator[tuple[Tensor, Tensor, Transform, LossOptions]]:
+        """What each shard gives its kernel: a target that is elsewhere is ignored, but not under ``options.weight``."""
+        weight = options.weight
+        for part, here in zip(self.parts, self.here, strict=True):
+            target = torch.where(here, self.target - part.start, -100 if weight is None else 0)
+            of_part = options._replace(weight=None if weight is None else weight[part])
+            yield self.rows[:, part], target, self.f, of_part
+
+    def gradients(self, options: LossOptions, upstreams: list[Upstream], row_stats: Tensor) -> tuple[Tensor, Tensor]:
+        """Of rows and of the coefficients, from the ``row_stats`` of whole rows."""
+        rows, coefficients = [], torch.zeros_like(self.f.coefficients)
+        for (columns, *call), upstream in zip(self.calls(options), upstreams, strict=True):
+            into = columns.clone(memory_format=torch.contiguous_format)
+            found = self._kernels.cross_entropy(
+                into, *call, upstream, row_stats=row_stats, output_mask=(True, True), grad_rows=into
+            )
+            rows.append(found.grad_rows)
+            coefficients += found.grad_coefficients
+        return torch.cat(rows, 1), coefficients
+
+
+class _Whole:
+    """The numbers of whole rows from the row_stats [shards, 2 or 3, N] of shards."""
+
+    def __init__(self, row_stats: list[Tensor]) -> None:
+        largest, totals, *moments = torch.stack(row_stats, 1)
+        self.largest = largest.amax(0)
+        #: How much larger the largest y of the row is than that of a shard.
+        self.above = self.largest - largest
+        mass = totals * (-self.above).exp()
+        total = mass.sum(0)
+        self.log_totals, self.log_total = totals.log(), total.log()
+        self.lse = self.largest + self.log_total
+        # A shard of -inf alone has no mass, and no moment.
+        merged = [torch.where(mass > 0, mass * (each + self.above), 0.0).sum(0) / total for each in moments]
+        self.row_stats = torch.stack([self.largest, total, *merged])
+
+    def log_prob(self, of_shards: list[Tensor], here: Tensor) -> Tensor:
+        """log p of targets from that within the shards ``here``; 0 in ignored rows."""
+        y_below_largest = torch.where(here, torch.stack(of_shards) + self.log_totals - self.above, 0.0).sum(0)
+        return torch.where(here.any(0), y_below_largest - self.log_total, 0.0)
+
+
+def check_shards(kernels: RowKernels, rows: Tensor, composition: Composition) -> None:
+    """Rows whose columns are shared out: from losses and statistics of shards to gradients for whole rows.
+
+    In a shard without the target, the gradient of the loss is one of lse.
+    """
+    kernels = cast(RowKernels, _Named(kernels))
+    options = LossOptions(None, -100, 0.0, 0.0, True)
+    shards = _Shards(kernels, rows.clone(), composition.kernel(rows))
+    for row, part in ((2, shards.parts[1]), (0, shards.parts[2])):
+        shards.rows[row, part] = -torch.inf
+    # p is the same, and no derivative is 0 * inf.
+    truth = _Truth(shards.rows.double().clamp_min(-1e30), composition)
+    kept = shards.here.any(0)
+    true = torch.where(kept, -truth.log_p.gather(1, shards.target.clamp_min(0)[:, None])[:, 0], 0.0)
+    lse, entropy = torch.logsumexp(truth.y, 1), -(truth.log_p.exp() * truth.log_p).sum(1)
+    losses = [kernels.cross_entropy(*call) for call in shards.calls(options)]
+    tokens = [ms.groups.TokenStatistics(*kernels.token_statistics(*call, -100)) for *call, _ in shards.calls(options)]
+    of_losses, of_tokens = (_Whole([each.row_stats for each in found]) for found in (losses, tokens))
+    _close(-of_losses.log_prob([-each.loss for each in losses], shards.here), true, "loss of shards")
+    _close(of_tokens.log_prob([each.log_prob for each in tokens], shards.here), -true, "log_prob of shards")
+    _close(of_losses.lse, lse, "lse of shards")
+    _close(of_tokens.log_total + of_tokens.row_stats[2], entropy, "entropy of shards")
+    g, h, e = (_numbers(rows, seed) for seed in (1, 2, 3))
+    of_loss = g.double() * true
+    for row_stats, of_lse, of_entropy, total in (
+        (of_losses.row_stats, torch.zeros_like(h), None, of_loss),
+        (of_tokens.row_stats, h, e, of_loss + h.double() * lse + e.double() * entropy),
+    ):
+        upstreams = [
+            Upstream(torch.where(here, g, 0.0), of_lse + torch.where(kept & ~here, g, 0.0), None, of_entropy)
+            for here in shards.here
+        ]
+        found = shards.gradients(options, upstreams, row_stats)
+        for got, wanted, what in zip(found, _gradients(truth, total.sum()), ("rows", "f"), strict=True):
+            _close(got, wanted, f"gradient of shards for {what}", unit=4.0)
+
+
+def check_smoothed_shards(kernels: RowKernels, rows: Tensor, composition: Composition) -> None:
+    """The share of smoothed labels in a loss, sum_j w_j (lse - y_j) / V, of rows whose columns are shared out."""
+    kernels = cast(RowKernels, _Named(kernels))
+    shards, truth = _Shards(kernels, rows, composition.kernel(rows)), _Truth(rows, composition)
+    g, h = (_numbers(rows, seed) for seed in (1, 2))
+    weight = torch.linspace(0.5, 1.5, rows.shape[1]).to(g)
+    true, lse = -(weight.double() * truth.log_p).mean(1), torch.logsumexp(truth.y, 1)
+    options = LossOptions(weight, -100, 1.0, 0.0, True)
+    losses = [kernels.cross_entropy(*call) for call in shards.calls(options)]
+    whole = _Whole([each.row_stats for each in losses])
+    found, upstreams = torch.zeros_like(g), []
+    for part, each in zip(shards.parts, losses, strict=True):
+        share, mass = (part.stop - part.start) / rows.shape[1], weight[part].sum() / rows.shape[1]
+        found += share * each.loss + mass * (whole.lse - each.lse)
+        upstreams.append(Upstream(share * g, h + (weight.mean() - mass) * g))
+    _close(found, true, "smoothed loss of shards")
+    wanted_both = _gradients(truth, (g.double() * true + h.double() * lse).sum())
+    got_both = shards.gradients(options, upstreams, whole.row_stats)
+    for got, wanted, what in zip(got_both, wanted_both, ("rows", "f"), strict=True):
+        _close(got, wanted, f"gradient of smoothed shards for {what}", unit=4.0)
 
 
 def divergence_of(kind: str, beta: float, log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -53,6 +53,13 @@ def test_gradient_of_the_entropy(kernels: RowKernels, name: str, which: int) -> 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("which", [COOLED, CAPPED_AND_COOLED])
+def test_shards(kernels: RowKernels, name: str, which: int) -> None:
+    row_contract.check_shards(kernels, logits(torch.float32), compositions(name)[which])
+    row_contract.check_smoothed_shards(kernels, logits(torch.float32), compositions(name)[which])
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("which", [COOLED, CAPPED_AND_COOLED])
 def test_probabilities(kernels: RowKernels, name: str, which: int) -> None:
     row_contract.check_probabilities(kernels, logits(torch.float32), compositions(name)[which])
 
@@ -77,6 +84,7 @@ def test_targets_of_all_classes_of_every_type(
     row_contract.check_probabilities(kernels, rows, composition)
     if shape[0] > 4:
         row_contract.check_divergence(kernels, rows, composition, log_dtype=log_dtype)
+        row_contract.check_shards(kernels, rows, composition)
 
 
 def test_large_tables(kernels: RowKernels) -> None:

@@ -72,6 +72,16 @@ def test_entropy_gradient(name: str, number: int) -> None:
     row_contract.check_entropy_gradient(KERNELS, _rows(shape=_FEW), _composition(name, number))
 
 
+@pytest.mark.parametrize(("name", "number"), _cases({("gss", 1)}, 0, 1, EVERYTHING))
+def test_shards(name: str, number: int) -> None:
+    row_contract.check_shards(KERNELS, _rows(), _composition(name, number))
+
+
+@pytest.mark.parametrize(("name", "number"), _cases({("identity", 1)}, 1, EVERYTHING))
+def test_smoothed_shards(name: str, number: int) -> None:
+    row_contract.check_smoothed_shards(KERNELS, _rows(shape=_FEW), _composition(name, number))
+
+
 @pytest.mark.parametrize("log_dtype", [FLOAT32, BFLOAT16])
 @pytest.mark.parametrize(("name", "number"), _cases(set(), 0, EVERYTHING))
 def test_divergence(name: str, number: int, log_dtype: torch.dtype) -> None:
@@ -88,7 +98,7 @@ _LONG = {FLOAT32: (5, 1301), BFLOAT16: (5, 2700), FLOAT16: (5, 2700)}
 _ENTROPY, _DIVERGENCE = "check_entropy_gradient", "check_divergence"
 _TYPES = [
     (check, name, dtype)
-    for check in ("check_composition", _ENTROPY, _DIVERGENCE, "check_probabilities")
+    for check in ("check_composition", _ENTROPY, _DIVERGENCE, "check_probabilities", "check_shards")
     for name in ("identity", "soft_cap", "plif", "monotonic_mlp")
     for dtype in _LONG
 ]

@@ -1,4 +1,4 @@
-"""The contract of the row kernels on a device: chains, temperatures, the entropy, divergences, class probabilities."""
+"""The contract of the row kernels on a device: chains, temperatures, the entropy, other targets, shards."""
 
 from __future__ import annotations
 
@@ -42,3 +42,13 @@ def test_targets_of_all_classes(backend: Any, name: str, device: torch.device) -
     rows, composition = case(name, 4, torch.float32, device)
     row_contract.check_probabilities(row_kernels(backend), rows, composition)
     row_contract.check_divergence(row_kernels(backend), rows, composition, log_dtype=torch.float32)
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shards(backend: Any, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    rows, composition = case(name, 1, dtype, device)
+    row_contract.check_shards(row_kernels(backend), rows, composition)
+    row_contract.check_smoothed_shards(row_kernels(backend), rows, composition)

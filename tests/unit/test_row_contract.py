@@ -19,6 +19,8 @@ CHECKS: dict[str, Callable[..., None]] = {
     "composition": row_contract.check_composition,
     "entropy": row_contract.check_entropy_gradient,
     "probabilities": row_contract.check_probabilities,
+    "shards": row_contract.check_shards,
+    "smoothed shards": row_contract.check_smoothed_shards,
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 #: Less than a tile of columns, and several of them.

@@ -43,7 +43,7 @@ class Facts(NamedTuple):
 
 #: The words for a disagreement: the argument, and what it must be.
 _WORDS = {
-    "classes": "vocab_size must be the same on all ranks of group",
+    "classes": "vocab_size, or the length of weight, must be the same on all ranks of group",
     "tokens": "input must have the same number of tokens on all ranks of group",
     "features": "input must have the same number of features on all ranks of group",
     "dtype": "input must have the same dtype on all ranks of group",
@@ -52,7 +52,10 @@ _WORDS = {
         "ranks have tokens of their own, call module.unshard(), or gather the tokens first)"
     ),
     "transform": "transform must be the same on all ranks of group, its parameters and the temperature too",
-    "options": "the options of the loss must be the same on all ranks of group",
+    "options": (
+        "weight, ignore_index, label_smoothing, z_loss, z_loss_divisor, reduction, return_lse, outputs, chunk_rows, "
+        "grad_in_forward, reduce_grad_input and token_group must be the same on all ranks of group"
+    ),
     "needed": "the same operands must require gradients on all ranks of group",
 }
 _CHECKSUMS = ("dtype", "target", "transform", "options", "needed")
@@ -95,7 +98,6 @@ def agree(ranks: Ranks, facts: Facts) -> int:
 
 def _classes(table: list[Facts]) -> int:
     shards = sorted((each.start, each.stop) for each in table if each.start != each.stop)
-    classes = max((each.stop for each in table), default=0)
     reached = 0
     for start, stop in shards:
         if start != reached:
@@ -105,8 +107,14 @@ def _classes(table: list[Facts]) -> int:
                 f"{min(start, reached)}: got {[(each.start, each.stop) for each in table]}"
             )
         reached = stop
-    if table[0].classes not in (UNKNOWN, reached) or classes == 0:
-        raise ValueError(f"vocab_size must be {reached}, what the shards add up to, got {table[0].classes}")
+    if reached == 0:
+        raise ValueError(f"at least one rank of group must have a class, got none on {len(table)} ranks")
+    if table[0].classes not in (UNKNOWN, reached):
+        raise ValueError(
+            f"vocab_size, or the length of weight, must be {reached}, what the shards add up to, got {table[0].classes}"
+        )
+    if any(each.stop > reached for each in table):  # without classes
+        raise ValueError(f"vocab_start must be at most {reached}, vocab_size, got {[each.start for each in table]}")
     return reached
 
 

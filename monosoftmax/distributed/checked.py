@@ -19,6 +19,7 @@ from ..checks import (
     check_device,
     check_floating,
     check_head,
+    check_head_options,
     check_ignore_index,
     check_loss_options,
     check_target,
@@ -56,6 +57,7 @@ def head_losses(
         options = options._replace(ignore_index=check_ignore_index(options.ignore_index))
         layout = _check_loss(layout, options, transform, head.input, reduction=reduction)
         check_z_loss_divisor(how.z_loss_divisor)
+        check_head_options("auto", how.chunk_rows or None, 0.0, how.grad_in_forward, reduction)
         rows = head._replace(input=rows_of(head.input))
         tokens = Tokens(rows, target.reshape(-1), transform, how.temperature)
         call = of_ranks.token_call(tokens, "linear_cross_entropy", backend)

@@ -18,6 +18,7 @@ from ..token_log_prob import OutputName, TokenLogProb
 from ..transforms import MonotonicTransform
 from ..transforms.base import require_count
 from . import checked
+from .agreement import together
 from .collectives import Ranks
 from .losses import Layout, checks_by_default
 from .vocabulary import Sums
@@ -99,10 +100,11 @@ def linear_cross_entropy(
         ... )  # doctest: +SKIP
     """
     layout = _layout(
-        input, group, vocab_start, vocab_size, check=check, reduce_grad_input=reduce_grad_input, token_group=token_group
-    )
+        input, group, vocab_start, vocab_size, check=check, reduce_grad_input=reduce_grad_input,
+        token_group=token_group, chunk_rows=chunk_rows,
+    )  # fmt: skip
     how = HeadCall(
-        chunk_rows=0 if chunk_rows is None else require_count("chunk_rows", chunk_rows),
+        chunk_rows=chunk_rows or 0,
         grad_in_forward=grad_in_forward,
         temperature=temperature,
         z_loss_divisor=z_loss_divisor,
@@ -239,12 +241,17 @@ def _layout(
     check: bool | None,
     reduce_grad_input: bool = True,
     token_group: Any = None,
+    chunk_rows: int | None = None,
 ) -> Layout:
     ranks = Ranks(group)
-    tokens = () if token_group is None else (Ranks(token_group),)
-    if isinstance(vocab_start, bool) or not isinstance(vocab_start, int):
-        raise TypeError(f"vocab_start must be an int, got {type(vocab_start).__name__}")
-    if vocab_size is not None:
-        require_count("vocab_size", vocab_size)
     checks = vocab_size is None or checks_by_default(input) if check is None else check or vocab_size is None
+    with together(ranks, checks):
+        tokens = () if token_group is None else (Ranks(token_group),)
+        if isinstance(vocab_start, bool) or not isinstance(vocab_start, int):
+            raise TypeError(f"vocab_start must be an int, got {type(vocab_start).__name__}")
+        if vocab_start < 0:
+            raise ValueError(f"vocab_start must not be negative, got {vocab_start}")
+        for name, count in (("vocab_size", vocab_size), ("chunk_rows", chunk_rows)):
+            if count is not None:
+                require_count(name, count)
     return Layout(ranks, vocab_start, vocab_size, Sums(reduce_grad_input), tokens, checks)

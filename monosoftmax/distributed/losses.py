@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,14 +96,20 @@ def token_call(tokens: Tokens, operation: Operation, backend: BackendName) -> To
 
 
 def problem_of(
-    call: TokenCall, layout: Layout, rule: Rule, asked: Asked, *, rows_in_chunk: int = 0
+    call: TokenCall,
+    layout: Layout,
+    rule: Rule,
+    asked: Asked,
+    *,
+    rows_in_chunk: int = 0,
+    grad_in_forward: bool | None = None,
 ) -> tuple[Problem, tuple[Tensor | None, ...]]:
     """The problem and its operands. Here the ranks compare their arguments."""
     tokens, rows = call.tokens, call.operands[0]
     assert rows is not None
     classes = layout.classes
     if layout.check:
-        classes = agree(layout.ranks, _facts(call, layout, rule, asked))
+        classes = agree(layout.ranks, _facts(call, layout, rule, asked, way=(rows_in_chunk, grad_in_forward)))
     assert classes is not None
     target, ignored = tokens.target, rule.options.ignore_index
     reference.raise_if_any((target != ignored) & ((target < 0) | (target >= classes)), target, classes, ignored)
@@ -124,7 +130,8 @@ def problem_of(
     ), call.operands
 
 
-def _facts(call: TokenCall, layout: Layout, rule: Rule, asked: Asked) -> Facts:
+def _facts(call: TokenCall, layout: Layout, rule: Rule, asked: Asked, *, way: tuple[Any, ...]) -> Facts:
+    """``way``: on what the number and the order of the collectives depend, too."""
     tokens, f, weight = call.tokens, call.transform, rule.options.weight
     tau = 1.0 if f.temperature is None else float(f.temperature)
     options = (rule.options._replace(weight=None), rule.reduction, rule.z_loss_divisor, tuple(asked))
@@ -140,7 +147,9 @@ def _facts(call: TokenCall, layout: Layout, rule: Rule, asked: Asked) -> Facts:
         transform=checksum(
             type(tokens.transform).__name__, f.name, f.constants, f.inner, tau, checksum_of_tensor(f.coefficients)
         ),
-        options=checksum(options, 0 if weight is None else checksum_of_tensor(weight)),
+        options=checksum(
+            options, 0 if weight is None else checksum_of_tensor(weight), way, layout.sums.input, len(layout.tokens)
+        ),
         needed=checksum(needed),
     )
 
@@ -155,7 +164,9 @@ def losses(
 ) -> Losses:
     """The losses of the rows, lse, log p of the targets, and the mean or sum."""
     asked = Asked(spread=rule.options.label_smoothing > 0)
-    problem, operands = problem_of(call, layout, rule, asked, rows_in_chunk=rows_in_chunk)
+    problem, operands = problem_of(
+        call, layout, rule, asked, rows_in_chunk=rows_in_chunk, grad_in_forward=grad_in_forward
+    )
     scales = _scales(rule, problem, layout)
     ahead: ChunkLoss | None = None
     if grad_in_forward is not False and scales is not None and _takes_gradients_ahead(operands):

@@ -203,8 +203,10 @@ def is_sharded_by_fsdp(tensor: Tensor) -> bool:
         return each._local_tensor.untyped_storage().data_ptr()  # type: ignore[no-any-return]
 
     for reference in list(_module_state_mapping.values()):
-        for group in getattr(reference(), "_fsdp_param_groups", ()):
-            for each in group.fsdp_params:
+        state = reference()
+        groups = getattr(state, "_fsdp_param_groups", None)  # of torch 2.13; before, there is one or none
+        for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
+            for each in () if group is None else group.fsdp_params:
                 sharded = each.sharded_param
                 if sharded is tensor or (memory(sharded) == memory(tensor) != 0):
                     return True

@@ -60,8 +60,8 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     if is_dtensor(tensor):
         # to_local() would give the loss over a part of the vocabulary, full_tensor() a gradient that nobody reduces.
         raise NotImplementedError(
-            f"{name} is a DTensor, which is not supported here. Where fully_shard made it one, call the module that owns it "
-            "instead of reading its parameters; or call module.unshard() before; or let "
+            f"{name} is a DTensor, which is not supported here. Where fully_shard made it one, call the module that "
+            "owns it instead of reading its parameters; or call module.unshard() before; or let "
             'torch.distributed.fsdp.register_fsdp_forward_method(module, "method") gather for a method that is not '
             "forward"
         )

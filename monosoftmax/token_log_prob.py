@@ -50,6 +50,7 @@ class TokenLogProb(NamedTuple):
     target_logit: Tensor | None = None
 
 
+@takes_dtensors
 def linear_token_statistics(
     input: Tensor,
     linear_weight: Tensor,

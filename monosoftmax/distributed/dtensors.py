@@ -19,7 +19,7 @@ and so is one that has the classes. A mean or sum is one of all tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from ..backends import BackendName
 from ..checks import IGNORE_INDEX, Reduction, ZLossDivisor, check_temperature, check_transform
-from ..functional import Losses
+from ..functional import Losses, TokenStatistics
 from ..groups import Head, LossOptions
 from ..linear import HeadCall
 from ..sampling import perturbed_argmax
@@ -208,6 +208,22 @@ def linear_log_prob(
         backend=backend,
     )
     return _whole_numbers(found, placed, input.shape[:-1])
+
+
+def linear_token_statistics(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    transform: MonotonicTransform | None = None,
+    **options: Any,
+) -> TokenStatistics:
+    """As :func:`monosoftmax.linear_token_statistics`."""
+    names = TokenStatistics._fields
+    with torch.no_grad():
+        found = linear_log_prob(
+            input, linear_weight, target, transform, outputs=cast("Sequence[OutputName]", names), **options
+        )
+    return TokenStatistics(*(getattr(found, name) for name in names))
 
 
 def log_prob(

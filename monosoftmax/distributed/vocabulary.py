@@ -290,10 +290,13 @@ def _target_y(kernels: Any, transform: Transform, z: Tensor) -> Tensor:
 
 
 def _of_single_logits(
-    kernels: Any, transform: Transform, z: Tensor, dy: Tensor, *, output_mask: tuple[bool, bool]
+    kernels: Any, transform: Transform, z: Tensor, dy: Tensor, *, here: Tensor, output_mask: tuple[bool, bool]
 ) -> Tensor:
-    """dL/dz of the logits ``z`` [n], or the gradient of the coefficients, from dL/dy: as rows of which p is 0."""
-    column = z.new_zeros(len(z), dtype=torch.int64)
+    """dL/dz of the logits ``z`` [n], or the gradient of the coefficients, from dL/dy: as rows of which p is 0.
+
+    What is not ``here`` is not read, since it may be anything.
+    """
+    column = torch.where(here, 0, ELSEWHERE)
     far = torch.stack([torch.full_like(dy, torch.finfo(dy.dtype).max), torch.ones_like(dy)])
     results = kernels.cross_entropy(
         z.unsqueeze(1), column, transform, _PLAIN, upstream=Upstream(-dy), row_stats=far, output_mask=output_mask
@@ -473,9 +476,9 @@ def _of_target_columns(
     here, own, kernels = places != ELSEWHERE, problem.shard_weight(), problem.kernels()
     p = (_target_y(kernels, transform, z) - row_stats[0]).exp() / row_stats[1]
     w = 1.0 if own is None else own[places.clamp(min=0)]
-    dy = torch.where(here, a * (1.0 - p) + h * p + s * (problem.weights().of_all * p - w), 0.0)
-    dz = _of_single_logits(kernels, transform, z, dy, output_mask=(True, False))
-    of_target = _of_single_logits(kernels, transform, z, torch.where(here, a, 0.0), output_mask=(False, True))
+    dy = a * (1.0 - p) + h * p + s * (problem.weights().of_all * p - w)
+    dz = _of_single_logits(kernels, transform, z, dy, here=here, output_mask=(True, False))
+    of_target = _of_single_logits(kernels, transform, z, a, here=here, output_mask=(False, True))
     return dz, of_target
 
 

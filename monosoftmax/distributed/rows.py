@@ -38,7 +38,7 @@ class GivenRows:
 
     def __init__(self, rows: Tensor, output_mask: Sequence[bool]) -> None:
         self._rows, self.needs_logit_gradient = rows, output_mask[0]
-        self._gradient = rows[:, :0]  # all of it, where there are no classes
+        self._gradient = rows.new_empty((rows.shape[0], 0))  # all of it, where there are no classes
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         yield slice(0, self._rows.shape[0]), self._rows

@@ -119,6 +119,9 @@ ChunkLoss = Callable[[Numbers, slice], Tensor]
 
 _PLAIN = LossOptions(None, ELSEWHERE, 0.0, 0.0, True)
 
+#: Columns in a block that the rank of a target is counted in.
+_BLOCK = 2048
+
 
 def token_numbers(
     problem: Problem, operands: tuple[Tensor | None, ...], loss_of: ChunkLoss | None = None
@@ -234,9 +237,7 @@ def _local_numbers(problem: Problem, transform: Transform, logits: Tensor, chunk
         lowest = torch.full_like(zeros, -torch.inf)
         numbers = LocalNumbers(lowest, zeros, zeros)
         if asked.statistics:
-            numbers = numbers._replace(
-                moment=zeros, largest_logit=lowest, target_logit=zeros, argmax=torch.zeros_like(target)
-            )
+            numbers = _asked_of(asked, numbers._replace(moment=zeros), lowest, zeros, torch.zeros_like(target))
         return numbers._replace(spread=zeros) if asked.spread else numbers
     kernels = problem.kernels()
     if asked.statistics:
@@ -244,7 +245,7 @@ def _local_numbers(problem: Problem, transform: Transform, logits: Tensor, chunk
     if not asked.spread:
         loss, _, row_stats, *_ = kernels.cross_entropy(logits, places, transform, _PLAIN)
         largest, total = row_stats.unbind(0)
-        return LocalNumbers(largest, total, total.log() - loss)
+        return LocalNumbers(largest, total, (total.log() - loss).clamp(max=0.0))
     options, of_spread = _of_spread(problem), _targets_of_spread(problem, target)
     loss, _, row_stats, *_ = kernels.cross_entropy(logits, of_spread, transform, options)
     largest, total = row_stats.unbind(0)
@@ -263,14 +264,20 @@ def _local_statistics(
     largest, total, moment = found.row_stats.unbind(0)
     # What says nothing must not be an index.
     best = found.argmax.clamp(0, logits.shape[1] - 1)
-    return LocalNumbers(
-        largest,
-        total,
-        total.log() + found.log_prob,
-        moment=moment,
-        largest_logit=logits.gather(1, best.unsqueeze(1)).squeeze(1).to(largest.dtype),
-        target_logit=_target_logits(logits, places),
-        argmax=best + problem.shard.start,
+    numbers = LocalNumbers(largest, total, (total.log() + found.log_prob).clamp(max=0.0), moment=moment)
+    largest_logit = logits.gather(1, best.unsqueeze(1)).squeeze(1).to(largest.dtype)
+    return _asked_of(problem.asked, numbers, largest_logit, _target_logits(logits, places), best + problem.shard.start)
+
+
+def _asked_of(
+    asked: Asked, numbers: LocalNumbers, largest_logit: Tensor, target_logit: Tensor, argmax: Tensor
+) -> LocalNumbers:
+    """``numbers`` with what the statistics that are asked for need, and nothing else to exchange."""
+    ranked = asked.is_top1 or asked.rank
+    return numbers._replace(
+        largest_logit=largest_logit if ranked or asked.argmax else None,
+        target_logit=target_logit if ranked else None,
+        argmax=argmax if asked.argmax else None,
     )
 
 
@@ -341,7 +348,9 @@ def _statistics(problem: Problem, operands: Sequence[Tensor | None], whole: Whol
         rows = _rows(problem, operands, (False,) * len(operands))
         larger = torch.empty_like(target)
         for chunk, logits in rows:
-            larger[chunk] = (logits > rows_in(whole.target_logit, chunk).unsqueeze(1)).sum(1)
+            # In blocks of columns, since on the CPU a sum converts all of its terms to int64 before.
+            of_target = rows_in(whole.target_logit, chunk).unsqueeze(1)
+            larger[chunk] = sum((block > of_target).sum(1) for block in torch.split(logits, _BLOCK, 1))
             del logits
         rank = torch.where(found, problem.ranks.sum_(larger, "ranks of targets"), -1)
     return Statistics(top1, argmax, rank)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -212,6 +212,10 @@ def with_gradients(
     }
 
 
+def parameters_of(transform: T.MonotonicTransform) -> dict[str, Tensor]:
+    return {f"f.{name}": each for name, each in transform.named_parameters()}
+
+
 def _results(found: Any, upstream: Sequence[Tensor], leaves: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     outputs = found if isinstance(found, tuple) else (found,)
     named = dict(zip(("loss", "lse"), (each.detach() for each in outputs), strict=False))
@@ -231,7 +235,7 @@ def alone(case: Case, backend: Any = "reference", dtype: torch.dtype | None = to
     """Loss and gradients of one process with all classes and tokens: by default the truth."""
     whole = given(case) if dtype is None else given(case).to(dtype)
     leaves = {name: leaf(case, name, getattr(whole, name)) for name in ("input", "weight", "bias")}
-    f = dict(whole.transform.named_parameters())
+    f = parameters_of(whole.transform)
     with on(backend), _autocast(case):
         if case.features == 0:
             found: Any = ms.cross_entropy(
@@ -275,34 +279,56 @@ def place_of(case: Case) -> Place:
     return Place(start, slice(start, start + case.shards[rank]), tokens, groups)
 
 
-def shared(case: Case) -> dict[str, Tensor]:
-    """On a rank: loss and gradients of its classes and tokens."""
+class Prepared(NamedTuple):
+    """A call of a rank: ``forward()`` gives loss and lse, whose gradients are ``upstream``."""
+
+    forward: Callable[[], tuple[Tensor, ...]]
+    upstream: list[Tensor]
+    leaves: dict[str, Tensor | None]
+
+
+def prepared(case: Case, **changes: Any) -> Prepared:
+    """On a rank: the call for its classes and tokens. ``changes`` are to the arguments, by their names."""
     whole, (start, mine, tokens, groups) = given(case), place_of(case)
     upstream = [each if each.dim() == 0 else each[tokens] for each in whole.upstream]
-    options: dict[str, Any] = dict(vocab_start=start, backend=case.backend, **groups, **whole.options)
-    f, target = dict(whole.transform.named_parameters()), whole.target
-    if case.token_ranks > 1:
-        target = target[tokens]
-    leaves: dict[str, Tensor | None] = {}
-    with on(case.backend), _autocast(case):
-        if case.features == 0:
-            local = whole.input[mine] if case.form == "one" else whole.input[tokens][:, mine]
-            leaves["input"] = leaf(case, "input", local)
-            found: Any = ms.distributed.cross_entropy(leaves["input"], target, whole.transform, **options)
-        else:
-            assert whole.weight is not None
-            leaves = {
-                "input": leaf(case, "input", whole.input[tokens]),
-                "weight": leaf(case, "weight", whole.weight[mine]),
-                "bias": None if whole.bias is None else leaf(case, "bias", whole.bias[mine]),
-            }
-            found = ms.distributed.linear_cross_entropy(
-                leaves["input"], leaves["weight"], target, whole.transform, linear_bias=leaves["bias"],
-                chunk_rows=case.chunk_rows, grad_in_forward=case.grad_in_forward,
-                reduce_grad_input=case.reduce_grad_input, **options,
-            )  # fmt: skip
+    target = whole.target[tokens] if case.token_ranks > 1 else whole.target
+    options: dict[str, Any] = dict(
+        target=target, transform=whole.transform, vocab_start=start, backend=case.backend, **groups, **whole.options
+    )
+    if case.features == 0:
+        local = whole.input[mine] if case.form == "one" else whole.input[tokens][:, mine]
+        leaves = {"input": leaf(case, "input", local)}
+        function: Any = ms.distributed.cross_entropy
+        options |= {"local_input": leaves["input"]}
+    else:
+        assert whole.weight is not None
+        leaves = {
+            "input": leaf(case, "input", whole.input[tokens]),
+            "weight": leaf(case, "weight", whole.weight[mine]),
+            "bias": None if whole.bias is None else leaf(case, "bias", whole.bias[mine]),
+        }
+        function = ms.distributed.linear_cross_entropy
+        options |= dict(
+            input=leaves["input"], local_weight=leaves["weight"], linear_bias=leaves["bias"],
+            chunk_rows=case.chunk_rows, grad_in_forward=case.grad_in_forward,
+            reduce_grad_input=case.reduce_grad_input,
+        )  # fmt: skip
+    options |= changes
+
+    def forward() -> tuple[Tensor, ...]:
+        with on(case.backend), _autocast(case):
+            found = function(**options)
+        return found if isinstance(found, tuple) else (found,)
+
+    return Prepared(forward, upstream, leaves | parameters_of(options["transform"]))
+
+
+def shared(case: Case) -> dict[str, Tensor]:
+    """On a rank: loss and gradients of its classes and tokens."""
+    call = prepared(case)
+    outputs = call.forward()
     with on(case.backend):
-        return _results(found, upstream, leaves | f)
+        return _results(outputs, call.upstream, call.leaves)
 
 
 def all_shared(cases: Sequence[Case]) -> list[dict[str, Tensor]]:
@@ -356,11 +382,11 @@ def the_same(tensors: Sequence[Tensor], name: str) -> Tensor:
     return first
 
 
-def grouped(results: Mapping[str, Tensor], of_f: str = "f") -> dict[str, Tensor]:
-    """``results`` with the gradients of all parameters of f as one vector."""
-    own = {name: each for name, each in results.items() if name in ("loss", "lse", "input", "weight", "bias")}
-    rest = [each.reshape(-1).double() for name, each in results.items() if name not in own]
-    return own | {of_f: torch.cat(rest)} if rest else own
+def grouped(results: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``results`` with the gradients of all parameters of f as one vector: one alone may be a sum that cancels."""
+    of_f = [each.reshape(-1).double() for name, each in results.items() if name.startswith("f.")]
+    others = {name: each for name, each in results.items() if not name.startswith("f.")}
+    return others | ({"f": torch.cat(of_f)} if of_f else {})
 
 
 def errors(got: Mapping[str, Tensor], truth: Mapping[str, Tensor], floor: float = 0.0) -> dict[str, float]:

@@ -118,7 +118,7 @@ def _classes(table: list[Facts]) -> int:
     return reached
 
 
-def even_shard(ranks: Ranks, start: int, count: int, classes: int) -> Shard:
+def shard_of(start: int, count: int, classes: int) -> Shard:
     """The shard of this rank, checked as far as one rank can."""
     if not 0 <= start <= start + count <= classes:
         raise ValueError(

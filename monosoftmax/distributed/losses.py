@@ -19,7 +19,7 @@ from ..reductions import normalizer
 from ..transforms import MonotonicTransform
 from ..transforms.base import arithmetic_dtype, coefficients_of
 from . import vocabulary
-from .agreement import UNKNOWN, Facts, agree, checksum, checksum_of_tensor, even_shard
+from .agreement import UNKNOWN, Facts, agree, checksum, checksum_of_tensor, shard_of
 from .collectives import Ranks, is_debugging, summed
 from .shards import Shard
 from .vocabulary import Asked, ChunkLoss, Numbers, Problem, Statistics, Sums
@@ -116,7 +116,7 @@ def problem_of(
     most = -(-classes // layout.ranks.size)  # of an even share, so that all ranks have the same chunks
     return Problem(
         ranks=layout.ranks,
-        shard=even_shard(layout.ranks, layout.start, tokens.columns, classes),
+        shard=shard_of(layout.start, tokens.columns, classes),
         target=tokens.target,
         f=tokens.transform,
         temperature=call.temperature,

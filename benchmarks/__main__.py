@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: the experiments, their report, a demonstration, and what the kernels compile to."""
+"""``python -m benchmarks``: experiments, their report, a demonstration, what kernels compile to, simulated scale."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from .codegen.command import codegen
 from .demo import demo
 from .engine.command_line import Commands
 from .experiments import EXPERIMENTS
+from .scale.command import scale
 from .train import train
 
 
@@ -19,7 +20,7 @@ def _document(results: Path, pictures: Path) -> str:
     return document(results, pictures)
 
 
-COMMANDS = Commands(EXPERIMENTS, _document, {"demo": demo, "train": train, "codegen": codegen})
+COMMANDS = Commands(EXPERIMENTS, _document, {"demo": demo, "train": train, "codegen": codegen, "scale": scale})
 
 if __name__ == "__main__":
     sys.exit(COMMANDS.main())

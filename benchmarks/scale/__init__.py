@@ -1,0 +1,1 @@
+"""Simulated time and memory of a head by number of devices: ``python -m benchmarks.scale``."""

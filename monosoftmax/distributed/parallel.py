@@ -24,6 +24,9 @@ class VocabParallel(ParallelStyle):
     weight of a :class:`torch.nn.Linear`, whose forward gives logits that are a DTensor, ``Shard(-1)``, for
     :func:`monosoftmax.cross_entropy`. f stays as it is on each rank.
 
+    A weight that is tied to an embedding is not tied any more. Shard the embedding, too, by
+    ``RowwiseParallel(input_layouts=Replicate())``, and then tie again: ``model.embedding.weight = model.head.weight``.
+
     >>> from torch.distributed.tensor.parallel import parallelize_module
     >>> model = parallelize_module(model, mesh, {"head": VocabParallel()})  # doctest: +SKIP
 

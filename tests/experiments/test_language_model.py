@@ -6,13 +6,19 @@ import hashlib
 import itertools
 import json
 import math
+import os
+import pickle
 import random
+import re
+import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from language_model_ranks import figures
 
 from benchmarks.demo import settings_of_layers
 from benchmarks.engine import runner
@@ -148,6 +154,37 @@ def test_rates_rise_and_fall_and_all_layers_read_the_same_words() -> None:
     # Two rounds, of 3 and 2 steps, count the same.
     assert shares == pytest.approx([0, 1 / 6, 1 / 3, 1 / 2, 3 / 4])
     assert [trainer._rate(x) for x in (0, 0.05, 0.525, 1)] == pytest.approx([1 / 6, 1, 0.05 + 0.95 / 2, 0.05])
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_of_torchrun_train_the_model_that_one_process_trains(tmp_path: Path, processes: int) -> None:
+    base = replace(TINY, epochs=0.26, lr=0.02)
+    trained = [replace(base, output="plif"), replace(base, model="transformer", output="linear")]
+    refused = {replace(base, output="mos"): "vocabulary_parallel must be 1 for the output layer mos"}
+    if processes == 4:  # two groups share out the streams of a batch
+        refused[replace(base, batch_size=5)] = "batch_size must be a multiple of 2, got 5"
+    (tmp_path / "given").write_bytes(pickle.dumps((CORPUS, [*trained, *refused], 2)))
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    ranks = subprocess.run(
+        [*command, root / "tests/language_model_ranks.py", tmp_path],
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ranks.returncode == 0, ranks.stderr
+    found = json.loads((tmp_path / "found").read_text(encoding="utf-8"))
+    expected = [figures(Trainer(CORPUS, each)) for each in trained]
+    assert [len(each) for each in expected] == [22, 22]
+    for mine, one in zip(found, expected, strict=False):
+        assert mine == pytest.approx(one, rel=1e-5)
+    assert found[2:] == list(refused.values())
+    # The first process alone prints.
+    *losses, perplexity = re.findall(r"(?:loss|test perplexity) ([\d.]+)", ranks.stdout)
+    assert list(map(float, losses)) == pytest.approx([expected[0][9], expected[0][19]], abs=1e-4)
+    assert float(perplexity) == pytest.approx(expected[0][-1], abs=0.01)
 
 
 @pytest.mark.parametrize("tokens", [None, 61])

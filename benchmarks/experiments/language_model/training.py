@@ -53,14 +53,14 @@ def document_tokens(part: Split, settings: Any) -> list[int]:
 class Trainer:
     """The training of the model of ``settings`` on ``corpus``, in ``steps`` or as many as ``settings.epochs`` says.
 
-    ``step`` of them are done, and each took ``step_seconds``.
+    ``step`` of them are done, and each took ``step_seconds``; ``loss`` is that of the last one.
     """
 
     def __init__(self, corpus: Corpus, settings: Settings, steps: int | None = None) -> None:
         self.corpus, self.settings, self.device = corpus, settings, torch.device(settings.device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ExperimentError(f"the settings ask for device {settings.device}, but torch sees no CUDA device here")
-        self.model = LanguageModel(settings, len(corpus.vocabulary)).to(self.device)
+        self.model = self._new_model()
         groups = ms.parameter_groups(self.model, lr=settings.lr, transform_lr=settings.transform_lr)
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
         self._peak_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -71,8 +71,11 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
             self._random = self._random_state()
-        self.step, self.step_seconds = 0, list[float]()
+        self.step, self.step_seconds, self.loss = 0, list[float](), math.nan
         self._state, self._text = None, None
+
+    def _new_model(self) -> LanguageModel:
+        return LanguageModel(self.settings, len(self.corpus.vocabulary)).to(self.device)
 
     def round_end(self, number: int) -> int:
         """The step that round ``number`` ends at; they are ``settings.validations`` rounds, counted from 1."""
@@ -107,18 +110,27 @@ class Trainer:
         for group, peak in zip(self.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * rate
         self.optimizer.zero_grad()
-        hidden, self._state = self.model.body(words, self._state)
-        loss = self.model.output(hidden, targets).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        loss = self._gradients(words, targets)
         self.optimizer.step()
-        value = loss.item()
+        self.loss = loss.item()
         self.step += 1
         self.step_seconds.append(time.perf_counter() - started)
-        if not math.isfinite(value):
+        if not math.isfinite(self.loss):
             raise Diverged(
-                f"{self.settings.output}, seed {self.settings.seed}: the loss of step {self.step} is {value}"
+                f"{self.settings.output}, seed {self.settings.seed}: the loss of step {self.step} is {self.loss}"
             )
+
+    def _gradients(self, words: Tensor, targets: Tensor) -> Tensor:
+        """The loss of a batch. The parameters get its gradients, clipped."""
+        loss = self._loss(words, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        return loss
+
+    def _loss(self, words: Tensor, targets: Tensor) -> Tensor:
+        hidden, self._state = self.model.body(words, self._state)
+        loss: Tensor = self.model.output(hidden, targets).loss
+        return loss
 
     def _batch(self) -> tuple[Tensor, Tensor]:
         epoch, place = divmod(self.step, self.steps_per_epoch)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -231,15 +232,17 @@ def sum_of_chunks(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.double() + part
 
 
+def as_they_are(device: str) -> AbstractContextManager[Any]:
+    """In this context, autocast leaves operands on ``device`` in the types that they have."""
+    return torch.autocast(device, enabled=False) if autocast_enabled(device) else nullcontext()
+
+
 def without_autocast(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """``function``, whose operands are multiplied in the type that its input has."""
 
     @functools.wraps(function)
     def kernel(call: Any) -> Any:
-        device = call.head.input.device.type
-        if not autocast_enabled(device):
-            return function(call)
-        with torch.autocast(device, enabled=False):
+        with as_they_are(call.head.input.device.type):
             return function(call)
 
     return kernel

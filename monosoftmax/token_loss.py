@@ -23,6 +23,7 @@ from .checks import (
 )
 from .functional import for_kernels, rows_of
 from .groups import Head
+from .head_products import as_they_are
 from .linear import autocast_input
 from .row_kernels import row_kernels
 from .token_loss_head import LossFunction, TokenLoss, Tokens, loss_and_gradients, loss_of
@@ -163,7 +164,7 @@ class _Ahead(torch.autograd.Function):
         rows, weight, bias, coefficients = operands
         assert rows is not None and weight is not None and coefficients is not None
         f = for_kernels(call.transform, rows, call.temperature)._replace(coefficients=coefficients)
-        with torch.autocast(rows.device.type, enabled=False):
+        with as_they_are(rows.device.type):
             total, gradients = loss_and_gradients(call, Head(rows, weight, bias), f, needed)
         ahead = [each for each, need in zip(gradients, needed, strict=True) if need]
         gradients_ahead.let_wait(ahead)

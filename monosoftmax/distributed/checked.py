@@ -36,7 +36,7 @@ from . import losses as of_ranks
 from .agreement import together
 from .log_softmax import log_softmax as log_softmax_of_ranks
 from .losses import Layout, Rule, Tokens
-from .vocabulary import Asked
+from .problem import Asked
 
 
 @outside_of_graphs

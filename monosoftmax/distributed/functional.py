@@ -21,7 +21,7 @@ from . import checked
 from .agreement import together
 from .collectives import Ranks
 from .losses import Layout, checks_by_default
-from .vocabulary import Sums
+from .problem import Sums
 
 
 def linear_cross_entropy(

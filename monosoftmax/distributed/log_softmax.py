@@ -18,8 +18,8 @@ from torch import Tensor
 from .. import gradients_ahead
 from ..functional import rows_for_kernel
 from ..groups import LossOptions, Upstream
+from .problem import Problem
 from .shards import LocalNumbers, merged
-from .vocabulary import Problem
 
 _PLAIN = LossOptions(None, -100, 0.0, 0.0, True)
 

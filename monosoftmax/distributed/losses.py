@@ -21,8 +21,8 @@ from ..transforms.base import arithmetic_dtype, coefficients_of
 from . import vocabulary
 from .agreement import UNKNOWN, Facts, agree, checksum, checksum_of_tensor, shard_of
 from .collectives import Ranks, is_debugging, summed
+from .problem import Asked, ChunkLoss, Numbers, Problem, Statistics, Sums
 from .shards import Shard
-from .vocabulary import Asked, ChunkLoss, Numbers, Problem, Statistics, Sums
 
 
 class Layout(NamedTuple):

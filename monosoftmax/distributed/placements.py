@@ -14,7 +14,7 @@ from .._dispatch import is_sharded_by_fsdp
 from ..groups import Head
 from .collectives import Ranks
 from .losses import Layout, checks_by_default
-from .vocabulary import Sums
+from .problem import Sums
 
 _FSDP = (
     "{name} is a DTensor that fully_shard has sharded over ranks with tokens of their own. Call the module that owns "

@@ -25,7 +25,7 @@ from benchmarks.scale.command import Options, scale
 from benchmarks.scale.counting import Counts, count
 from benchmarks.scale.links import Link
 from benchmarks.scale.step import LAYOUTS, Layout, Shape, prepare
-from monosoftmax.distributed import vocabulary
+from monosoftmax.distributed import problem
 from monosoftmax.distributed.collectives import Collective
 from monosoftmax.functional import for_kernels
 from monosoftmax.groups import RowResults, Upstream
@@ -104,7 +104,7 @@ def test_kernels_without_values_make_what_kernels_make() -> None:
         for kernels in (row_kernels("cpu"), counting._Kernels()):
             rows = torch.randn(3, 7)
             more = {**given, "grad_rows": rows} if given else {}
-            found = kernels.cross_entropy(rows, torch.tensor([1, 2, 3]), transform, vocabulary._PLAIN, **more)
+            found = kernels.cross_entropy(rows, torch.tensor([1, 2, 3]), transform, problem.PLAIN, **more)
             made.append([(each.shape, each.dtype, each is rows) for each in RowResults(*found)])
         assert made[0] == made[1]
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from distributed_cases import Case, given, place_of, prepared
+from distributed_cases import Case, given, mesh, place_of, prepared
 from distributed_tokens import OUTPUTS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -101,6 +101,52 @@ def _call(case: Case, function: str, changes: Mapping[str, Any]) -> tuple[Callab
 def _own_group() -> Any:
     """A group of this rank alone."""
     return dist.new_subgroups(1)[0]
+
+
+# --- how a call is used -----------------------------------------------------------------------------------------------
+
+
+def differentiated_twice(case: Case) -> tuple[bool, str]:
+    """Whether two backward passes through one call find the same, and what a derivative of a gradient ends in."""
+    call = prepared(case)
+    outputs, needed = call.forward(), [each for each in call.leaves.values() if each is not None]
+    first, second = (torch.autograd.grad(outputs, needed, call.upstream, retain_graph=True) for _ in range(2))
+    graph = torch.autograd.grad(outputs, needed, call.upstream, create_graph=True)
+    same = all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, graph, strict=True))
+    try:
+        graph[0].sum().backward()
+    except RuntimeError as error:
+        return same, str(error)
+    return same, ""
+
+
+def of_groups(case: Case) -> dict[str, Any]:
+    """The loss in each kind of group, and the words of those that are none."""
+
+    def loss(group: Any) -> Any:
+        try:
+            return prepared(case, group=group).forward()[0].item()
+        except (TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    both = mesh(1)
+    return {
+        "none": loss(None),
+        "process group": loss(dist.group.WORLD),
+        "mesh": loss(both["classes"]),
+        "two dimensions": loss(both),
+        "a word": loss("classes"),
+        "of the other rank": loss(dist.new_subgroups_by_enumeration([[0], [1]])[1][1 - dist.get_rank()]),
+    }
+
+
+def outcome_without_grad(case: Case) -> tuple[bool, bool]:
+    """Whether a call without gradients finds the same, and whether its result needs one."""
+    call = prepared(case)
+    with torch.no_grad():
+        outputs = call.forward()
+    same = all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(outputs, call.forward(), strict=True))
+    return same, any(each.requires_grad for each in outputs)
 
 
 # --- what is held -----------------------------------------------------------------------------------------------------

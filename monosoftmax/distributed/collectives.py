@@ -122,7 +122,7 @@ class Ranks:
 
 def is_debugging() -> bool:
     """Whether TORCH_DISTRIBUTED_DEBUG is INFO or DETAIL."""
-    return os.environ.get("TORCH_DISTRIBUTED_DEBUG", "OFF").upper() != "OFF"
+    return os.environ.get("TORCH_DISTRIBUTED_DEBUG", "").upper() in ("INFO", "DETAIL")
 
 
 class _Sum(torch.autograd.Function):

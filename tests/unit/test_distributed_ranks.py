@@ -10,10 +10,20 @@ import pytest
 import ranks
 import torch
 from distributed_cases import Case, transform_of
-from distributed_jobs import disagreeing, exchanged, largest_tensor, leaving, peak_mib
+from distributed_jobs import (
+    differentiated_twice,
+    disagreeing,
+    exchanged,
+    largest_tensor,
+    leaving,
+    of_groups,
+    outcome_without_grad,
+    peak_mib,
+)
 from distributed_tokens import OUTPUTS
 
 import monosoftmax as ms
+from monosoftmax.distributed.losses import checks_by_default
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch has no gloo"
@@ -98,6 +108,36 @@ def test_tokens_shared_out_exchange_counts_and_losses() -> None:
     for found in ranks.call(4, exchanged, case, "linear_cross_entropy", QUIET | {"transform": F}):
         assert found.forward == [("sum", 2), ("max", N), ("sum", 2 * N), ("sum", 1)]
         assert found.backward == GRADIENTS
+
+
+# --- how a call is used -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", ["mean", "rows, lse", "all"])
+@pytest.mark.parametrize("grad_in_forward", [None, False], ids=str)
+def test_backward_passes(options: str, grad_in_forward: bool | None) -> None:
+    """A second one finds the same; a gradient has no derivative, and says so."""
+    case = Case(options=options, grad_in_forward=grad_in_forward, chunk_rows=5)
+    for same, words in ranks.call(2, differentiated_twice, case):
+        assert same
+        assert words.startswith("monosoftmax.distributed does not support double backward")
+    assert ranks.call(2, outcome_without_grad, case) == [(True, False)] * 2
+
+
+def test_groups() -> None:
+    first, second = ranks.call(2, of_groups, Case())
+    for found in (first, second):
+        assert found["none"] == found["process group"] == found["mesh"] == first["none"] > 0
+        assert found["two dimensions"].startswith("ValueError: group must be a process group or a 1-dimensional mesh")
+        assert found["a word"] == "TypeError: group must be a process group, a DeviceMesh or None, got str"
+        assert found["of the other rank"] == "ValueError: group must be one that this process is in"
+
+
+def test_calls_are_compared_where_nothing_waits_or_for_debugging(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, elsewhere = torch.zeros(1), torch.zeros(1, device="meta")
+    for value, compared in (("", False), ("OFF", False), ("INFO", True), ("detail", True)):
+        monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", value)
+        assert checks_by_default(here) and checks_by_default(elsewhere) == compared
 
 
 # --- what is held -----------------------------------------------------------------------------------------------------

@@ -68,11 +68,12 @@ def cross_entropy_kernel(
         t = tl.load(target + row)
         ignored = t == ignore_index
         valid = (t >= 0) & (t < classes)
-        at = tl.where(valid, t, 0)
+        at = tl.where(valid, t, 0).to(tl.int32)
+        has_target = valid & ~ignored
         if losses:
             largest, total = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
             row_loss, row_lse = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
-            if return_lse | (t != ignore_index):
+            if return_lse | ~ignored:
                 of_target = functions[1](tl.load(start + (at + shift)).to(tl.float32), parameters, size)
                 # Subtracted from every y: in a sum of V numbers of the size of y, rounding would hide the loss.
                 reference = tl.where(tl.abs(of_target) < float("inf"), of_target, 0.0)
@@ -106,7 +107,7 @@ def cross_entropy_kernel(
             if has_factor:
                 g *= tl.load(factor)
             extra = tl.load(grad_lse + row) if of_lse else 0.0
-            present = (t != ignore_index) | (extra != 0)
+            present = ~ignored | (extra != 0)
             spread, of_spread = 0.0, 0.0
             if of_entropy:
                 of_spread = tl.load(grad_entropy + row)
@@ -129,7 +130,7 @@ def cross_entropy_kernel(
             extra = tl.where(present, extra * inverse, 0.0)
             if of_entropy:
                 spread, of_spread = tl.where(present, spread, 0.0), of_spread * inverse
-            target_position = tl.where(valid, t + shift, -1).to(tl.int32)
+            target_position = tl.where(has_target, at + shift, -1)
             full = full_tiles(length, EDGES, LANES, WIDTH)
             output = grad_input
             if gradient:

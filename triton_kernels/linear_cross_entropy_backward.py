@@ -128,7 +128,8 @@ def linear_cross_entropy_backward_kernel(
         if smooths:
             q = of_weight[:, None]
             if weighted:
-                q *= tl.load(weight + column, mask=inside, other=0.0)[None, :]
+                # Of the last class beyond it: a mask took registers that there are not.
+                q *= tl.load(weight + tl.minimum(column, classes - 1))[None, :]
             dy -= q
         if of_lse | has_z_loss:
             dy += e * extra[:, None]

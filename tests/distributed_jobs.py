@@ -216,13 +216,13 @@ def disagreeing(case: Case, of_ranks: Mapping[int, Mapping[str, Any]], function:
 
 
 def leaving(case: Case, how: str) -> list[float]:
-    """Rank 1 does not take part: it "dies", "sleeps" for 6 seconds, "raises", or dies before the backward pass."""
+    """Rank 1 does not take part: it "dies", "sleeps" for 4 seconds, "raises", or dies before the backward pass."""
     call = prepared(case)
     late = dist.get_rank() == 1
     if late and how == "dies":
         os._exit(3)
     if late and how == "sleeps":
-        time.sleep(6)
+        time.sleep(4)
     if late and how == "raises":
         raise KeyError("the user's own")
     outputs = call.forward()

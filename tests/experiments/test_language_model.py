@@ -176,6 +176,7 @@ def test_processes_of_torchrun_train_the_model_that_one_process_trains(tmp_path:
     )
     assert ranks.returncode == 0, ranks.stderr
     found = json.loads((tmp_path / "found").read_text(encoding="utf-8"))
+    torch.set_num_threads(1)
     expected = [figures(Trainer(CORPUS, each)) for each in trained]
     assert [len(each) for each in expected] == [22, 22]
     for mine, one in zip(found, expected, strict=False):

@@ -254,4 +254,4 @@ def _layout(
         for name, count in (("vocab_size", vocab_size), ("chunk_rows", chunk_rows)):
             if count is not None:
                 require_count(name, count)
-    return Layout(ranks, vocab_start, vocab_size, Sums(reduce_grad_input), tokens, checks)
+    return Layout(ranks, vocab_start, vocab_size, Sums(reduce_grad_input), tokens=tokens, check=checks)

@@ -134,7 +134,8 @@ def _facts(call: TokenCall, layout: Layout, rule: Rule, asked: Asked, *, way: tu
     """``way``: on what the number and the order of the collectives depend, too."""
     tokens, f, weight = call.tokens, call.transform, rule.options.weight
     tau = 1.0 if f.temperature is None else float(f.temperature)
-    options = (rule.options._replace(weight=None), rule.reduction, rule.z_loss_divisor, tuple(asked))
+    of_rule = (rule.options._replace(weight=None), 0 if weight is None else checksum_of_tensor(weight), *rule[1:])
+    of_f = (type(tokens.transform).__name__, f.name, f.constants, f.inner, tau, checksum_of_tensor(f.coefficients))
     needed = [torch.is_grad_enabled() and each is not None and each.requires_grad for each in call.operands]
     return Facts(
         start=layout.start,
@@ -144,12 +145,8 @@ def _facts(call: TokenCall, layout: Layout, rule: Rule, asked: Asked, *, way: tu
         features=tokens.input.shape[1] if isinstance(tokens.rows, Head) else 0,
         dtype=checksum(str(tokens.input.dtype)),
         target=checksum_of_tensor(tokens.target),
-        transform=checksum(
-            type(tokens.transform).__name__, f.name, f.constants, f.inner, tau, checksum_of_tensor(f.coefficients)
-        ),
-        options=checksum(
-            options, 0 if weight is None else checksum_of_tensor(weight), way, layout.sums.input, len(layout.tokens)
-        ),
+        transform=checksum(of_f),
+        options=checksum(of_rule, tuple(asked), way, layout.sums.input, len(layout.tokens)),
         needed=checksum(needed),
     )
 

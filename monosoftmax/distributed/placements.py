@@ -164,7 +164,7 @@ def layout_of(placed: Placed, local: Tensor, classes: int, columns: int) -> Layo
         )
     tokens = placed.token_ranks()
     sums = Sums(input=not placed.scatters, tokens=tokens)
-    return Layout(ranks, start, classes, sums, tokens, ranks.size > 1 and checks_by_default(local))
+    return Layout(ranks, start, classes, sums, tokens=tokens, check=ranks.size > 1 and checks_by_default(local))
 
 
 def local_target(target: Any, placed: Placed, *, class_dim: int | None = None) -> Any:

@@ -131,6 +131,21 @@ NOT_FINITE = (
 )
 
 
+def test_logits_that_are_not_finite() -> None:
+    """In the first row, in the ignored second one, and in the third one."""
+    cases = [
+        Case(
+            name, options, SHARDS[2][i % 4], features=0, backend=("cpu", "reference")[(i + j) % 2], rows=5,
+            trouble=(trouble, "" if "lse" in options else trouble, trouble),
+        )
+        for (i, trouble), (j, options) in itertools.product(
+            enumerate(NOT_FINITE[1:]), enumerate(("mean", "rows, lse", "z_loss", "weighted, smoothed"))
+        )
+        for name in ("plif", "sigmoid_cap")
+    ]  # fmt: skip
+    check(2, cases)
+
+
 @st.composite
 def any_case(draw: Any) -> Case:
     """Any shards, of which most may be empty, any types, and rows that have no distribution."""

@@ -1,4 +1,4 @@
-"""The script of tests/unit/test_hands_sharded.py: one of two processes that share heads, in each of torch's ways.
+"""The job of tests/unit/test_hands_sharded.py: one of two processes that share heads, in each of torch's ways.
 
 It returns a table: what each way comes to with each transform, or the error that was no refusal.
 """
@@ -9,6 +9,7 @@ import contextlib
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from hands import outcome
 from hands_heads import CLASSES, FEATURES, ROWS, SETTINGS, Head, built
-from hands_in_processes import WORLD, join, leave, parameters_of
+from hands_in_processes import WORLD, parameters_of
 from losses import TRANSFORMS, disturbed
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -37,6 +38,8 @@ import monosoftmax as ms
 DTENSOR = r"DTensor.*module\.unshard\(\).*register_fsdp_forward_method|DTensor.*register_fsdp_forward.*unshard\(\)"
 PIECE = r"FullyShardedDataParallel.*summon_full_params"
 FULL = StateDictOptions(full_state_dict=True)
+FOLDER: Path
+MESH: DeviceMesh
 
 generator = torch.Generator().manual_seed(3)
 HIDDEN = torch.randn(ROWS, FEATURES, generator=generator)
@@ -442,8 +445,10 @@ def rows() -> dict[str, Cell]:
     }
 
 
-def table() -> dict[str, dict[str, str]]:
-    """Up to the first cell that is wrong: ranks may be out of step after it."""
+def table(folder: str) -> dict[str, dict[str, str]]:
+    """Up to the first cell that is wrong: ranks may be out of step after it. ``folder`` is for checkpoints."""
+    global FOLDER, MESH
+    FOLDER, MESH = Path(folder), init_device_mesh("cpu", (WORLD,))
     found: dict[str, dict[str, str]] = {}
     for row, cell in rows().items():
         for name in TRANSFORMS:
@@ -453,9 +458,3 @@ def table() -> dict[str, dict[str, str]]:
                 found[row][name] = f"wrong: {traceback.format_exc()}"
                 return found
     return found
-
-
-if __name__ == "__main__":
-    FOLDER, RANK = join()
-    MESH: DeviceMesh = init_device_mesh("cpu", (WORLD,))
-    leave(FOLDER, RANK, table())

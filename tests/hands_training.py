@@ -1,4 +1,4 @@
-"""Twenty steps of AdamW, and what they make of a head; as a script, what two processes make of it together."""
+"""Twenty steps of AdamW, and what they make of a head; as a job of ranks, what they make of it together."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def reached(name: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 WAYS_OF_PROCESSES = ("DDP", "FSDP2", "FSDP2 of a bfloat16 module")
 
 
-def main() -> None:
-    from hands_in_processes import WORLD, join, leave, parameters_of
+def together() -> dict[str, dict[str, dict[str, Tensor]]]:
+    """On a rank: the parameters, by the way of sharing and the transform."""
+    from hands_in_processes import WORLD, parameters_of
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    folder, rank = join()
-    mesh = init_device_mesh("cpu", (WORLD,))
+    rank, mesh = torch.distributed.get_rank(), init_device_mesh("cpu", (WORLD,))
 
     def with_f_apart(head: Any) -> nn.Module:
         fully_shard(head.transform, mesh=mesh)
@@ -68,15 +68,11 @@ def main() -> None:
         lambda head: with_f_apart(head.to(torch.bfloat16)),
     )
     mine = slice(rank * ROWS // WORLD, (rank + 1) * ROWS // WORLD)
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, dict[str, Tensor]]] = {}
     for way, enter in zip(WAYS_OF_PROCESSES, ways, strict=True):
         found[way] = {}
         for name in TRANSFORMS:
             module = enter(built(name))
             train(module, rows=mine, dtype=next(module.parameters()).dtype)
-            found[way][name] = {each: value.tolist() for each, value in parameters_of(module).items()}
-    leave(folder, rank, found)
-
-
-if __name__ == "__main__":
-    main()
+            found[way][name] = parameters_of(module)
+    return found

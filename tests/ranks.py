@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
@@ -45,11 +45,16 @@ class Outcome(NamedTuple):
 
 def call(size: int, job: Callable[..., Any], *arguments: Any, timeout: float = JOB_TIMEOUT) -> list[Any]:
     """What ``job`` returns on each of ``size`` ranks. Errors of ranks are an AssertionError with their tracebacks."""
-    found = outcomes(size, job, *arguments, timeout=timeout)
-    failed = [f"rank {rank}: {each.error}\n{each.traceback}" for rank, each in enumerate(found) if each.error]
-    if failed:
+    try:
+        return _values(job, outcomes(size, job, *arguments, timeout=timeout))
+    except AssertionError:
         forget(size)  # its ranks may be out of step
-        raise AssertionError(f"{job.__name__} of {size} ranks failed\n" + "\n".join(failed))
+        raise
+
+
+def _values(job: Callable[..., Any], found: Sequence[Outcome]) -> list[Any]:
+    failed = [f"rank {rank}: {each.error}\n{each.traceback}" for rank, each in enumerate(found) if each.error]
+    assert not failed, f"{job.__name__} of {len(found)} ranks failed\n" + "\n".join(failed)
     return [each.value for each in found]
 
 
@@ -81,6 +86,10 @@ class Group:
         if self.closed:
             raise RuntimeError(f"ranks do not start: {[each.error for each in started]}\n{_said()}")
         self._pids = [each.value for each in started]
+
+    def call(self, job: Callable[..., Any], *arguments: Any, timeout: float = JOB_TIMEOUT) -> list[Any]:
+        """See :func:`call`."""
+        return _values(job, self.outcomes(job, *arguments, timeout=timeout))
 
     def outcomes(self, job: Callable[..., Any], *arguments: Any, timeout: float = JOB_TIMEOUT) -> list[Outcome]:
         """See :func:`outcomes`."""

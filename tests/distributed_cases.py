@@ -182,18 +182,18 @@ def given(case: Case) -> Given:
 
 
 def _spoil(case: Case, input: Tensor) -> None:
-    """Puts a number such as -inf into the logits of "all" classes, of those of "one" rank, or of "some" classes."""
-    assert not case.trouble or case.features == 0
+    """Puts a number such as -inf into the logits of "all" classes, of those of "one" rank, or of "some" classes; for a
+    head into its input.
+    """
     for row, trouble in enumerate(case.trouble[: case.rows]):
         number, _, where = trouble.partition(" of ")
-        rank = row % len(case.shards)
-        first, last = {
-            "": (0, 0),
-            "all": (0, case.classes),
-            "one": (case.starts[rank], case.starts[rank] + case.shards[rank]),
-            "some": (case.classes // 3, case.classes),
-        }[where]
-        input[row, first:last] = float(number or 0)
+        rank, first, last = row % len(case.shards), 0, None
+        if where == "one":
+            first, last = case.starts[rank], case.starts[rank] + case.shards[rank]
+        elif where == "some":
+            first = case.classes // 3
+        if where:
+            input[row, first:last] = float(number)
 
 
 # --- the calls --------------------------------------------------------------------------------------------------------

@@ -173,13 +173,16 @@ def apart(got: Mapping[str, Tensor], one: Mapping[str, Tensor], truth: Mapping[s
     ]
 
 
-def unlike(got: Mapping[str, Tensor], one: Mapping[str, Tensor], eps: float) -> list[str]:
-    """Which results differ from those of one process by more than a few ``eps``, or in what is not finite."""
+def unlike(got: Mapping[str, Tensor], one: Mapping[str, Tensor], eps: float, floor: float = 0.0) -> list[str]:
+    """Which results differ from those of one process by more than a few ``eps``, or in what is not finite.
+
+    A norm below ``floor`` counts as that.
+    """
     found = []
     for name, true in grouped(one).items():
         a, b = grouped(got)[name].double(), true.double()
         finite = b.isfinite()
         same = torch.equal(torch.where(finite, 0.0, a).nan_to_num(7.0), torch.where(finite, 0.0, b).nan_to_num(7.0))
-        if not same or (a[finite] - b[finite]).norm() > 4 * eps * b[finite].norm():
+        if not same or (a[finite] - b[finite]).norm() > 4 * eps * max(b[finite].norm().item(), floor):
             found.append(f"{name} is {a}, of one process {b}")
     return found

@@ -21,6 +21,8 @@ from distributed_tokens import (
     log_softmax_of_rank,
     unlike,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch has no gloo"
@@ -92,6 +94,17 @@ def test_linear_log_prob_in_half_precision() -> None:
     assert not problems, "\n".join(problems)
 
 
+def test_tokens_that_are_nan() -> None:
+    """log p, entropy and lse are NaN; what the integers say means nothing, but they are classes and ranks."""
+    cases = [Case(backend=each, trouble=("nan of all", "", "nan of all")) for each in ("cpu", "reference")]
+    for case, results in found_by(log_prob_of_rank, cases):
+        got = log_prob_joined(case, results)
+        for name in ("log_prob", "entropy", "lse"):
+            assert got[name].isnan().tolist() == [True, False, True] + [False] * 10, name
+        assert ((got["argmax"] >= 0) & (got["argmax"] < case.classes)).all()
+        assert ((got["rank"] >= -1) & (got["rank"] < case.classes)).all()
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_log_softmax(size: int) -> None:
     cases = [case._replace(features=0) for case in table(size)]
@@ -136,3 +149,53 @@ def test_rows_without_a_distribution() -> None:
         got, one = ({name: of[name] for name in ("log_p", "input")} for of in (got, one))
         problems += [f"{case}: {each}" for each in unlike(got, one, 1e-6)]
     assert not problems, "\n".join(problems[:20])
+
+
+@st.composite
+def any_case(draw: Any) -> Case:
+    """Any shards, of which one may be empty, and types; logits with rows that have no distribution."""
+    features, rows = draw(st.sampled_from([0, 1, 4])), draw(st.integers(0, 9))
+    name = draw(st.sampled_from(TRANSFORMS))
+    words = ("", "-inf of all", "-inf of one", "-inf of some", "nan of one", "nan of some", "inf of some")
+    return Case(
+        name,
+        draw(st.sampled_from(OPTIONS)),
+        draw(st.tuples(st.integers(0, 12), st.integers(0, 12)).filter(any)),
+        rows=rows,
+        features=features,
+        dtype=draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])),
+        bias=draw(st.booleans()),
+        backend="reference" if name in UNFUSED else draw(st.sampled_from(["cpu", "reference"])),
+        seed=draw(st.integers(0, 99)),
+        trouble=tuple(draw(st.lists(st.sampled_from(words), max_size=rows))) if features == 0 else (),
+        whole_numbers=draw(st.booleans()),
+    )
+
+
+def check_any(case: Case) -> None:
+    eps = EPS.get(case.dtype, 2.5e-5)
+    if case.features == 0:
+        [(_, results)] = found_by(log_softmax_of_rank, [case])
+        got, one = log_softmax_joined(results), log_softmax_alone(case, backend=case.backend, dtype=None)
+        if case.trouble:  # a row without a distribution poisons some of the gradients of f, or all
+            got, one = ({name: of[name] for name in ("log_p", "input")} for of in (got, one))
+    else:
+        [(_, results)] = found_by(log_prob_of_rank, [case])
+        got, one = log_prob_joined(case, results), log_prob_alone(case, case.backend, None)
+        if case.dtype in EPS and not case.whole_numbers:  # equal logits need not be equal where sums have another order
+            got, one = ({name: each for name, each in of.items() if each.is_floating_point()} for of in (got, one))
+    problems = unlike(got, one, eps, floor=0.1)
+    assert not problems, "\n".join([str(case), *problems])
+
+
+@settings(max_examples=80)
+@given(any_case())
+def test_any_case(case: Case) -> None:
+    check_any(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000)
+@given(any_case())
+def test_many_cases(case: Case) -> None:
+    check_any(case)

@@ -119,7 +119,7 @@ def test_target_out_of_range_poisons_its_row_in_compiled_reference_code() -> Non
     assert loss.isnan().tolist() == [False, True, False, False]
 
 
-def test_dtensor_is_refused_by_name() -> None:
+def test_dtensor_is_refused_by_name_where_it_is_not_supported() -> None:
     code = """
 import torch, torch.distributed as dist, monosoftmax as ms
 from torch.distributed.device_mesh import init_device_mesh
@@ -127,8 +127,10 @@ from torch.distributed.tensor import DTensor, Shard
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 mesh = init_device_mesh("cpu", (1,))
 sharded = DTensor.from_local(torch.randn(4, 9), mesh, [Shard(0)])
-for call in (lambda: ms.cross_entropy(sharded, torch.zeros(4, dtype=torch.int64)), lambda: ms.log_softmax(sharded),
-             lambda: ms.linear_cross_entropy(torch.randn(4, 9), sharded, torch.zeros(4, dtype=torch.int64))):
+x, target, log_q = torch.randn(4, 9), torch.zeros(4, dtype=torch.int64), torch.zeros(4, 1)
+for call in (lambda: ms.linear_token_loss(lambda tokens: tokens.log_prob.sum(), x, sharded, target),
+             lambda: ms.linear_distillation(x, sharded, x, x[:, :]),
+             lambda: ms.linear_topk_distillation(x, sharded, log_q, target.unsqueeze(1))):
     try:
         call()
     except NotImplementedError as error:

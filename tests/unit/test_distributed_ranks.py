@@ -305,6 +305,21 @@ def test_a_rank_that_is_gone_ends_the_others(how: str) -> None:
     assert second.error.startswith({"raises": "KeyError", "sleeps": "RuntimeError: monosoftmax"}.get(how, "died"))
 
 
+def test_ranks_that_hang_or_die_spoil_no_other_test() -> None:
+    """tests/ranks.py ends them, and starts others."""
+    start = time.monotonic()
+    assert [each.error for each in ranks.outcomes(2, leaving, CASE, "sleeps", timeout=1)] == ["hangs", "hangs"]
+    assert ranks.outcomes(2, leaving, CASE, "dies")[1].error == "died"
+    with (
+        ranks.Group(2, group_timeout=1) as group,
+        pytest.raises(AssertionError, match=r"rank 1: KeyError.*\nTraceback"),
+    ):
+        group.call(leaving, CASE, "raises")
+    first, second = ranks.call(2, disagreeing, CASE, {}, "linear_cross_entropy")
+    assert first == second
+    assert time.monotonic() - start < 12
+
+
 def test_no_group() -> None:
     logits, target = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(RuntimeError, match=r"torch\.distributed\.init_process_group"):

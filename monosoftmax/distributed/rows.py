@@ -47,9 +47,7 @@ class GivenRows:
         return Gathered(self._rows.shape[0], kinds, None)
 
     def gradients(self, logits: Tensor, need_coefficients: bool) -> dict[str, Any]:
-        memory = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        mask = (self.needs_logit_gradient, need_coefficients)
-        return {"output_mask": mask, "grad_rows": memory if self.needs_logit_gradient else None}
+        return {"output_mask": (self.needs_logit_gradient, need_coefficients), "grad_rows": None}
 
     def add_gradients(self, chunk: slice, dz: Tensor) -> None:
         self._gradient = dz
@@ -85,12 +83,12 @@ class NoClasses:
     def summed(self, grad_coefficients: Tensor | None) -> HeadGradients:
         assert grad_coefficients is not None
         input, weight, _ = self._head
-        needs_input, needs_weight, needs_bias = self._mask
+        needs_input, needs_weight, _ = self._mask
         dtype = arithmetic_dtype(input.dtype)
         return HeadGradients(
             torch.zeros_like(input) if needs_input else input.new_empty(0),
             weight.new_zeros(weight.shape if needs_weight else 0, dtype=dtype),
-            weight.new_zeros(0, dtype=dtype) if needs_bias else weight.new_empty(0, dtype=dtype),
+            weight.new_empty(0, dtype=dtype),
             grad_coefficients.to(dtype),
         )
 

@@ -263,9 +263,9 @@ def _whole_numbers(found: TokenLogProb, placed: Placed, shape: torch.Size) -> To
 
 
 def linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
-    """The logits of a head, (..., V), placed as the weight and the tokens are."""
+    """The logits of a layer, (..., V), placed as the weight and the tokens are."""
     head = Head(input, linear_weight, linear_bias)
-    placed = placed_head(head)
+    placed = placed_head(head, ("weight", "bias"))
     x, weight, bias = local_head(head, placed)
     if not placed.scatters:
         x = with_summed_gradient(x, placed.vocabulary(), "the gradient of input")

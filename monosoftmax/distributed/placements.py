@@ -59,20 +59,21 @@ class Placed(NamedTuple):
         )
 
 
-def placed_head(head: Head) -> Placed:
-    """Where the classes and the tokens of a head are."""
+def placed_head(head: Head, names: tuple[str, str] = ("linear_weight", "linear_bias")) -> Placed:
+    """Where the classes and the tokens of a head are; errors call its weight and its bias by ``names``."""
+    of_weight, of_bias = names
     input, weight, bias = head
     if not isinstance(weight, DTensor):
-        raise TypeError("linear_weight must be a DTensor on the mesh of input, where input is one, got a plain tensor")
-    _check(weight, "linear_weight")
+        raise TypeError(f"{of_weight} must be a DTensor on the mesh of input, where input is one, got a plain tensor")
+    _check(weight, of_weight)
     if bias is not None:
         if (
             not isinstance(bias, DTensor)
             or bias.placements != weight.placements
             or bias.device_mesh != weight.device_mesh
         ):
-            raise ValueError("linear_bias must be a DTensor that is placed like linear_weight")
-        _check(bias, "linear_bias")
+            raise ValueError(f"{of_bias} must be a DTensor that is placed like {of_weight}")
+        _check(bias, of_bias)
     mesh, tokens, classes, scatters = weight.device_mesh, dict[int, int](), list[int](), False
     of_input = _placements(input, "input", mesh)
     for mesh_dim, (w, x) in enumerate(zip(weight.placements, of_input, strict=True)):
@@ -81,11 +82,11 @@ def placed_head(head: Head) -> Placed:
             scatters = scatters or not isinstance(x, Replicate)
         elif not isinstance(w, Replicate):
             raise NotImplementedError(
-                f"linear_weight must be placed as Shard(0), its classes, or Replicate, got {weight.placements}"
+                f"{of_weight} must be placed as Shard(0), its classes, or Replicate, got {weight.placements}"
             )
         elif isinstance(x, Shard) and x.dim % input.dim() < input.dim() - 1:
             tokens[mesh_dim] = x.dim % input.dim()
-    return Placed(mesh, _only(classes, "linear_weight"), tokens, scatters)
+    return Placed(mesh, _only(classes, of_weight), tokens, scatters)
 
 
 def placed_logits(logits: Tensor, class_dim: int) -> Placed:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib as _importlib
+from typing import Any as _Any
+
 from . import (
     analysis,
     autograd,  # noqa: F401, the derivatives of the operators
@@ -52,3 +55,9 @@ __all__ = [
     "parameter_groups",
     "transforms",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "integrations":  # which load what they are for
+        return _importlib.import_module(f"{__name__}.integrations")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,299 @@
+"""Classes of transformers with f, and models of them: made, changed in place, loaded."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ...checks import check_transform
+from ...transforms import MonotonicTransform, SoftCap, from_dict
+from .head_tap import attach
+from .model import Fused, MonotonicHead, head_of
+
+#: What the model types of models with f begin with.
+PREFIX = "monosoftmax_"
+
+#: The entry of a config that caps logits if it is not None.
+_CAP = "final_logit_softcapping"
+#: Entries that cap logits, of models that cannot do without.
+_FIXED_CAPS = ("logits_soft_cap", "output_logit_soft_cap")
+
+#: What a config of a model with f is saved with as a name of a class, where plain configs want numbers, so that they
+#: refuse it with an error that has these words. Without it LlamaForCausalLM.from_pretrained would read a checkpoint with
+#: f, and leave f out after a note.
+_READ_BY = (
+    "This model has a logit_transform. Load it by monosoftmax.integrations.transformers.AutoMonotonicModelForCausalLM, "
+    "or call register of that module before AutoModelForCausalLM"
+)
+
+#: The arguments of a forward with f, beside those of the model's own.
+_NEW_ARGUMENTS = ("shift_labels", "num_items_in_batch", "skip_logits")
+
+
+@functools.cache
+def class_for(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of models like ``base`` with f, such as ``MonotonicLlamaForCausalLM``, known to transformers' Auto
+    classes from then on.
+
+    Args:
+        base: a class of causal language models, such as ``transformers.LlamaForCausalLM``.
+
+    Raises:
+        TypeError: ``base`` is no such class.
+        NotImplementedError: it is one of an encoder and a decoder, or a classifier.
+    """
+    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
+        raise TypeError(f"base must be a class of transformers' models, got {base!r}")
+    if issubclass(base, MonotonicHead):
+        return base
+    if "loss_function" not in inspect.unwrap(base.forward).__code__.co_names:
+        raise NotImplementedError(
+            f"{base.__name__} does not compute its loss by loss_function, as causal language models of transformers "
+            "do, so that f would not be in it: give its logits to monosoftmax.cross_entropy(logits, target, f), or its "
+            "last hidden state to monosoftmax.MonotonicSoftmax"
+        )
+    name = f"Monotonic{base.__name__}"
+    config = _config_class_for(base.config_class)
+    kind = type(
+        name,
+        (MonotonicHead, base),
+        {
+            "__doc__": f"{base.__name__} with f: :class:`MonotonicHead`.",
+            "__module__": __package__,
+            "config_class": config,
+            "forward": _forward_like(base),
+            "_keep_in_fp32_modules_strict": {"logit_transform", *(base._keep_in_fp32_modules_strict or ())},
+        },
+    )
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, kind, exist_ok=True)
+    return kind
+
+
+@functools.cache
+def _config_class_for(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    def to_dict(self: Any) -> dict[str, Any]:
+        return {**base.to_dict(self), "id2label": {_READ_BY: 0}}
+
+    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        own = {name: value for name, value in config_dict.items() if value != {_READ_BY: 0}}
+        return super(kind, cls).from_dict(own, **kwargs)
+
+    entries = {
+        "__doc__": f"{base.__name__} with ``logit_transform``, f as ``to_dict()`` of a transform gives it.",
+        "to_dict": to_dict,
+        "from_dict": classmethod(from_dict),
+        "__module__": __package__,
+        "model_type": PREFIX + base.model_type,
+        "logit_transform": None,
+        # TRL reads it.
+        "auto_map": {},
+    }
+    kind: Any = type(f"Monotonic{base.__name__}", (base,), entries)
+    return kind
+
+
+def _forward_like(base: type[PreTrainedModel]) -> Any:
+    """:meth:`MonotonicHead.forward` with the signature of the base's, which Trainer and ``generate`` read."""
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return MonotonicHead.forward(self, *args, **kwargs)
+
+    del forward.__wrapped__
+    signature = inspect.signature(base.forward)
+    parameters = list(signature.parameters.values())
+    new = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in _NEW_ARGUMENTS
+        if name not in signature.parameters
+    ]
+    end = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    parameters[end:end] = new
+    forward.__signature__ = signature.replace(parameters=parameters)
+    return forward
+
+
+def register(*model_types: str) -> None:
+    """Makes ``AutoModelForCausalLM`` read models with f in a process that has none yet.
+
+    Loading by :class:`AutoMonotonicModelForCausalLM` needs no such call.
+
+    >>> register("llama", "qwen2")
+
+    Args:
+        *model_types: of the plain models, such as "llama".
+
+    Raises:
+        ValueError: transformers has no causal language model of that type.
+    """
+    for each in model_types:
+        plain = each.removeprefix(PREFIX) if isinstance(each, str) else each
+        if plain not in CONFIG_MAPPING or CONFIG_MAPPING[plain] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(
+                f"model_types must be types of causal language models of transformers {transformers.__version__}, "
+                f"got {each!r}"
+            )
+        class_for(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[plain]])
+
+
+def add_transform(model: Any, transform: MonotonicTransform | dict[str, Any] | str, *, fused: Fused = "train") -> Any:
+    r"""Puts f on the logits of a causal language model, in place: :math:`p(x | c) = \mathrm{softmax}_x f(z)`.
+
+    The model gets ``logit_transform`` beside its head, which stays what it is: tied weights, LoRA, quantisation and
+    parallel plans do not notice. From then on ``forward(...).logits`` is f(z), so that ``generate``, evaluation and
+    every loss from logits have f; the model's own loss is fused with the head in training. The config says which f
+    (``config.logit_transform``), ``save_pretrained`` saves f with the weights, and
+    :class:`AutoMonotonicModelForCausalLM` loads both. f stays float32.
+
+    A scale or a cap that the model has of its own stays inside: f(cap tanh(scale z / cap)); fused losses find both out
+    by themselves. A :class:`~monosoftmax.transforms.SoftCap` takes the place of ``config.final_logit_softcapping``,
+    which becomes None.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> tiny = LlamaConfig(
+    ...     vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> model = add_transform(LlamaForCausalLM(tiny), PLIF(num_pieces=20))
+    >>> tokens = torch.randint(100, (2, 8))
+    >>> model(tokens, labels=tokens).loss.backward()
+    >>> model.logit_transform.raw_slope.grad.shape
+    torch.Size([20])
+
+    Args:
+        model: of transformers, with a head for causal language modelling; before PEFT, DDP or FSDP wrap it.
+        transform: f; or what ``to_dict()`` of it gives; or the name of one, such as "plif".
+        fused: when a loss is fused with the head, so that there are no logits: "train", "always" (in evaluation the
+            output then has ``log_prob``, ``entropy`` and ``is_top1`` of the tokens instead, see
+            :func:`token_metrics`), or "never". ``skip_logits=`` decides for one call.
+
+    Returns:
+        ``model``, whose class is now ``class_for`` of its class.
+
+    Raises:
+        TypeError: ``model`` is no model of transformers, is wrapped by PEFT, has no head; ``transform`` is no f.
+        ValueError: ``model`` has an f already, or ``fused`` is none of the above; or ``transform`` is a SoftCap, and
+            the model has a cap that cannot be taken away.
+        NotImplementedError: the model is no causal language model: it has an encoder, or classifies.
+    """
+    if not isinstance(model, PreTrainedModel):
+        hint = ": give the model its f before PEFT wraps it" if hasattr(model, "peft_config") else ""
+        raise TypeError(f"model must be a model of transformers, got {type(model).__name__}{hint}")
+    if isinstance(model, MonotonicHead):
+        raise ValueError(f"model has a logit_transform already, {model.logit_transform}: change that")
+    check_fused(fused)
+    # Without a name that transformers knows, as GPT2LMHeadModel, a model has the loss of the first.
+    if model.config.is_encoder_decoder or model.loss_type not in (None, "ForCausalLM", "ForConditionalGeneration"):
+        raise NotImplementedError(
+            f"model must be a causal language model, got {type(model).__name__}: for an encoder with a decoder, and "
+            "for classifiers, give the logits to monosoftmax.cross_entropy(logits, target, f)"
+        )
+    head = head_of(model)
+    f = transform_of(transform)
+    kind = class_for(type(model))
+    config = _with_f(model.config, kind.config_class, f)
+    old = model.config
+    for each in model.modules():
+        if getattr(each, "config", None) is old:
+            each.config = config  # type: ignore[assignment]
+    model.__class__ = kind
+    model.logit_transform = f.to(_device_of(head))
+    model.logit_transform.train(model.training)
+    model.fused = fused
+    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "logit_transform"}
+    attach(head)
+    return model
+
+
+def transform_of(transform: MonotonicTransform | dict[str, Any] | str) -> MonotonicTransform:
+    if isinstance(transform, str):
+        transform = {"type": transform}
+    return from_dict(transform) if isinstance(transform, dict) else check_transform(transform)
+
+
+def check_fused(fused: Fused) -> None:
+    if fused not in ("train", "always", "never"):
+        raise ValueError(f'fused must be "train", "always" or "never", got {fused!r}')
+
+
+def _with_f(config: Any, kind: type[PreTrainedConfig], f: MonotonicTransform) -> Any:
+    """A copy of ``config`` that declares f."""
+    declared = f.to_dict()
+    changed = copy.copy(config)
+    changed.__class__ = kind
+    changed.logit_transform, changed.auto_map = declared, {}
+    if isinstance(f, SoftCap):
+        text = changed.get_text_config()
+        fixed = [name for name in _FIXED_CAPS if getattr(text, name, None)]
+        if fixed:
+            raise ValueError(
+                f"transform must not be a SoftCap for a model that has a cap of its own, and cannot do without: "
+                f"{config.model_type} has {fixed[0]}={getattr(text, fixed[0])}"
+            )
+        if getattr(text, _CAP, None) is not None:
+            if text is not changed:
+                text = copy.copy(text)
+            setattr(text, _CAP, None)
+    return changed
+
+
+def _device_of(head: nn.Module) -> Any:
+    parameter = next(head.parameters(), None)
+    return "cpu" if parameter is None else parameter.device
+
+
+class AutoMonotonicModelForCausalLM:
+    """Loads causal language models with f: ``from_pretrained``."""
+
+    def __init__(self) -> None:
+        raise OSError("AutoMonotonicModelForCausalLM has no instances: call from_pretrained")
+
+    @staticmethod
+    def from_pretrained(
+        path: Any,
+        transform: MonotonicTransform | dict[str, Any] | str | None = None,
+        *,
+        fused: Fused = "train",
+        **kwargs: Any,
+    ) -> Any:
+        """A model with f: of a checkpoint that has one, or of a plain one and ``transform``.
+
+        Args:
+            path: a folder or the name of a repository, as for ``AutoModelForCausalLM``.
+            transform: f for a plain checkpoint, as for :func:`add_transform`.
+            fused: as for :func:`add_transform`.
+            **kwargs: as for ``AutoModelForCausalLM.from_pretrained``.
+
+        Raises:
+            ValueError: the checkpoint has an f, and ``transform`` is another; or it has none, and so has the call.
+            Otherwise as :func:`add_transform`, and as ``AutoModelForCausalLM.from_pretrained``.
+        """
+        check_fused(fused)
+        found, _ = PreTrainedConfig.get_config_dict(path, **{k: v for k, v in kwargs.items() if k in _OF_THE_HUB})
+        saved = found.get("logit_transform")
+        if saved is None:
+            if transform is None:
+                raise ValueError(
+                    f"transform must say which f the model gets: {path} has none, it is a plain checkpoint"
+                )
+            f = transform_of(transform)
+            return add_transform(AutoModelForCausalLM.from_pretrained(path, **kwargs), f, fused=fused)
+        if transform is not None and transform_of(transform).to_dict() != from_dict(saved).to_dict():
+            raise ValueError(f"transform must be left out, or the f of {path}, which has {saved}")
+        register(found["model_type"])
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        model.fused = fused
+        return model
+
+
+#: The arguments of ``from_pretrained`` that say where the files are.
+_OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")

@@ -1,0 +1,332 @@
+"""f beside the head of a causal language model of transformers: in its logits, in its loss, in its config."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import logging
+import warnings
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..._dispatch import outside_of_graphs
+from ...checks import IGNORE_INDEX, check_transform
+from ...functional import TokenStatistics, cross_entropy
+from ...linear import linear_cross_entropy
+from ...transforms import MonotonicTransform, from_dict
+from .head_tap import Captured, Inner, attach, inner_of, refusal, tapped
+from .targets import mean_over, shifted
+
+if TYPE_CHECKING:
+    _Base = PreTrainedModel
+else:
+    _Base = object
+
+logger = logging.getLogger("monosoftmax.integrations.transformers")
+
+Fused = Literal["train", "always", "never"]
+
+#: Packages that put a forward with a head of their own in the place of a model's, which would leave f out.
+_REPLACE_THE_HEAD = {
+    "trl": "call monosoftmax.integrations.trl.enable() before you make the trainer",
+    "liger_kernel": "the model has a fused loss already: leave Liger's out",
+    "cut_cross_entropy": "the model has a fused loss already: leave cce_patch out",
+    "unsloth": "unsloth computes the loss itself, without f",
+    "unsloth_zoo": "unsloth computes the loss itself, without f",
+}
+
+
+@dataclasses.dataclass
+class _Step:
+    """What :meth:`MonotonicHead._loss_of` knows of the forward pass that it is called in."""
+
+    transform: nn.Module
+    #: The head whose hidden states are ``captured`` for a fused loss.
+    head: Any = None
+    captured: Captured | None = None
+    #: What the model does to its logits; None: to be found out from probes.
+    inner: Inner | None = None
+    called: bool = False
+    statistics: TokenStatistics | None = None
+
+
+class MonotonicHead(_Base):
+    """What :func:`class_for` puts before a class of transformers: f on its logits, and its loss.
+
+    ``logit_transform`` is f, beside the head, which stays as it is. ``forward(...).logits`` is f of the model's own
+    logits, with the model's own scale and cap inside f. With ``labels`` (or ``shift_labels``), the loss is fused with
+    the head in training, and there are no logits then.
+    """
+
+    logit_transform: MonotonicTransform
+    fused: Fused = "train"
+    _step: _Step | None = None
+    #: What the model does to its logits, once a forward pass has told, and the numbers of the config then.
+    _inner: Inner | None = None
+    _inner_of: tuple[Any, ...] = ()
+    #: Why what it does cannot be fused.
+    _not_fusible: str | None = None
+    _keep_in_fp32_modules_strict = {"logit_transform"}  # noqa: RUF012, as transformers has it
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if not config.logit_transform:
+            raise ValueError(
+                f"config.logit_transform must say which f {type(self).__name__} has, got {config.logit_transform!r}: "
+                "give a model its f with monosoftmax.integrations.transformers.add_transform"
+            )
+        self.logit_transform = from_dict(config.logit_transform)
+        self.loss_type = "ForCausalLM"
+        attach(head_of(self))
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # What a checkpoint does not have was made by torch.empty.
+        if not isinstance(module, MonotonicTransform):
+            super()._init_weights(module)
+            return
+        own = [each for each in [*module._parameters.values(), *module._buffers.values()] if each is not None]
+        loaded = [(each, each.clone()) for each in own if getattr(each, "_is_hf_initialized", False)]
+        if len(loaded) < len(own):
+            module.reset_parameters()
+            for each, value in loaded:
+                each.copy_(value)
+
+    def _get_name(self) -> str:
+        # Trainer shifts the labels of label smoothing if it knows the name of the class.
+        return type(self).__name__.removeprefix("Monotonic")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            owner = getattr(value, "__func__", value)
+            package = getattr(owner, "__globals__", {}).get("__name__", "").partition(".")[0]
+            if package in _REPLACE_THE_HEAD:
+                raise RuntimeError(
+                    f"{package} replaces the forward of {type(self).__name__} by one that leaves out its "
+                    f"logit_transform: {_REPLACE_THE_HEAD[package]}"
+                )
+        super().__setattr__(name, value)
+
+    @property
+    def loss_function(self) -> Any:
+        return self._loss_of
+
+    @loss_function.setter
+    def loss_function(self, value: Any) -> None:
+        raise AttributeError(
+            f"loss_function of {type(self).__name__} must stay its own, which has logit_transform in it. For another "
+            "loss, call the model without labels: its logits are f(z) (Trainer does so for compute_loss_func)"
+        )
+
+    def forward(
+        self,
+        *args: Any,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        skip_logits: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's own forward, with f.
+
+        Args:
+            *args, **kwargs: as for the model's own class.
+            labels: (B, T), of which the model's loss shifts the copy that it is given; -100 is ignored.
+            shift_labels: (B, T), shifted already.
+            num_items_in_batch: what the sum of the losses is divided by; None: the number of targets that count.
+            skip_logits: whether the loss is fused with the head, and ``logits`` None. By default as ``fused`` says.
+
+        Raises:
+            ValueError: ``skip_logits=True`` without labels.
+            NotImplementedError: ``skip_logits=True``, and the head cannot be fused; or the model computes its loss
+                itself, without ``loss_function``.
+        """
+        names = _forward_names(type(self))
+        kwargs.update(zip(names, args, strict=False))
+        labels, return_dict = kwargs.pop("labels", labels), kwargs.pop("return_dict", return_dict)
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        _warn_if_frozen(self)
+        if labels is None and shift_labels is None:
+            if skip_logits:
+                raise ValueError("skip_logits=True needs labels or shift_labels: there is no loss to be fused")
+            output = super().forward(**kwargs, return_dict=True)
+            output.logits = self.logit_transform(output.logits)
+        else:
+            output = self._with_loss(labels, shift_labels, skip_logits, kwargs)
+        return output if return_dict else output.to_tuple()
+
+    def _with_loss(
+        self, labels: Tensor | None, shift_labels: Tensor | None, skip_logits: bool | None, kwargs: dict[str, Any]
+    ) -> Any:
+        # The model's own forward calls loss_function if it has labels, and hands on shift_labels.
+        kwargs["labels"] = shift_labels if labels is None else labels
+        if shift_labels is not None:
+            kwargs["shift_labels"] = shift_labels
+        head = head_of(self)
+        attach(head)
+        reason = refusal(head) or (self._not_fusible)
+        wanted = skip_logits
+        if wanted is None:
+            wanted = self.fused == "always" or (self.fused == "train" and self.training)
+        if wanted and reason is not None:
+            if skip_logits:
+                raise NotImplementedError(
+                    f"skip_logits=True needs a head that can be fused with the loss, but {reason}"
+                )
+            _log_once(self, f"{self._get_name()} holds its logits for the loss: {reason}")
+        if not wanted or reason is not None:
+            return self._from_logits(kwargs)
+        if self._inner is None or not (torch.compiler.is_compiling() or self._inner_of == _numbers(self.config)):
+            return self._first_fused(head, skip_logits, kwargs)
+        return self._fused(head, self._inner, Captured(probe=False), kwargs)
+
+    def _from_logits(self, kwargs: dict[str, Any]) -> Any:
+        self._step = step = _Step(self.logit_transform)
+        try:
+            output = super().forward(**kwargs, return_dict=True)
+        finally:
+            self._step = None
+        _check_called(self, step)
+        output.logits = self.logit_transform(output.logits)
+        return output
+
+    @outside_of_graphs
+    def _first_fused(self, head: nn.Module, skip_logits: bool | None, kwargs: dict[str, Any]) -> Any:
+        """A fused loss for which the head gives probes, to learn what the model does to its logits."""
+        output = self._fused(head, None, Captured(probe=True), kwargs)
+        if self._not_fusible is None:
+            return output
+        return self._with_loss(kwargs.pop("labels"), kwargs.pop("shift_labels", None), skip_logits, kwargs)
+
+    def _fused(self, head: nn.Module, inner: Inner | None, captured: Captured, kwargs: dict[str, Any]) -> Any:
+        self._step = step = _Step(self.logit_transform, head, captured, inner)
+        try:
+            with tapped(head, captured):
+                output = super().forward(**kwargs, return_dict=True)
+        finally:
+            self._step = None
+        _check_called(self, step)
+        output.logits = None
+        if step.statistics is not None:
+            output["log_prob"], output["entropy"] = step.statistics.log_prob, step.statistics.entropy
+            output["is_top1"] = step.statistics.rank == 0
+        return output
+
+    def _loss_of(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The loss as transformers' ``ForCausalLMLoss`` has it. Called by others than the model's own forward, its
+        logits are f(z) already.
+        """
+        step, target = self._step, shifted(labels, shift_labels, ignore_index)
+        reduction, scaled = mean_over(num_items_in_batch)
+        if step is None or step.captured is None:
+            f = None if step is None else check_transform(step.transform)
+            if step is not None:
+                step.called = True
+            target = target.to(logits.device).flatten()
+            rows = logits.flatten(0, -2)
+            return scaled(cross_entropy(rows, target, f, ignore_index=ignore_index, reduction=reduction))
+        step.called = True
+        inner = step.inner or self._learn(step.head, step.captured, logits)
+        if inner is None:
+            return logits.new_zeros(())
+        (hidden,), head = step.captured.hidden, step.head
+        if hasattr(head, "unshard"):  # a unit of fully_shard, which has sharded its parameters again
+            head.unshard()
+        found = linear_cross_entropy(
+            hidden,
+            head.weight,
+            target.to(hidden.device),
+            inner.before(check_transform(step.transform)),
+            linear_bias=head.bias,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            return_statistics=not self.training,
+        )
+        if self.training:
+            return scaled(found)
+        loss, step.statistics = found
+        return scaled(loss)
+
+    def _learn(self, head: Any, captured: Captured, logits: Tensor) -> Inner | None:
+        """What the model does to its logits, from the ``logits`` that it has made of probes."""
+        if captured.probed is None or len(captured.hidden) != 1:
+            self._not_fusible = f"it calls its head {len(captured.hidden)} times"
+        elif head.weight.shape[0] != len(captured.probed):
+            self._not_fusible = f"its head has {len(captured.probed)} classes, and its weight {head.weight.shape[0]}"
+        else:
+            self._inner = inner_of(captured.probed, logits)
+            self._inner_of = _numbers(self.config)
+            if self._inner is None:
+                self._not_fusible = "it does more to its logits than to scale and to cap them"
+        return self._inner
+
+
+def head_of(model: Any) -> nn.Module:
+    """The head that is in use: PEFT's wrapper of a head that is trained whole has one for each adapter.
+
+    Raises:
+        TypeError: the model has no head.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise TypeError(f"model must be a language model with a head, got {type(model).__name__}")
+    copies = getattr(head, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict):
+        in_use = [name for name in head.active_adapters if name in copies and not head.disable_adapters]
+        head = copies[in_use[0]] if in_use else head.original_module
+    assert isinstance(head, nn.Module)
+    return head
+
+
+@functools.cache
+def _forward_names(kind: type) -> list[str]:
+    """The names of the positional arguments of the model's own forward."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(kind.forward).parameters.values()  # type: ignore[attr-defined]
+    return [each.name for each in parameters if each.kind in positional][1:]
+
+
+def _numbers(config: Any) -> tuple[Any, ...]:
+    """The numbers of a config, one of which may scale or cap the logits."""
+    return tuple(each for each in vars(config.get_text_config()).values() if each is None or isinstance(each, float))
+
+
+def _check_called(model: MonotonicHead, step: _Step) -> None:
+    if not step.called:
+        raise NotImplementedError(
+            f"{model._get_name()} computes its loss itself, so that logit_transform would not be in it: call it "
+            "without labels, and give its logits, which are f(z), to a loss; of a Trainer, by compute_loss_func"
+        )
+
+
+def _warn_if_frozen(model: MonotonicHead) -> None:
+    if not model.training or torch.compiler.is_compiling() or "_warned" in model.__dict__:
+        return
+    parameters = list(model.logit_transform.parameters())
+    if parameters and torch.is_grad_enabled() and not any(each.requires_grad for each in parameters):
+        model.__dict__["_warned"] = True
+        warnings.warn(
+            f"logit_transform of {model._get_name()} is frozen, and stays as it is in this training. With PEFT, "
+            'modules_to_save=["logit_transform"] trains it',
+            stacklevel=4,
+        )
+
+
+def _log_once(model: MonotonicHead, message: str) -> None:
+    if not torch.compiler.is_compiling() and model.__dict__.get("_logged") != message:
+        model.__dict__["_logged"] = message
+        logger.warning(message)

@@ -13,13 +13,17 @@ except ImportError as error:
 
 from .classes import AutoMonotonicModelForCausalLM, add_transform, class_for, register
 from .model import MonotonicHead
+from .trainer import MonotonicAdamW, TransformCallback, token_metrics
 
 __all__ = [
     "AutoMonotonicModelForCausalLM",
+    "MonotonicAdamW",
     "MonotonicHead",
+    "TransformCallback",
     "add_transform",
     "class_for",
     "register",
+    "token_metrics",
 ]
 
 

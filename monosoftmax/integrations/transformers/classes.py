@@ -27,16 +27,13 @@ _CAP = "final_logit_softcapping"
 #: Entries that cap logits, of models that cannot do without.
 _FIXED_CAPS = ("logits_soft_cap", "output_logit_soft_cap")
 
-#: What a config of a model with f is saved with as a name of a class, where plain configs want numbers, so that they
-#: refuse it with an error that has these words. Without it LlamaForCausalLM.from_pretrained would read a checkpoint with
-#: f, and leave f out after a note.
+#: What a config of a model with f is saved with where plain configs want numbers, so that they refuse it with an error
+#: that has these words. Without it LlamaForCausalLM.from_pretrained would read a checkpoint with f, and leave f out
+#: after a note.
 _READ_BY = (
     "This model has a logit_transform. Load it by monosoftmax.integrations.transformers.AutoMonotonicModelForCausalLM, "
     "or call register of that module before AutoModelForCausalLM"
 )
-
-#: The arguments of a forward with f, beside those of the model's own.
-_NEW_ARGUMENTS = ("shift_labels", "num_items_in_batch", "skip_logits")
 
 
 @functools.cache
@@ -109,17 +106,9 @@ def _forward_like(base: type[PreTrainedModel]) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return MonotonicHead.forward(self, *args, **kwargs)
 
-    del forward.__wrapped__
-    signature = inspect.signature(base.forward)
-    parameters = list(signature.parameters.values())
-    new = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in _NEW_ARGUMENTS
-        if name not in signature.parameters
-    ]
-    end = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    parameters[end:end] = new
-    forward.__signature__ = signature.replace(parameters=parameters)
+    # Without it, what unwraps functions would find the forward without f.
+    del forward.__wrapped__  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     return forward
 
 

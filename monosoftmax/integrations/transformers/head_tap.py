@@ -42,6 +42,10 @@ class Inner(NamedTuple):
             parts.append(SoftCap(self.cap, learnable=False))
         return Chain(*parts, transform) if parts else transform
 
+    def of(self, logits: Tensor) -> Tensor:
+        scaled = logits * self.scale
+        return scaled if self.cap == 0.0 else self.cap * torch.tanh(scaled / self.cap)
+
     def __str__(self) -> str:
         scaled = "z" if self.scale == 1.0 else f"{self.scale:g} z"
         return scaled if self.cap == 0.0 else f"{self.cap:g} tanh({scaled} / {self.cap:g})"

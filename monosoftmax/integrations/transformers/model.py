@@ -30,6 +30,9 @@ logger = logging.getLogger("monosoftmax.integrations.transformers")
 
 Fused = Literal["train", "always", "never"]
 
+#: The tokens whose logits are watched.
+_WATCHED = 64
+
 #: Packages that put a forward with a head of their own in the place of a model's, which would leave f out.
 _REPLACE_THE_HEAD = {
     "trl": "call monosoftmax.integrations.trl.enable() before you make the trainer",
@@ -64,6 +67,9 @@ class MonotonicHead(_Base):
 
     logit_transform: MonotonicTransform
     fused: Fused = "train"
+    #: Whether each loss leaves the smallest and the largest logit that f sees in ``logit_range``, of some tokens.
+    watch_logits: bool = False
+    logit_range: Tensor | None = None
     _step: _Step | None = None
     #: What the model does to its logits, once a forward pass has told, and the numbers of the config then.
     _inner: Inner | None = None
@@ -211,7 +217,8 @@ class MonotonicHead(_Base):
         finally:
             self._step = None
         _check_called(self, step)
-        output.logits = None
+        # A ModelOutput cannot lose an entry, and would keep the logits of no token.
+        output = type(output)(**{name: value for name, value in output.items() if name != "logits"})
         if step.statistics is not None:
             output["log_prob"], output["entropy"] = step.statistics.log_prob, step.statistics.entropy
             output["is_top1"] = step.statistics.rank == 0
@@ -236,6 +243,7 @@ class MonotonicHead(_Base):
             f = None if step is None else check_transform(step.transform)
             if step is not None:
                 step.called = True
+                self._watch(logits.flatten(0, -2)[:_WATCHED])
             target = target.to(logits.device).flatten()
             rows = logits.flatten(0, -2)
             return scaled(cross_entropy(rows, target, f, ignore_index=ignore_index, reduction=reduction))
@@ -246,6 +254,9 @@ class MonotonicHead(_Base):
         (hidden,), head = step.captured.hidden, step.head
         if hasattr(head, "unshard"):  # a unit of fully_shard, which has sharded its parameters again
             head.unshard()
+        if self.watch_logits:
+            z = nn.functional.linear(hidden.detach().flatten(0, -2)[:_WATCHED], head.weight, head.bias)
+            self._watch(z, inner)
         found = linear_cross_entropy(
             hidden,
             head.weight,
@@ -260,6 +271,12 @@ class MonotonicHead(_Base):
             return scaled(found)
         loss, step.statistics = found
         return scaled(loss)
+
+    @torch.no_grad()
+    def _watch(self, logits: Tensor, inner: Inner | None = None) -> None:
+        if self.watch_logits and not torch.compiler.is_compiling():
+            ends = torch.stack([logits.min(), logits.max()]).float()
+            self.logit_range = ends if inner is None else inner.of(ends)
 
     def _learn(self, head: Any, captured: Captured, logits: Tensor) -> Inner | None:
         """What the model does to its logits, from the ``logits`` that it has made of probes."""

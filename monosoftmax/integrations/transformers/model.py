@@ -7,6 +7,7 @@ import functools
 import inspect
 import logging
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -35,12 +36,18 @@ _WATCHED = 64
 
 #: Packages that put a forward with a head of their own in the place of a model's, which would leave f out.
 _REPLACE_THE_HEAD = {
-    "trl": "call monosoftmax.integrations.trl.enable() before you make the trainer",
+    "trl": "call monosoftmax.integrations.trl.enable() before you make an SFT, DPO, KTO, GRPO or RLOO trainer; other "
+    "trainers that do so cannot have f",
     "liger_kernel": "the model has a fused loss already: leave Liger's out",
     "cut_cross_entropy": "the model has a fused loss already: leave cce_patch out",
     "unsloth": "unsloth computes the loss itself, without f",
     "unsloth_zoo": "unsloth computes the loss itself, without f",
 }
+
+
+#: A loss of tokens: of their hidden states (B, T, D) and the head that makes logits of these, or of their logits
+#: (B, T, V) and None; of the f of these logits; and of the targets (B, T), -100 where there is none.
+Score = Callable[[Tensor, "nn.Module | None", MonotonicTransform, Tensor], Tensor]
 
 
 @dataclasses.dataclass
@@ -55,6 +62,7 @@ class _Step:
     inner: Inner | None = None
     called: bool = False
     statistics: TokenStatistics | None = None
+    score: Score | None = None
 
 
 class MonotonicHead(_Base):
@@ -166,8 +174,36 @@ class MonotonicHead(_Base):
             output = self._with_loss(labels, shift_labels, skip_logits, kwargs)
         return output if return_dict else output.to_tuple()
 
+    def scored(
+        self,
+        score: Score,
+        *args: Any,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's own forward with ``score`` in the place of its loss, such as one of log p of each token.
+
+        It is fused with the head in evaluation, too, unless ``fused`` is "never".
+
+        Args:
+            score: gets the targets shifted already.
+            *args, labels, shift_labels, **kwargs: as for the model.
+
+        Returns:
+            The model's output, without logits. ``loss`` is the score, and what the model adds to its loss.
+        """
+        kwargs.update(zip(_forward_names(type(self)), args, strict=False))
+        _warn_if_frozen(self)
+        return self._with_loss(kwargs.pop("labels", labels), shift_labels, None, kwargs, score)
+
     def _with_loss(
-        self, labels: Tensor | None, shift_labels: Tensor | None, skip_logits: bool | None, kwargs: dict[str, Any]
+        self,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        skip_logits: bool | None,
+        kwargs: dict[str, Any],
+        score: Score | None = None,
     ) -> Any:
         # The model's own forward calls loss_function if it has labels, and hands on shift_labels.
         kwargs["labels"] = shift_labels if labels is None else labels
@@ -178,7 +214,7 @@ class MonotonicHead(_Base):
         reason = refusal(head) or (self._not_fusible)
         wanted = skip_logits
         if wanted is None:
-            wanted = self.fused == "always" or (self.fused == "train" and self.training)
+            wanted = self.fused == "always" or (self.fused == "train" and (self.training or score is not None))
         if wanted and reason is not None:
             if skip_logits:
                 raise NotImplementedError(
@@ -186,39 +222,49 @@ class MonotonicHead(_Base):
                 )
             _log_once(self, f"{self._get_name()} holds its logits for the loss: {reason}")
         if not wanted or reason is not None:
-            return self._from_logits(kwargs)
+            return self._from_logits(kwargs, score)
         if self._inner is None or not (torch.compiler.is_compiling() or self._inner_of == _numbers(self.config)):
-            return self._first_fused(head, skip_logits, kwargs)
-        return self._fused(head, self._inner, Captured(probe=False), kwargs)
+            return self._first_fused(head, skip_logits, kwargs, score)
+        return self._fused(head, self._inner, Captured(probe=False), kwargs, score)
 
-    def _from_logits(self, kwargs: dict[str, Any]) -> Any:
-        self._step = step = _Step(self.logit_transform)
+    def _from_logits(self, kwargs: dict[str, Any], score: Score | None) -> Any:
+        self._step = step = _Step(self.logit_transform, score=score)
         try:
             output = super().forward(**kwargs, return_dict=True)
         finally:
             self._step = None
         _check_called(self, step)
+        if score is not None:
+            return _without_logits(output)
         output.logits = self.logit_transform(output.logits)
         return output
 
     @outside_of_graphs
-    def _first_fused(self, head: nn.Module, skip_logits: bool | None, kwargs: dict[str, Any]) -> Any:
+    def _first_fused(
+        self, head: nn.Module, skip_logits: bool | None, kwargs: dict[str, Any], score: Score | None
+    ) -> Any:
         """A fused loss for which the head gives probes, to learn what the model does to its logits."""
-        output = self._fused(head, None, Captured(probe=True), kwargs)
+        output = self._fused(head, None, Captured(probe=True), kwargs, score)
         if self._not_fusible is None:
             return output
-        return self._with_loss(kwargs.pop("labels"), kwargs.pop("shift_labels", None), skip_logits, kwargs)
+        return self._with_loss(kwargs.pop("labels"), kwargs.pop("shift_labels", None), skip_logits, kwargs, score)
 
-    def _fused(self, head: nn.Module, inner: Inner | None, captured: Captured, kwargs: dict[str, Any]) -> Any:
-        self._step = step = _Step(self.logit_transform, head, captured, inner)
+    def _fused(
+        self,
+        head: nn.Module,
+        inner: Inner | None,
+        captured: Captured,
+        kwargs: dict[str, Any],
+        score: Score | None,
+    ) -> Any:
+        self._step = step = _Step(self.logit_transform, head, captured, inner, score=score)
         try:
             with tapped(head, captured):
                 output = super().forward(**kwargs, return_dict=True)
         finally:
             self._step = None
         _check_called(self, step)
-        # A ModelOutput cannot lose an entry, and would keep the logits of no token.
-        output = type(output)(**{name: value for name, value in output.items() if name != "logits"})
+        output = _without_logits(output)
         if step.statistics is not None:
             output["log_prob"], output["entropy"] = step.statistics.log_prob, step.statistics.entropy
             output["is_top1"] = step.statistics.rank == 0
@@ -244,6 +290,8 @@ class MonotonicHead(_Base):
             if step is not None:
                 step.called = True
                 self._watch(logits.flatten(0, -2)[:_WATCHED])
+                if step.score is not None:
+                    return step.score(logits, None, check_transform(step.transform), target.to(logits.device))
             target = target.to(logits.device).flatten()
             rows = logits.flatten(0, -2)
             return scaled(cross_entropy(rows, target, f, ignore_index=ignore_index, reduction=reduction))
@@ -257,11 +305,14 @@ class MonotonicHead(_Base):
         if self.watch_logits:
             z = nn.functional.linear(hidden.detach().flatten(0, -2)[:_WATCHED], head.weight, head.bias)
             self._watch(z, inner)
+        f, target = inner.before(check_transform(step.transform)), target.to(hidden.device)
+        if step.score is not None:
+            return step.score(hidden, head, f, target)
         found = linear_cross_entropy(
             hidden,
             head.weight,
-            target.to(hidden.device),
-            inner.before(check_transform(step.transform)),
+            target,
+            f,
             linear_bias=head.bias,
             ignore_index=ignore_index,
             reduction=reduction,
@@ -320,6 +371,11 @@ def _forward_names(kind: type) -> list[str]:
 def _numbers(config: Any) -> tuple[Any, ...]:
     """The numbers of a config, one of which may scale or cap the logits."""
     return tuple(each for each in vars(config.get_text_config()).values() if each is None or isinstance(each, float))
+
+
+def _without_logits(output: Any) -> Any:
+    # A ModelOutput cannot lose an entry, and would keep the logits of no token.
+    return type(output)(**{name: value for name, value in output.items() if name != "logits"})
 
 
 def _check_called(model: MonotonicHead, step: _Step) -> None:

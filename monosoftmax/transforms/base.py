@@ -192,7 +192,7 @@ class MonotonicTransform(nn.Module):
         # none. A transform of plain parameters needs no walk over their names.
         sharded: list[str] = []
         if self._modules or any([type(raw) is not nn.Parameter for raw in self._parameters.values()]):
-            sharded = [name for name, raw in self.named_parameters() if hasattr(raw, "full_tensor")]
+            sharded = self._sharded()
         if sharded:
             raise NotImplementedError(
                 f"transform has parameters that are DTensors ({', '.join(sharded)}), as those of fully_shard(module) "
@@ -201,6 +201,10 @@ class MonotonicTransform(nn.Module):
             )
         coefficients = self.coefficients()
         return coefficients if input is None else _elementwise(self.evaluate, input, "input", coefficients)
+
+    def _sharded(self) -> list[str]:
+        """The names of the parameters that are DTensors."""
+        return [name for name, raw in self.named_parameters() if hasattr(raw, "full_tensor")]
 
     def derivative(self, input: Tensor) -> Tensor:
         """f'(input), elementwise, in the dtype of ``input``."""

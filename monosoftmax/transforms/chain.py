@@ -124,6 +124,10 @@ class Chain(MonotonicTransform):
     def around(self) -> Around:
         return self._around
 
+    def _sharded(self) -> list[str]:
+        # Each part looks at its own parameters, once its hooks have made them whole.
+        return []
+
     def reset_parameters(self) -> None:
         """Restore the values that the parts were built with."""
         for each in self.parts:

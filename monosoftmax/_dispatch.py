@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -195,19 +195,49 @@ def register_autograd(
     return Derivative
 
 
+def _states_of_fsdp() -> Mapping[torch.nn.Module, Any]:
+    """What ``fully_shard`` knows of each module that it was called with. Empty where nobody has loaded it."""
+    loaded = sys.modules.get("torch.distributed._composable_state")
+    return {} if loaded is None else loaded._module_state_mapping
+
+
+def _parameters_of_fsdp() -> Iterator[Any]:
+    for reference in list(_states_of_fsdp().values()):
+        state = reference()
+        groups = getattr(state, "_fsdp_param_groups", None)  # of torch 2.13; before, there is one or none
+        for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
+            yield from () if group is None else group.fsdp_params
+
+
 def is_sharded_by_fsdp(tensor: Tensor) -> bool:
     """Whether ``tensor`` is the sharded form of a parameter of ``fully_shard``, which has no mark of its own."""
-    from torch.distributed._composable_state import _module_state_mapping
 
     def memory(each: Any) -> int:
         return each._local_tensor.untyped_storage().data_ptr()  # type: ignore[no-any-return]
 
-    for reference in list(_module_state_mapping.values()):
-        state = reference()
-        groups = getattr(state, "_fsdp_param_groups", None)  # of torch 2.13; before, there is one or none
-        for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
-            for each in () if group is None else group.fsdp_params:
-                sharded = each.sharded_param
-                if sharded is tensor or (memory(sharded) == memory(tensor) != 0):
-                    return True
+    for each in _parameters_of_fsdp():
+        sharded = each.sharded_param
+        if sharded is tensor or (memory(sharded) == memory(tensor) != 0):
+            return True
     return False
+
+
+def number_of_fsdp_modules() -> int:
+    """How many modules there are that ``fully_shard`` was called with."""
+    return len(_states_of_fsdp())
+
+
+def managed_by_fsdp() -> set[tuple[torch.nn.Module, str]]:
+    """The parameters of all calls of ``fully_shard``, sharded or whole, as their modules and their names there."""
+    found = set()
+    for each in _parameters_of_fsdp():
+        info = each._module_info
+        found.add((info.module, info.param_name))
+        found.update(zip(info.shared_modules, info.shared_param_names, strict=True))
+    return found
+
+
+def in_one_fsdp_unit(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    """Whether one call of ``fully_shard`` was given both modules."""
+    states = _states_of_fsdp()
+    return first in states and second in states and states[first]() is states[second]()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...dtensor_calls import is_dtensor
 from ...transforms import Chain, MonotonicTransform, Scale, SoftCap
 from ...transforms.base import SCALE_LIMIT
 
@@ -104,6 +105,31 @@ def _after(head: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     return captured.probed.reshape([1] * (output.dim() - 1) + [-1])
 
 
+@contextlib.contextmanager
+def unsharded(head: nn.Module) -> Iterator[None]:
+    """Within it, the parameters of a head that is a unit of ``fully_shard`` are whole, as they are in its forward.
+
+    They stay whole for the backward pass, which shards them.
+    """
+    unit: Any = head if hasattr(head, "unshard") else None
+    if unit is not None:
+        unit.unshard()
+    yield
+    if unit is not None and not torch.is_grad_enabled():
+        unit.reshard()
+
+
+def logits_of(head: Any, hidden: Tensor) -> Tensor:
+    """The logits (N, V) of hidden states (N, D), whole also of a head that ranks share."""
+    if is_dtensor(head.weight):
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = head.weight.device_mesh
+        hidden = DTensor.from_local(hidden, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    logits: Any = nn.functional.linear(hidden, head.weight, head.bias)
+    return logits.full_tensor() if is_dtensor(logits) else logits
+
+
 def inner_of(probed: Tensor, logits: Tensor) -> Inner | None:
     """The scale and cap with which the model makes ``logits`` of the head's output ``probed``; None: something else.
 
@@ -142,6 +168,9 @@ def refusal(head: nn.Module) -> str | None:
         return "DeepSpeed ZeRO-3 gathers its head's weight within the head only"
     if hasattr(head, "_hf_hook"):
         return "accelerate moves its head's weight or input between devices"
+    forward = head.__dict__.get("forward")
+    if forward is not None and not (getattr(forward, "__module__", None) or "").startswith("transformers."):
+        return f"its head has a forward of its own, {getattr(forward, '__qualname__', forward)}"
     for hook in [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]:
         if hook not in (_before, _after) and not (getattr(hook, "__module__", None) or "").startswith("torch."):
             return f"its head has a hook, {getattr(hook, '__qualname__', hook)}"

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..._dispatch import outside_of_graphs
+from ..._dispatch import in_one_fsdp_unit, managed_by_fsdp, number_of_fsdp_modules, outside_of_graphs
 from ...checks import IGNORE_INDEX, check_transform
 from ...functional import TokenStatistics, cross_entropy
 from ...linear import linear_cross_entropy
 from ...transforms import MonotonicTransform, from_dict
-from .head_tap import Captured, Inner, attach, inner_of, refusal, tapped
+from .head_tap import Captured, Inner, attach, inner_of, logits_of, refusal, tapped, unsharded
 from .targets import mean_over, shifted
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class MonotonicHead(_Base):
 
     def _get_name(self) -> str:
         # Trainer shifts the labels of label smoothing if it knows the name of the class.
-        return type(self).__name__.removeprefix("Monotonic")
+        return type(self).__name__.removeprefix("FSDP").removeprefix("Monotonic")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "forward":
@@ -165,6 +165,7 @@ class MonotonicHead(_Base):
         if return_dict is None:
             return_dict = self.config.return_dict
         _warn_if_frozen(self)
+        _check_sharding(self)
         if labels is None and shift_labels is None:
             if skip_logits:
                 raise ValueError("skip_logits=True needs labels or shift_labels: there is no loss to be fused")
@@ -195,6 +196,7 @@ class MonotonicHead(_Base):
         """
         kwargs.update(zip(_forward_names(type(self)), args, strict=False))
         _warn_if_frozen(self)
+        _check_sharding(self)
         return self._with_loss(kwargs.pop("labels", labels), shift_labels, None, kwargs, score)
 
     def _with_loss(
@@ -211,7 +213,9 @@ class MonotonicHead(_Base):
             kwargs["shift_labels"] = shift_labels
         head = head_of(self)
         attach(head)
-        reason = refusal(head) or (self._not_fusible)
+        reason = refusal(head) or self._not_fusible
+        if reason is None and in_one_fsdp_unit(head, self.logit_transform):
+            reason = "fully_shard has it in one unit with logit_transform, and shards it again once f was called"
         wanted = skip_logits
         if wanted is None:
             wanted = self.fused == "always" or (self.fused == "train" and (self.training or score is not None))
@@ -300,28 +304,29 @@ class MonotonicHead(_Base):
         if inner is None:
             return logits.new_zeros(())
         (hidden,), head = step.captured.hidden, step.head
-        if hasattr(head, "unshard"):  # a unit of fully_shard, which has sharded its parameters again
-            head.unshard()
-        if self.watch_logits:
-            z = nn.functional.linear(hidden.detach().flatten(0, -2)[:_WATCHED], head.weight, head.bias)
-            self._watch(z, inner)
         f, target = inner.before(check_transform(step.transform)), target.to(hidden.device)
+        found: Any
+        with unsharded(head):  # Dynamo cannot return from within
+            if self.watch_logits:
+                self._watch(logits_of(head, hidden.detach().flatten(0, -2)[:_WATCHED]), inner)
+            if step.score is not None:
+                found = step.score(hidden, head, f, target)
+            else:
+                found = linear_cross_entropy(
+                    hidden,
+                    head.weight,
+                    target,
+                    f,
+                    linear_bias=head.bias,
+                    ignore_index=ignore_index,
+                    reduction=reduction,
+                    return_statistics=not self.training,
+                )
         if step.score is not None:
-            return step.score(hidden, head, f, target)
-        found = linear_cross_entropy(
-            hidden,
-            head.weight,
-            target,
-            f,
-            linear_bias=head.bias,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            return_statistics=not self.training,
-        )
-        if self.training:
-            return scaled(found)
-        loss, step.statistics = found
-        return scaled(loss)
+            return found
+        if not self.training:
+            found, step.statistics = found
+        return scaled(found)
 
     @torch.no_grad()
     def _watch(self, logits: Tensor, inner: Inner | None = None) -> None:
@@ -361,10 +366,10 @@ def head_of(model: Any) -> nn.Module:
 
 
 @functools.cache
-def _forward_names(kind: type) -> list[str]:
+def _forward_names(kind: Any) -> list[str]:
     """The names of the positional arguments of the model's own forward."""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(kind.forward).parameters.values()  # type: ignore[attr-defined]
+    parameters = inspect.signature(kind.forward).parameters.values()
     return [each.name for each in parameters if each.kind in positional][1:]
 
 
@@ -396,6 +401,30 @@ def _warn_if_frozen(model: MonotonicHead) -> None:
             f"logit_transform of {model._get_name()} is frozen, and stays as it is in this training. With PEFT, "
             'modules_to_save=["logit_transform"] trains it',
             stacklevel=4,
+        )
+
+
+def _check_sharding(model: MonotonicHead) -> None:
+    """An error if ``fully_shard`` has the model, but not f, whose gradient nobody would then average over ranks."""
+    # Looked at once, and again where fully_shard was called since.
+    if (
+        not model.training
+        or torch.compiler.is_compiling()
+        or model.__dict__.get("_looked_at") == number_of_fsdp_modules()
+    ):
+        return
+    model.__dict__["_looked_at"] = number_of_fsdp_modules()
+    managed = managed_by_fsdp()
+    left_out = [
+        f"logit_transform.{path}.{name}".replace("..", ".")
+        for path, module in model.logit_transform.named_modules()
+        for name, each in module.named_parameters(recurse=False)
+        if each.requires_grad and (module, name) not in managed
+    ]
+    if left_out and any((each, name) in managed for each in model.modules() for name in each._parameters):
+        raise RuntimeError(
+            f"fully_shard shards {model._get_name()} without its {', '.join(left_out)}, of which each rank would have "
+            "another gradient: leave it out of ignored_params, or call fully_shard(model.logit_transform)"
         )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import logging
 import warnings
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from ...checks import IGNORE_INDEX, check_transform
 from ...functional import TokenStatistics, cross_entropy
 from ...linear import linear_cross_entropy
 from ...transforms import MonotonicTransform, from_dict
-from .head_tap import Captured, Inner, attach, inner_of, logits_of, refusal, tapped, unsharded
+from .head_tap import Captured, Inner, attach, inner_of, logits_of, refusal, reshard, tapped, unshard
 from .targets import mean_over, shifted
 
 if TYPE_CHECKING:
@@ -78,6 +76,8 @@ class MonotonicHead(_Base):
     #: Whether each loss leaves the smallest and the largest logit that f sees in ``logit_range``, of some tokens.
     watch_logits: bool = False
     logit_range: Tensor | None = None
+    #: The names of the positional arguments of the model's own forward.
+    _own_arguments: tuple[str, ...] = ()
     _step: _Step | None = None
     #: What the model does to its logits, once a forward pass has told, and the numbers of the config then.
     _inner: Inner | None = None
@@ -159,7 +159,7 @@ class MonotonicHead(_Base):
             NotImplementedError: ``skip_logits=True``, and the head cannot be fused; or the model computes its loss
                 itself, without ``loss_function``.
         """
-        names = _forward_names(type(self))
+        names = self._own_arguments
         kwargs.update(zip(names, args, strict=False))
         labels, return_dict = kwargs.pop("labels", labels), kwargs.pop("return_dict", return_dict)
         if return_dict is None:
@@ -194,7 +194,7 @@ class MonotonicHead(_Base):
         Returns:
             The model's output, without logits. ``loss`` is the score, and what the model adds to its loss.
         """
-        kwargs.update(zip(_forward_names(type(self)), args, strict=False))
+        kwargs.update(zip(self._own_arguments, args, strict=False))
         _warn_if_frozen(self)
         _check_sharding(self)
         return self._with_loss(kwargs.pop("labels", labels), shift_labels, None, kwargs, score)
@@ -214,7 +214,7 @@ class MonotonicHead(_Base):
         head = head_of(self)
         attach(head)
         reason = refusal(head) or self._not_fusible
-        if reason is None and in_one_fsdp_unit(head, self.logit_transform):
+        if reason is None and hasattr(head, "unshard") and in_one_fsdp_unit(head, self.logit_transform):
             reason = "fully_shard has it in one unit with logit_transform, and shards it again once f was called"
         wanted = skip_logits
         if wanted is None:
@@ -305,23 +305,24 @@ class MonotonicHead(_Base):
             return logits.new_zeros(())
         (hidden,), head = step.captured.hidden, step.head
         f, target = inner.before(check_transform(step.transform)), target.to(hidden.device)
+        unshard(head)
+        if self.watch_logits:
+            self._watch(logits_of(head, hidden.detach().flatten(0, -2)[:_WATCHED]), inner)
         found: Any
-        with unsharded(head):  # Dynamo cannot return from within
-            if self.watch_logits:
-                self._watch(logits_of(head, hidden.detach().flatten(0, -2)[:_WATCHED]), inner)
-            if step.score is not None:
-                found = step.score(hidden, head, f, target)
-            else:
-                found = linear_cross_entropy(
-                    hidden,
-                    head.weight,
-                    target,
-                    f,
-                    linear_bias=head.bias,
-                    ignore_index=ignore_index,
-                    reduction=reduction,
-                    return_statistics=not self.training,
-                )
+        if step.score is not None:
+            found = step.score(hidden, head, f, target)
+        else:
+            found = linear_cross_entropy(
+                hidden,
+                head.weight,
+                target,
+                f,
+                linear_bias=head.bias,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                return_statistics=not self.training,
+            )
+        reshard(head)
         if step.score is not None:
             return found
         if not self.training:
@@ -363,14 +364,6 @@ def head_of(model: Any) -> nn.Module:
         head = copies[in_use[0]] if in_use else head.original_module
     assert isinstance(head, nn.Module)
     return head
-
-
-@functools.cache
-def _forward_names(kind: Any) -> list[str]:
-    """The names of the positional arguments of the model's own forward."""
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(kind.forward).parameters.values()
-    return [each.name for each in parameters if each.kind in positional][1:]
 
 
 def _numbers(config: Any) -> tuple[Any, ...]:

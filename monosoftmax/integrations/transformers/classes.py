@@ -170,7 +170,7 @@ def add_transform(model: Any, transform: MonotonicTransform | dict[str, Any] | s
 
     Raises:
         TypeError: ``model`` is no model of transformers, is wrapped by PEFT, has no head; ``transform`` is no f.
-        ValueError: ``model`` has an f already, or ``fused`` is none of the above; or ``transform`` is a SoftCap, and
+        ValueError: ``model`` has an f already, or is sharded by ``fully_shard``; ``fused`` is none of the above; or ``transform`` is a SoftCap, and
             the model has a cap that cannot be taken away.
         NotImplementedError: the model is no causal language model: it has an encoder, or classifies.
     """
@@ -179,6 +179,12 @@ def add_transform(model: Any, transform: MonotonicTransform | dict[str, Any] | s
         raise TypeError(f"model must be a model of transformers, got {type(model).__name__}{hint}")
     if isinstance(model, MonotonicHead):
         raise ValueError(f"model has a logit_transform already, {model.logit_transform}: change that")
+    if hasattr(model, "unshard"):
+        raise ValueError(
+            f"model must get its transform before fully_shard has it, got {type(model).__name__}, whose ranks would "
+            "each train another f. To load shards of a plain checkpoint, save the model with f once: load it without "
+            "distributed_config, add_transform, save_pretrained"
+        )
     check_fused(fused)
     # Without a name that transformers knows, as GPT2LMHeadModel, a model has the loss of the first.
     if model.config.is_encoder_decoder or model.loss_type not in (None, "ForCausalLM", "ForConditionalGeneration"):

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 try:
     import trl
@@ -29,6 +28,7 @@ from ..checks import IGNORE_INDEX
 from ..token_log_prob import OutputName, TokenLogProb, linear_log_prob, log_prob
 from ..transforms import MonotonicTransform
 from .transformers import MonotonicHead
+from .transformers.head_tap import logits_of
 
 __all__ = ["enable"]
 
@@ -250,7 +250,7 @@ def _mean_logits(rows: Tensor, weights: _Weights | None, f: MonotonicTransform) 
     classes = rows.shape[-1] if weights is None else weights.weight.shape[0]
     means = []
     for chunk in torch.split(rows, max(1, _CHUNK // classes)):
-        z = chunk if weights is None else F.linear(chunk, *weights)
+        z = chunk if weights is None else logits_of(weights, chunk)
         means.append(f(z if z.dtype == torch.float64 else z.float()).mean(-1))
     return torch.cat(means)
 

@@ -24,6 +24,10 @@ from ...transforms.base import SCALE_LIMIT
 #: two show a scale without rounding, and of both signs. Cycled through the classes, so that no class is special.
 _PROBES = (1.0, -4.0, 0.0, 32.0, -0.25, 1e6, -16.0, 2.0**-10, 64.0, -(2.0**-7), 8.0, -1e6, 100.0, -2.0, 250.0)
 
+#: Where forwards of a head come from that are its product with the weight all the same: transformers' of a head that
+#: ranks share, and TRL's of one in float32, which casts its input.
+_OF_LINEAR_FORWARDS = ("transformers.", "trl.")
+
 #: The largest relative error of the logits that the found scale and cap explain.
 _TOLERANCE = 1e-4
 
@@ -169,7 +173,7 @@ def refusal(head: nn.Module) -> str | None:
     if hasattr(head, "_hf_hook"):
         return "accelerate moves its head's weight or input between devices"
     forward = head.__dict__.get("forward")
-    if forward is not None and not (getattr(forward, "__module__", None) or "").startswith("transformers."):
+    if forward is not None and not (getattr(forward, "__module__", None) or "").startswith(_OF_LINEAR_FORWARDS):
         return f"its head has a forward of its own, {getattr(forward, '__qualname__', forward)}"
     for hook in [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]:
         if hook not in (_before, _after) and not (getattr(hook, "__module__", None) or "").startswith("torch."):

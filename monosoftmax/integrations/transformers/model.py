@@ -304,6 +304,8 @@ class MonotonicHead(_Base):
         if inner is None:
             return logits.new_zeros(())
         (hidden,), head = step.captured.hidden, step.head
+        if "forward" in head.__dict__:  # that of TRL's heads in float32 casts
+            hidden = hidden.to(head.weight.dtype)
         f, target = inner.before(check_transform(step.transform)), target.to(hidden.device)
         unshard(head)
         if self.watch_logits:

@@ -281,7 +281,7 @@ class MonotonicSoftmax(nn.Module):
             check_tensor("weight", self.weight)
         return self.weight, self.bias
 
-    def forward(self, input: Tensor, target: Tensor) -> OutputAndLoss:
+    def forward(self, input: Tensor, target: Tensor | None = None) -> OutputAndLoss:
         """Log-probabilities of the targets, in the shape of ``target`` (0 if ignored), and the loss.
 
         Args:
@@ -289,8 +289,14 @@ class MonotonicSoftmax(nn.Module):
             target: (...), int64.
 
         Raises:
-            TypeError, ValueError, IndexError: as in :func:`monosoftmax.linear_cross_entropy`.
+            TypeError, ValueError, IndexError: as in :func:`monosoftmax.linear_cross_entropy`. TypeError: no target.
         """
+        if target is None:
+            raise TypeError(
+                "target must be given, since the layer computes its loss: logits(input), log_prob(input) and "
+                "predict(input) do without. In a model of transformers f has its place beside the head: monosoftmax."
+                "integrations.transformers.add_transform(model, f)"
+            )
         if isinstance(target, Tensor) and target.is_floating_point():
             raise NotImplementedError(
                 f"target must be int64 class indices, got {target.dtype}: the output is their log p. Class "
@@ -365,6 +371,25 @@ class MonotonicSoftmax(nn.Module):
             f"label_smoothing={self.label_smoothing:g}, z_loss={self.z_loss:g}, reduction={self.reduction!r}, "
             f"backend={self.backend!r}"
         )
+
+
+def _refuse_unreachable(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    """Refuses a transform, or a loss of one, under the name of a property of the class of ``module``.
+
+    nn.Module registers it there, and the property goes on to be what is read: f would be trained by nothing. So it is
+    with ``model.loss_function = MonotonicCrossEntropyLoss(f)`` for the models of transformers.
+    """
+    if isinstance(submodule, (MonotonicCrossEntropyLoss, MonotonicTransform)) and isinstance(
+        getattr(type(module), name, None), property
+    ):
+        raise TypeError(
+            f"{name} is a property of {type(module).__name__}, so that {type(submodule).__name__} would be registered "
+            "under that name, and never called. A model of transformers gets f by monosoftmax.integrations."
+            "transformers.add_transform(model, f), or by model.loss_function = monotonic_loss(f) from there"
+        )
+
+
+torch.nn.modules.module.register_module_module_registration_hook(_refuse_unreachable)
 
 
 def _kept(transform: MonotonicTransform) -> MonotonicTransform:

@@ -49,7 +49,8 @@ def parameter_groups(
         The groups "model", "no_decay" and "transform", without empty ones. Each is in the order of
         ``module.parameters()``, and has a tied parameter once. "no_decay" exists if ``weight_decay`` is not 0. It has
         the biases and the gains of norms (fewer than 2 dimensions), and differs from "model" only in its weight decay
-        of 0.
+        of 0. DTensors of different meshes, and plain tensors beside them, get groups of their own under the same name,
+        since no foreach kernel of an optimiser takes a mixture.
 
     Raises:
         TypeError: ``module`` is no module.
@@ -81,7 +82,7 @@ def parameter_groups(
         },
         {"name": "transform", "params": transform, "lr": transform_lr, "weight_decay": 0.0, **options},
     ]
-    return [group for group in groups if group["params"]]
+    return [{**group, "params": alike} for group in groups for alike in _by_mesh(group["params"])]
 
 
 def clip_grad_norm_(
@@ -190,10 +191,10 @@ def _dimensions_before_flattening(module: nn.Module) -> dict[int, int]:
 
 
 def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Groups ``parameters`` by the mesh of their gradients: torch takes no mixture of meshes or with plain tensors."""
+    """Groups ``parameters`` by their mesh: torch takes no mixture of meshes or with plain tensors."""
     meshes: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
-        meshes.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
+        meshes.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
     return list(meshes.values())
 
 

@@ -12,7 +12,10 @@ except ImportError as error:
     ) from error
 
 from .classes import AutoMonotonicModelForCausalLM, add_transform, class_for, register
+from .inspection import inspect
+from .loss import monotonic_loss
 from .model import MonotonicHead
+from .serving import export, fold
 from .trainer import MonotonicAdamW, TransformCallback, token_metrics
 
 __all__ = [
@@ -22,6 +25,10 @@ __all__ = [
     "TransformCallback",
     "add_transform",
     "class_for",
+    "export",
+    "fold",
+    "inspect",
+    "monotonic_loss",
     "register",
     "token_metrics",
 ]

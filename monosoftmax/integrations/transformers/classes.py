@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import json
 from typing import Any
 
 import transformers
@@ -27,13 +28,15 @@ _CAP = "final_logit_softcapping"
 #: Entries that cap logits, of models that cannot do without.
 _FIXED_CAPS = ("logits_soft_cap", "output_logit_soft_cap")
 
-#: What a config of a model with f is saved with where plain configs want numbers, so that they refuse it with an error
-#: that has these words. Without it LlamaForCausalLM.from_pretrained would read a checkpoint with f, and leave f out
-#: after a note.
+#: What a config of a model with f is saved with where plain classes of configs want a number, so that they refuse it
+#: with an error that has these words. Without it LlamaForCausalLM.from_pretrained would read a checkpoint with f, and
+#: leave f out after a note.
 _READ_BY = (
     "This model has a logit_transform. Load it by monosoftmax.integrations.transformers.AutoMonotonicModelForCausalLM, "
     "or call register of that module before AutoModelForCausalLM"
 )
+#: The entry with the numbers.
+_REPLACED = "replaced_by_a_note"
 
 
 @functools.cache
@@ -68,35 +71,47 @@ def class_for(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             "__module__": __package__,
             "config_class": config,
             "forward": _forward_like(base),
+            "_own_arguments": _positional(base.forward),
             "_keep_in_fp32_modules_strict": {"logit_transform", *(base._keep_in_fp32_modules_strict or ())},
         },
     )
-    AutoConfig.register(config.model_type, config, exist_ok=True)
-    AutoModelForCausalLM.register(config, kind, exist_ok=True)
+    # Not a class that somebody has derived from the one that transformers has for this type.
+    if MODEL_FOR_CAUSAL_LM_MAPPING.get(base.config_class, base) is base:
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, kind, exist_ok=True)
     return kind
 
 
 @functools.cache
 def _config_class_for(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    def to_dict(self: Any) -> dict[str, Any]:
-        return {**base.to_dict(self), "id2label": {_READ_BY: 0}}
-
-    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        own = {name: value for name, value in config_dict.items() if value != {_READ_BY: 0}}
-        return super(kind, cls).from_dict(own, **kwargs)
-
     entries = {
         "__doc__": f"{base.__name__} with ``logit_transform``, f as ``to_dict()`` of a transform gives it.",
-        "to_dict": to_dict,
-        "from_dict": classmethod(from_dict),
         "__module__": __package__,
         "model_type": PREFIX + base.model_type,
         "logit_transform": None,
         # TRL reads it.
         "auto_map": {},
+        "to_json_file": _to_json_file,
+        "from_dict": classmethod(_from_dict),
     }
-    kind: Any = type(f"Monotonic{base.__name__}", (base,), entries)
-    return kind
+    return type(f"Monotonic{base.__name__}", (base,), entries)
+
+
+def _to_json_file(self: Any, json_file_path: Any, use_diff: bool = True) -> None:
+    """Writes ``config.json``, in which the width of the model is the text that plain classes refuse it with."""
+    content = json.loads(self.to_json_string(use_diff=use_diff))
+    width = self.attribute_map.get("hidden_size", "hidden_size")
+    if width in content:  # not in a config of several, whose parts have it
+        content |= {width: _READ_BY, _REPLACED: {width: content[width]}}
+    with open(json_file_path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _from_dict(cls: Any, /, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    own = {**config_dict, **config_dict.get(_REPLACED, {})}
+    own.pop(_REPLACED, None)
+    from_dict: Any = cls.__base__.from_dict
+    return from_dict.__func__(cls, own, **kwargs)
 
 
 def _forward_like(base: type[PreTrainedModel]) -> Any:
@@ -108,8 +123,14 @@ def _forward_like(base: type[PreTrainedModel]) -> Any:
 
     # Without it, what unwraps functions would find the forward without f.
     del forward.__wrapped__  # type: ignore[attr-defined]
-    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(base.forward)
     return forward
+
+
+def _positional(forward: Any) -> tuple[str, ...]:
+    """The names of the positional arguments behind self."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(each.name for each in inspect.signature(forward).parameters.values() if each.kind in kinds)[1:]
 
 
 def register(*model_types: str) -> None:
@@ -170,14 +191,14 @@ def add_transform(model: Any, transform: MonotonicTransform | dict[str, Any] | s
 
     Raises:
         TypeError: ``model`` is no model of transformers, is wrapped by PEFT, has no head; ``transform`` is no f.
-        ValueError: ``model`` has an f already, or is sharded by ``fully_shard``; ``fused`` is none of the above; or ``transform`` is a SoftCap, and
-            the model has a cap that cannot be taken away.
+        ValueError: ``model`` has an f already, or is sharded by ``fully_shard``; ``fused`` is none of the above; or
+            ``transform`` is a SoftCap, and the model has a cap that cannot be taken away.
         NotImplementedError: the model is no causal language model: it has an encoder, or classifies.
     """
     if not isinstance(model, PreTrainedModel):
         hint = ": give the model its f before PEFT wraps it" if hasattr(model, "peft_config") else ""
         raise TypeError(f"model must be a model of transformers, got {type(model).__name__}{hint}")
-    if isinstance(model, MonotonicHead):
+    if hasattr(model, "logit_transform"):
         raise ValueError(f"model has a logit_transform already, {model.logit_transform}: change that")
     if hasattr(model, "unshard"):
         raise ValueError(
@@ -194,16 +215,17 @@ def add_transform(model: Any, transform: MonotonicTransform | dict[str, Any] | s
         )
     head = head_of(model)
     f = transform_of(transform)
-    kind = class_for(type(model))
+    base: Any = type(model)
+    kind = class_for(base)
     config = _with_f(model.config, kind.config_class, f)
     old = model.config
     for each in model.modules():
         if getattr(each, "config", None) is old:
-            each.config = config  # type: ignore[assignment]
+            each.config = config
     model.__class__ = kind
     model.logit_transform = f.to(_device_of(head))
     model.logit_transform.train(model.training)
-    model.fused = fused
+    model.fused, model.loss_type = fused, "ForCausalLM"
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "logit_transform"}
     attach(head)
     return model

@@ -8,9 +8,7 @@ as it is, such as the auxiliary losses of mixtures of experts.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +66,7 @@ class Captured:
 
 
 def attach(head: nn.Module) -> None:
-    """Lets :func:`tapped` work on ``head``. Heads are replaced by resizing and by PEFT, so it is called each time.
+    """Lets :func:`tap` work on ``head``. Heads are replaced by resizing and by PEFT, so it is called each time.
 
     Hooks and their mark stay, since ``torch.compile`` traces hooks, but not their registration. Both are plain
     functions and values, so that copies and pickles of a head have them, too.
@@ -79,17 +77,13 @@ def attach(head: nn.Module) -> None:
         head._monosoftmax_tap = None  # type: ignore[assignment]
 
 
-@contextlib.contextmanager
-def tapped(head: nn.Module, captured: Captured) -> Iterator[None]:
-    """Within it, ``head`` gives its input to ``captured``, and works on no token.
+def tap(head: nn.Module, captured: Captured | None) -> None:
+    """From now on ``head`` gives its input to ``captured`` and works on no token; None ends that.
 
-    The state is on the head itself, since the copies of ``torch.nn.DataParallel`` run at the same time.
+    The state is on the head itself, since the copies of ``torch.nn.DataParallel`` run at the same time. This is no
+    context manager, since Dynamo cannot break a graph within one.
     """
     head._monosoftmax_tap = captured  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        head._monosoftmax_tap = None  # type: ignore[assignment]
 
 
 def _before(head: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -109,18 +103,16 @@ def _after(head: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     return captured.probed.reshape([1] * (output.dim() - 1) + [-1])
 
 
-@contextlib.contextmanager
-def unsharded(head: nn.Module) -> Iterator[None]:
-    """Within it, the parameters of a head that is a unit of ``fully_shard`` are whole, as they are in its forward.
+def unshard(head: Any) -> None:
+    """Makes the parameters of a head that is a unit of ``fully_shard`` whole, as they are in its forward."""
+    if hasattr(head, "unshard"):
+        head.unshard()
 
-    They stay whole for the backward pass, which shards them.
-    """
-    unit: Any = head if hasattr(head, "unshard") else None
-    if unit is not None:
-        unit.unshard()
-    yield
-    if unit is not None and not torch.is_grad_enabled():
-        unit.reshard()
+
+def reshard(head: Any) -> None:
+    """Undoes :func:`unshard`, unless a backward pass will, which needs whole parameters."""
+    if hasattr(head, "unshard") and not torch.is_grad_enabled():
+        head.reshard()
 
 
 def logits_of(head: Any, hidden: Tensor) -> Tensor:

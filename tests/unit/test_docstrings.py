@@ -15,7 +15,10 @@ import monosoftmax as ms
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(ms.__path__, "monosoftmax.")
-    if not module.name.startswith(("monosoftmax.triton_kernels", "monosoftmax._C", "monosoftmax.info"))
+    if not module.name.startswith(
+        # tests/integrations/test_integrations.py has the integrations, which need other packages.
+        ("monosoftmax.triton_kernels", "monosoftmax._C", "monosoftmax.info", "monosoftmax.integrations.")
+    )
 ]
 
 #: What examples may name without an import, beside what their module does: the public names.

@@ -117,12 +117,12 @@ def _from_dict(cls: Any, /, config_dict: dict[str, Any], **kwargs: Any) -> Any:
 def _forward_like(base: type[PreTrainedModel]) -> Any:
     """:meth:`MonotonicHead.forward` with the signature of the base's, which Trainer and ``generate`` read."""
 
-    @functools.wraps(base.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def with_f(self: Any, *args: Any, **kwargs: Any) -> Any:
         return MonotonicHead.forward(self, *args, **kwargs)
 
+    forward: Any = functools.wraps(base.forward)(with_f)
     # Without it, what unwraps functions would find the forward without f.
-    del forward.__wrapped__  # type: ignore[attr-defined]
+    del forward.__wrapped__
     forward.__signature__ = inspect.signature(base.forward)
     return forward
 

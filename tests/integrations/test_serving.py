@@ -299,6 +299,8 @@ UNTIED = [
 def test_folded_is_a_plain_model_with_the_same_logits(name: str, f: Any, untie: bool, tmp_path: Path) -> None:
     (without, model), (tokens, labels) = pair(name, f()), batch()
     without.eval(), model.eval()
+    if model.get_output_embeddings().bias is not None:
+        torch.nn.init.normal_(model.get_output_embeddings().bias)
     wanted = model(tokens).logits.detach()
     if untie:
         with pytest.raises(ValueError, match=r"fold\(model, untie=True\) copies it"):
@@ -320,6 +322,10 @@ def test_folded_is_a_plain_model_with_the_same_logits(name: str, f: Any, untie: 
     assert (head.weight is model.get_input_embeddings().weight) == (
         without.get_output_embeddings().weight is without.get_input_embeddings().weight and not untie
     )
+    if untie:
+        assert not model.config.tie_word_embeddings and not model.all_tied_weights_keys
+    model.tie_weights()  # as resize_token_embeddings does
+    torch.testing.assert_close(model(tokens).logits, wanted, rtol=2e-5, atol=2e-6)
 
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -31,6 +31,9 @@ VERSIONS = {
     "2.14.1": ("triton==3.8.0", "numpy==2.4.6"),
 }
 
+#: The oldest packages that the integrations support, with the oldest torch. `make test-integrations` has the newest.
+INTEGRATIONS = {"2.10.0": ("transformers==5.8.1", "accelerate==1.12.0", "peft==0.19.1")}
+
 #: Other packages for the build and the tests.
 TOOLS = ("setuptools", "ninja", "hypothesis", "pytest", "filelock", "jinja2", "pandas", "tabulate")
 
@@ -49,6 +52,12 @@ TESTS = (
     ("tests/unit/test_hands_sharded.py tests/emulated/test_hands_parameters.py tests/unit/test_hands_training.py", ""),
     ("tests/unit/test_cross_entropy.py", "triton or cuda"),
     ("tests/experiments/test_overhead.py", "agree"),
+)
+#: The same for a version with integrations.
+OF_INTEGRATIONS = (
+    ("tests/integrations/test_models.py tests/integrations/test_trainer.py", ""),
+    ("tests/integrations/test_peft.py tests/integrations/test_inspection.py", ""),
+    ("tests/integrations/test_generation.py tests/integrations/test_serving.py", ""),
 )
 
 #: Files that are not copied to the folder of the build.
@@ -120,7 +129,8 @@ def check(version: str, packages: Sequence[str], folder: Path, outcome: Outcome)
     python = folder / "env/bin/python"
     named = [each.partition("==")[0] for each in packages]
     tools = [each for each in TOOLS if each not in named]
-    wanted = "\n".join((f"torch=={version}", *packages, *pins(*tools)))
+    integrations = INTEGRATIONS.get(version, ())
+    wanted = "\n".join((f"torch=={version}", *packages, *pins(*tools), *integrations))
     stamp = folder / "installed.txt"
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
         say(version, "an environment")
@@ -134,7 +144,7 @@ def check(version: str, packages: Sequence[str], folder: Path, outcome: Outcome)
     shutil.rmtree(tree / "build/inductor", ignore_errors=True)
     install = ("-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--editable", ".")
     run(python, *install, cwd=tree, MONOSOFTMAX_CPP="1", MONOSOFTMAX_CUDA="0")
-    for number, (files, selection) in enumerate(TESTS):
+    for number, (files, selection) in enumerate(TESTS + (OF_INTEGRATIONS if integrations else ())):
         say(version, files)
         report = folder / f"tests-{number}.xml"
         command = (python, "-m", "pytest", "-q", "-p", "no:logging", f"--junit-xml={report}", "-k", selection)

@@ -347,7 +347,8 @@ def test_compiled_training_step() -> None:
     gradient = model.logit_transform.raw_slope.grad.clone()
     model.zero_grad()
     torch._dynamo.reset()
-    found = torch.compile(model, backend="aot_eager")(tokens, labels=labels).loss
+    # The whole step is one graph, once what the model does to its logits is known.
+    found = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens, labels=labels).loss
     found.backward()
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(model.logit_transform.raw_slope.grad, gradient, rtol=1e-5, atol=1e-7)
@@ -456,6 +457,11 @@ def test_other_errors() -> None:
     _, model = tiny.pair()
     with pytest.raises(ValueError, match="skip_logits=True needs labels"):
         model(tiny.batch()[0], skip_logits=True)
+    tokens, _ = tiny.batch()
+    with pytest.raises(TypeError, match="takes at most 8 positional arguments, got 9"):
+        model(tokens, *[None] * 8)
+    with pytest.raises(TypeError, match="multiple values for input_ids"):
+        model(tokens, input_ids=tokens)
     with pytest.raises(TypeError, match="base must be a class of transformers' models"):
         class_for(nn.Linear)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model_types must be"):

@@ -158,8 +158,7 @@ class MonotonicHead(_Base):
             NotImplementedError: ``skip_logits=True``, and the head cannot be fused; or the model computes its loss
                 itself, without ``loss_function``.
         """
-        names = self._own_arguments
-        kwargs.update(zip(names, args, strict=False))
+        kwargs = _by_name(self, args, kwargs)
         labels, return_dict = kwargs.pop("labels", labels), kwargs.pop("return_dict", return_dict)
         if return_dict is None:
             return_dict = self.config.return_dict
@@ -193,7 +192,7 @@ class MonotonicHead(_Base):
         Returns:
             The model's output, without logits. ``loss`` is the score, and what the model adds to its loss.
         """
-        kwargs.update(zip(self._own_arguments, args, strict=False))
+        kwargs = _by_name(self, args, kwargs)
         _warn_if_frozen(self)
         _check_sharding(self)
         return self._with_loss(kwargs.pop("labels", labels), shift_labels, None, kwargs, score)
@@ -304,7 +303,8 @@ class MonotonicHead(_Base):
         if inner is None:
             return logits.new_zeros(())
         (hidden,), head = step.captured.hidden, step.head
-        if "forward" in head.__dict__:  # that of TRL's heads in float32 casts
+        # The forward that TRL gives a head in float32 casts; refusal() lets no other through but that of DTensors.
+        if "forward" in head.__dict__:
             hidden = hidden.to(head.weight.dtype)
         f, target = self._whole_f(inner, check_transform(step.transform)), target.to(hidden.device)
         unshard(head)
@@ -359,6 +359,17 @@ class MonotonicHead(_Base):
             if self._inner is None:
                 self._not_fusible = "it does more to its logits than to scale and to cap them"
         return self._inner
+
+
+def _by_name(model: MonotonicHead, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of the model's own forward as keywords."""
+    names = model._own_arguments
+    if len(args) > len(names):
+        raise TypeError(f"{model._get_name()} takes at most {len(names)} positional arguments, got {len(args)}")
+    twice = [name for name in names[: len(args)] if name in kwargs]
+    if twice:
+        raise TypeError(f"{model._get_name()} got multiple values for {', '.join(twice)}")
+    return {**kwargs, **dict(zip(names, args, strict=False))}
 
 
 def head_of(model: Any) -> nn.Module:

@@ -183,10 +183,11 @@ def _statements(f: MonotonicTransform, coefficients: Tensor) -> list[str]:
         raise NotImplementedError(f"f must be made of z, coefficients and numbers, {f} has tensors beside them")
     graph.eliminate_dead_code()
     source = graph.python_code("self").src
-    for node in graph.nodes:  # functions that are public by another name only
-        if node.op == "call_function" and node.target.__module__ == "torch._C._nn":
-            public = next(name for name, each in vars(F).items() if each is node.target)
-            source = source.replace(f"torch._C._nn.{node.target.__name__}(", f"torch.nn.functional.{public}(")
+    for node in graph.nodes:
+        public = next((name for name, each in vars(F).items() if each is node.target), None)
+        if public is not None:  # torch.fx writes where it is defined, which may be private
+            written = f"{node.target.__module__}.{node.target.__name__}("
+            source = source.replace(written, f"torch.nn.functional.{public}(")
     (function,) = ast.parse(source.strip()).body
     assert isinstance(function, ast.FunctionDef)
     return _joined([_Slices().visit(each) for each in function.body if not _frees_memory(each)])

@@ -1,8 +1,8 @@
 """Models with f where monosoftmax is not: :func:`export` writes f as code, :func:`fold` turns it into weights.
 
-vLLM was not run, for want of a GPU. Its own backend for models of transformers makes logits from the head alone, so
-that it would leave f out: do not serve a model with f by it, but one that :func:`fold` has made plain. The model types
-of models with f (``monosoftmax_llama``) are none that it or transformers know.
+vLLM was not run, for want of a GPU. As its sources say, its own backend for models of transformers makes logits from
+the head alone, so that it would leave f out: serve a model with f by it only after :func:`fold` has made it plain. It
+does not know model types such as ``monosoftmax_llama``. What it does with a folder of :func:`export` was not tried.
 """
 
 from __future__ import annotations

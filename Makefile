@@ -103,7 +103,7 @@ test-integrations: install $(VENV)/.integrations
 	HF_HUB_OFFLINE=1 $(PYTEST) tests/integrations
 
 # Makes the mistakes of tests/mutations.toml, one at a time: a test must notice each (an hour).
-mutations: install $(VENV)/.peers
+mutations: install $(VENV)/.peers $(VENV)/.integrations
 	$(BIN)/python scripts/mutations.py
 
 release-check: test test-all test-dry-run mutations check-cuda check-versions codegen smoke verify-evidence

@@ -24,6 +24,7 @@ from monosoftmax.integrations.transformers import (
     monotonic_loss,
     register,
 )
+from monosoftmax.integrations.transformers.classes import _with_f
 from monosoftmax.integrations.transformers.head_tap import Inner, inner_of
 from monosoftmax.transforms import PLIF, SoftCap, Temperature
 
@@ -138,6 +139,25 @@ def test_a_soft_cap_takes_the_place_of_the_models_cap() -> None:
     )
     with pytest.raises(ValueError, match=r"cannot do without: recurrent_gemma has logits_soft_cap=30"):
         add_transform(recurrent, SoftCap(30.0))
+
+
+def test_the_cap_of_a_config_of_several() -> None:
+    text = {
+        "vocab_size": 99, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8, "final_logit_softcapping": 3.0,
+    }  # fmt: skip
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    plain = tf.Gemma3ForConditionalGeneration(
+        tf.Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    )
+    config = plain.config
+    model = add_transform(plain, SoftCap(3.0))
+    assert config.text_config.final_logit_softcapping == 3.0
+    assert model.config.text_config.final_logit_softcapping is None
+    assert model.model.language_model.config is model.config.text_config
+    # A config that does not take None for it.
+    with pytest.raises(ValueError, match=r"cannot do without: gemma3n_text has final_logit_softcapping=30"):
+        _with_f(tf.Gemma3nConfig(), class_for(tf.Gemma3nForConditionalGeneration).config_class, SoftCap(30.0))
 
 
 @pytest.mark.parametrize("name", ["gemma2", "granite"])

@@ -302,8 +302,11 @@ def model():
 
 def groups(module):
     of = {id(parameter): name.replace("_fsdp_wrapped_module.", "") for name, parameter in module.named_parameters()}
-    return {group["name"]: [of[id(each)] for each in group["params"]]
-            for group in ms.parameter_groups(module, lr=0.1, weight_decay=0.1)}
+    found = {}
+    for group in ms.parameter_groups(module, lr=0.1, weight_decay=0.1):
+        assert len({type(each) for each in group["params"]}) == 1, "foreach kernels take no mixture"
+        found.setdefault(group["name"], []).extend(of[id(each)] for each in group["params"])
+    return found
 
 def raises(error, message, function):
     try:

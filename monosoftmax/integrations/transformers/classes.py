@@ -35,8 +35,8 @@ _READ_BY = (
     "This model has a logit_transform. Load it by monosoftmax.integrations.transformers.AutoMonotonicModelForCausalLM, "
     "or call register of that module before AutoModelForCausalLM"
 )
-#: The entry with the numbers.
-_REPLACED = "replaced_by_a_note"
+#: The entry with the number.
+REPLACED = "replaced_by_a_note"
 
 
 @functools.cache
@@ -98,18 +98,21 @@ def _config_class_for(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 
 def _to_json_file(self: Any, json_file_path: Any, use_diff: bool = True) -> None:
-    """Writes ``config.json``, in which the width of the model is the text that plain classes refuse it with."""
-    content = json.loads(self.to_json_string(use_diff=use_diff))
-    width = self.attribute_map.get("hidden_size", "hidden_size")
-    if width in content:  # not in a config of several, whose parts have it
-        content |= {width: _READ_BY, _REPLACED: {width: content[width]}}
+    content = noted(json.loads(self.to_json_string(use_diff=use_diff)), type(self), _READ_BY)
     with open(json_file_path, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
+def noted(content: dict[str, Any], kind: type[PreTrainedConfig], note: str) -> dict[str, Any]:
+    """The ``content`` of ``config.json``, in which the width of the model is the ``note`` that plain classes refuse."""
+    width = kind.attribute_map.get("hidden_size", "hidden_size")
+    # A config of several has it in its parts.
+    return {**content, width: note, REPLACED: {width: content[width]}} if width in content else content
+
+
 def _from_dict(cls: Any, /, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-    own = {**config_dict, **config_dict.get(_REPLACED, {})}
-    own.pop(_REPLACED, None)
+    own = {**config_dict, **config_dict.get(REPLACED, {})}
+    own.pop(REPLACED, None)
     from_dict: Any = cls.__base__.from_dict
     return from_dict.__func__(cls, own, **kwargs)
 
@@ -218,10 +221,10 @@ def add_transform(model: Any, transform: MonotonicTransform | dict[str, Any] | s
     base: Any = type(model)
     kind = class_for(base)
     config = _with_f(model.config, kind.config_class, f)
-    old = model.config
+    replaced = {id(model.config): config, id(model.config.get_text_config()): config.get_text_config()}
     for each in model.modules():
-        if getattr(each, "config", None) is old:
-            each.config = config
+        if id(getattr(each, "config", None)) in replaced:
+            each.config = replaced[id(each.config)]
     model.__class__ = kind
     model.logit_transform = f.to(_device_of(head))
     model.logit_transform.train(model.training)
@@ -243,23 +246,31 @@ def check_fused(fused: Fused) -> None:
 
 
 def _with_f(config: Any, kind: type[PreTrainedConfig], f: MonotonicTransform) -> Any:
-    """A copy of ``config`` that declares f."""
+    """A copy of ``config`` that declares f. That of its text model is a copy, too, if f takes the place of its cap."""
     declared = f.to_dict()
     changed = copy.copy(config)
     changed.__class__ = kind
     changed.logit_transform, changed.auto_map = declared, {}
-    if isinstance(f, SoftCap):
-        text = changed.get_text_config()
-        fixed = [name for name in _FIXED_CAPS if getattr(text, name, None)]
-        if fixed:
-            raise ValueError(
-                f"transform must not be a SoftCap for a model that has a cap of its own, and cannot do without: "
-                f"{config.model_type} has {fixed[0]}={getattr(text, fixed[0])}"
-            )
-        if getattr(text, _CAP, None) is not None:
-            if text is not changed:
-                text = copy.copy(text)
-            setattr(text, _CAP, None)
+    text = config.get_text_config()
+    if not isinstance(f, SoftCap):
+        return changed
+    fixed = [name for name in _FIXED_CAPS if getattr(text, name, None)]
+    if not fixed and getattr(text, _CAP, None) is None:
+        return changed
+    without = changed if text is config else copy.copy(text)
+    reason: Exception | None = None
+    try:
+        setattr(without, _CAP, None)
+    except Exception as error:  # of the checks of configs, which have no common class over the versions
+        fixed, reason = [_CAP], error
+    if fixed:
+        raise ValueError(
+            "transform must not be a SoftCap for a model that has a cap of its own, and cannot do without: "
+            f"{text.model_type} has {fixed[0]}={getattr(text, fixed[0])}"
+        ) from reason
+    for name, value in vars(config).items():
+        if value is text:
+            setattr(changed, name, without)
     return changed
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from ...transforms import MonotonicTransform
+from .classes import REPLACED
 
 #: The longest line that statements of f are joined to.
 _WIDTH = 96
@@ -64,13 +65,15 @@ class Monotonic$config($config):
     model_type = "$model_type"
 
     def to_json_file(self, json_file_path, use_diff=True):
-        content = {**json.loads(self.to_json_string(use_diff=use_diff)), "id2label": {READ_BY: 0}}
+        content = json.loads(self.to_json_string(use_diff=use_diff))
+        content |= {"$width": READ_BY, "$replaced": {"$width": content["$width"]}}
         with open(json_file_path, "w", encoding="utf-8") as file:
             file.write(json.dumps(content, indent=2, sort_keys=True) + "\\n")
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        own = {name: value for name, value in config_dict.items() if value != {READ_BY: 0}}
+        own = {**config_dict, **config_dict.get("$replaced", {})}
+        own.pop("$replaced", None)
         return super().from_dict(own, **kwargs)
 
 
@@ -134,6 +137,8 @@ def modeling_of(plain: type, f: MonotonicTransform, model_type: str, read_by: st
         f="\n    ".join(textwrap.wrap(" ".join(str(f).split()), 110)),
         imports="\n".join(f"from {each.__module__} import {each.__name__}" for each in (config, plain)),
         read_by=read_by,
+        width=config.attribute_map.get("hidden_size", "hidden_size"),
+        replaced=REPLACED,
         shape=tuple(coefficients.shape),
         body="\n".join(f"        {line}" for line in _statements(f, coefficients)),
         model_type=model_type,

@@ -71,6 +71,7 @@ class MonotonicHead(_Base):
     """
 
     logit_transform: MonotonicTransform
+    own_attributes: frozenset[str] = frozenset()
     fused: Fused = "train"
     #: Whether each loss leaves the smallest and the largest logit that f sees in ``logit_range``, of some tokens.
     watch_logits: bool = False
@@ -83,6 +84,11 @@ class MonotonicHead(_Base):
     _inner_of: tuple[Any, ...] = ()
     #: Why what it does cannot be fused.
     _not_fusible: str | None = None
+    #: f that was chained behind what the model does to its logits; what was told once; when sharding was looked at.
+    _chained: tuple[Inner, MonotonicTransform, MonotonicTransform] | None = None
+    _warned: bool = False
+    _logged: str = ""
+    _looked_at: int = -1
     _keep_in_fp32_modules_strict = {"logit_transform"}  # noqa: RUF012, as transformers has it
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -334,7 +340,7 @@ class MonotonicHead(_Base):
 
     def _whole_f(self, inner: Inner, f: MonotonicTransform) -> MonotonicTransform:
         """f of what the model does to its logits, made once: ``torch.compile`` cannot make modules."""
-        known = self.__dict__.get("_chained")
+        known = self._chained
         if known is None or known[0] != inner or known[1] is not f:
             known = inner, f, inner.before(f)
             # Not by setattr, which would make f a part of the model twice.
@@ -359,6 +365,10 @@ class MonotonicHead(_Base):
             if self._inner is None:
                 self._not_fusible = "it does more to its logits than to scale and to cap them"
         return self._inner
+
+
+#: What a model with f may have of its own beside what a plain one has.
+MonotonicHead.own_attributes = frozenset(name for name in vars(MonotonicHead) if not name.startswith("__"))
 
 
 def _by_name(model: MonotonicHead, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -408,11 +418,11 @@ def _check_called(model: MonotonicHead, step: _Step) -> None:
 
 
 def _warn_if_frozen(model: MonotonicHead) -> None:
-    if not model.training or torch.compiler.is_compiling() or "_warned" in model.__dict__:
+    if not model.training or torch.compiler.is_compiling() or model._warned:
         return
     parameters = list(model.logit_transform.parameters())
     if parameters and torch.is_grad_enabled() and not any(each.requires_grad for each in parameters):
-        model.__dict__["_warned"] = True
+        model._warned = True
         warnings.warn(
             f"logit_transform of {model._get_name()} is frozen, and stays as it is in this training. With PEFT, "
             'modules_to_save=["logit_transform"] trains it',
@@ -423,13 +433,9 @@ def _warn_if_frozen(model: MonotonicHead) -> None:
 def _check_sharding(model: MonotonicHead) -> None:
     """An error if ``fully_shard`` has the model, but not f, whose gradient nobody would then average over ranks."""
     # Looked at once, and again where fully_shard was called since.
-    if (
-        not model.training
-        or torch.compiler.is_compiling()
-        or model.__dict__.get("_looked_at") == number_of_fsdp_modules()
-    ):
+    if not model.training or torch.compiler.is_compiling() or model._looked_at == number_of_fsdp_modules():
         return
-    model.__dict__["_looked_at"] = number_of_fsdp_modules()
+    model._looked_at = number_of_fsdp_modules()
     managed = managed_by_fsdp()
     left_out = [
         f"logit_transform.{path}.{name}".replace("..", ".")
@@ -445,6 +451,6 @@ def _check_sharding(model: MonotonicHead) -> None:
 
 
 def _log_once(model: MonotonicHead, message: str) -> None:
-    if not torch.compiler.is_compiling() and model.__dict__.get("_logged") != message:
-        model.__dict__["_logged"] = message
+    if not torch.compiler.is_compiling() and model._logged != message:
+        model._logged = message
         logger.warning(message)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...transforms import Chain, Identity, MonotonicTransform, Scale, SoftCap, Temperature
-from .classes import PREFIX, class_for
+from .classes import PREFIX, class_for, noted
 from .exported_code import modeling_of
 from .head_tap import _PROBES, refusal
 from .model import MonotonicHead, head_of
@@ -91,8 +91,8 @@ def export(model: Any, path: str | os.PathLike[str]) -> None:
                 "AutoConfig": f"{_MODELING}.Monotonic{plain.config_class.__name__}",
                 "AutoModelForCausalLM": f"{_MODELING}.Monotonic{plain.__name__}",
             },
-            "id2label": {_READ_BY: 0},
         }
+        config = noted(config, plain.config_class, _READ_BY)
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         folder.replace(target)
 
@@ -169,8 +169,8 @@ def fold(model: Any, *, untie: bool = False) -> Any:
     _detach(head)
     del model.logit_transform
     model.__class__ = plain
-    for name in [name for name in model.__dict__ if name in _ATTRIBUTES]:
-        delattr(model, name)
+    for name in [name for name in model.__dict__ if name in MonotonicHead.own_attributes]:
+        del model.__dict__[name]
     model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict or ()) - {"logit_transform"}
     if factor != 1.0 and len(shared) > 1:
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
@@ -179,10 +179,6 @@ def fold(model: Any, *, untie: bool = False) -> Any:
 
 def _line(f: MonotonicTransform) -> str:
     return " ".join(str(f).split())
-
-
-#: What a model with f has beside a plain one.
-_ATTRIBUTES = ("fused", "_step", "_inner", "_inner_of", "_not_fusible", "_warned", "_logged")
 
 
 def _plain_class(model: Any) -> Any:

@@ -91,12 +91,12 @@ test: check test-cpp test-python
 test-all: test-sanitizers test-exhaustive
 
 # What of test-all must hold before a change lands (.ci/run): the sanitizers; what is compiled, shared by processes, or
-# nested; memory; every layout of the operands; the package beside another one; the benchmarks.
+# nested; memory; the package beside another one; the integrations; the benchmarks.
 LANDING := inductor or compiled_tables or nested or two_processes or sharded or memory_of_the_head or opcheck_of_the_head
-LANDING += or hands_operands or hands_parameters or without_a_compiler or checkout or info
-test-landing: test-sanitizers test-integrations
+LANDING += or without_a_compiler or checkout or info
+test-landing: test-sanitizers $(VENV)/.integrations
 	$(PYTEST) --slow -m slow tests/unit tests/emulated tests/build -k '$(LANDING)'
-	$(PYTEST) tests/experiments
+	HF_HUB_OFFLINE=1 $(PYTEST) tests/integrations tests/experiments
 
 # transformers, TRL, PEFT, accelerate and Lightning, on tiny random models.
 test-integrations: install $(VENV)/.integrations

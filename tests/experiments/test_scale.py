@@ -80,7 +80,7 @@ def _rank(folder: Path, rank: int, shape: Shape) -> dict[Layout, tuple[Counts, D
 
 
 @pytest.mark.seconds
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_counts_are_those_of_processes_that_exchange_values(devices: int, tmp_path: Path) -> None:
     shape = replace(SHAPE, devices=devices)
     pool = ProcessPoolExecutor(devices, get_context("spawn"))

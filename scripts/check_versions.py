@@ -55,9 +55,9 @@ TESTS = (
 )
 #: The same for a version with integrations.
 OF_INTEGRATIONS = (
-    ("tests/integrations/test_models.py tests/integrations/test_trainer.py", ""),
+    ("tests/integrations/test_models.py tests/integrations/test_trainer.py", "not several"),
     ("tests/integrations/test_peft.py tests/integrations/test_inspection.py", ""),
-    ("tests/integrations/test_generation.py tests/integrations/test_serving.py", ""),
+    ("tests/integrations/test_generation.py tests/integrations/test_serving.py", "not lookup"),
 )
 
 #: Files that are not copied to the folder of the build.

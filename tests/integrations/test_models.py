@@ -108,6 +108,18 @@ def test_shift_labels_and_num_items() -> None:
     torch.testing.assert_close(model(tokens, labels=labels, num_items_in_batch=7).loss, loss * count / 7)
 
 
+@pytest.mark.parametrize("fused", ["train", "never"])
+def test_odd_labels(fused: str) -> None:
+    plain, model = tiny.pair(fused=fused)
+    tokens, labels = tiny.batch()
+    # A mean over no target is NaN, as it is without f; its gradients are 0.
+    nothing = torch.full_like(labels, -100)
+    assert model(tokens, labels=nothing).loss.isnan() and plain(tokens, labels=nothing).loss.isnan()
+    assert model(tokens, labels=nothing, num_items_in_batch=1).loss == 0
+    with pytest.raises(TypeError, match=r"target must be int64 or uint8 class indices, got torch\.int32"):
+        model(tokens, labels=labels.int())
+
+
 def test_evaluation_without_logits_has_statistics_of_tokens() -> None:
     _, model = tiny.pair("gemma2", fused="always")
     tokens, labels = tiny.batch()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import monosoftmax as ms
-from monosoftmax.integrations.transformers import AutoMonotonicModelForCausalLM, add_transform
+from monosoftmax.integrations.transformers import AutoMonotonicModelForCausalLM, TransformCallback, add_transform
 
 STEPS, ROWS, LENGTH, RATE = 3, 4, 12, 0.02
 NEW_TOKENS = 16
@@ -187,11 +187,28 @@ def by_trainer(
             fsdp_config={"fsdp_version": 2} if fsdp else None,
         )
         examples = [{"input_ids": a, "labels": b} for a, b in zip(*data(STEPS * rows), strict=True)]
-        trainer = tf.Trainer(model, arguments, train_dataset=examples, callbacks=[First()])
+        callbacks = [First(), TransformCallback()]
+        trainer = tf.Trainer(model, arguments, train_dataset=examples, callbacks=callbacks)
         trainer.train()
         losses = [each["loss"] for each in trainer.state.log_history if "loss" in each]
-        notes = {"class": type(trainer.model_wrapped).__name__}
+        logged = [each for each in trainer.state.log_history if "loss" in each][-1]
+        names = ("transform/logit_min", "transform/logit_max", "transform/slope_min", "transform/slope_max")
+        notes = {"class": type(trainer.model_wrapped).__name__, "logged": [logged.get(name) for name in names]}
         return Trained(losses, gradients, _difference(values_of(trainer.model), before), notes)
+
+
+def f_of_each_rank() -> str:
+    """What the callback says of an f that ranks have trained apart."""
+    from types import SimpleNamespace
+
+    model = pair("llama")[1]
+    with torch.no_grad():
+        model.logit_transform.raw_slope[3] += dist.get_rank()
+    try:
+        TransformCallback().on_step_end(None, SimpleNamespace(global_step=1), None, model=model)
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 # --- fully_shard ------------------------------------------------------------------------------------------------------

@@ -71,6 +71,14 @@ def test_trainer(name: str, fsdp: bool, fused: bool) -> None:
     found = trained(jobs.by_trainer, name, fused, 2 * ROWS, fsdp=fsdp, clip=1.0)
     assert found.notes["class"].startswith("FSDPMonotonic" if fsdp else "DistributedDataParallel")
     assert_same(found, reference(name, 2 * ROWS, clip=1.0))
+    # What the callback logs, also where fully_shard has f.
+    low, high, smallest, largest = found.notes["logged"]
+    assert low < -0.5 < 0.5 < high and 0 < smallest < 1 < largest
+
+
+def test_the_callback_notices_an_f_that_differs() -> None:
+    for message in ranks.call(2, jobs.f_of_each_rank):
+        assert message.startswith("f differs between ranks: its gradient is not reduced")
 
 
 @pytest.mark.seconds

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ...training import clip_grad_norm_, parameter_groups
-from ...transforms import MonotonicTransform
+from ...transforms import MonotonicTransform, from_dict
 from .model import MonotonicHead
 
 
@@ -109,7 +109,7 @@ class TransformCallback(TrainerCallback):
         transforms = transforms_of(model)
         _check_optimizer(kwargs.get("optimizer"), transforms)
         trained = [each for each in _parameters(transforms) if each.requires_grad]
-        if trained and not any(each.grad is not None and bool((each.grad != 0).any()) for each in trained):
+        if trained and not any(each.grad is not None and bool((_whole(each.grad) != 0).any()) for each in trained):
             raise RuntimeError(
                 "f got no gradient in the first step: the loss does not depend on f. A loss that is not the model's "
                 "own must start from its logits, which are f(z), and TRL needs monosoftmax.integrations.trl.enable()"
@@ -203,13 +203,21 @@ def _figures(transform: MonotonicTransform, logit_range: Tensor | None) -> dict[
     if logit_range is not None:
         low, high = logit_range.tolist()
         found["transform/logit_min"], found["transform/logit_max"] = low, high
-    if any(hasattr(each, "full_tensor") for each in transform.parameters()):  # sharded until the next forward
-        return found
+    transform = _gathered(transform)
     device = next((each.device for each in [*transform.parameters(), *transform.buffers()]), None)
     if math.isfinite(low) and math.isfinite(high):
         slopes = transform.derivative(torch.linspace(low, high, 257, device=device))
         found["transform/slope_min"], found["transform/slope_max"] = slopes.min().item(), slopes.max().item()
     return found
+
+
+def _gathered(transform: MonotonicTransform) -> MonotonicTransform:
+    """The transform, or a copy with whole parameters of one that ``fully_shard`` has sharded; called on all ranks."""
+    if not any(hasattr(each, "full_tensor") for each in transform.parameters()):
+        return transform
+    copied = from_dict(transform.to_dict())
+    copied.load_state_dict({name: _whole(value) for name, value in transform.state_dict().items()})
+    return copied
 
 
 def token_metrics(prediction: Any) -> dict[str, float]:

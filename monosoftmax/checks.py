@@ -41,17 +41,24 @@ def check_transform(transform: nn.Module | None) -> MonotonicTransform:
 def _unwrapped(module: Any) -> Any:
     """The transform inside the wrapper of ``torch.compile``, and inside PEFT's ModulesToSaveWrapper."""
     while not isinstance(module, MonotonicTransform):
-        copies, original = getattr(module, "modules_to_save", None), getattr(module, "original_module", None)
-        if isinstance(copies, nn.ModuleDict) and original is not None:
-            names = getattr(module, "active_adapters", None) or module.active_adapter
-            names = [names] if isinstance(names, str) else list(names)
-            in_use = names and not module.disable_adapters and all(name in copies for name in names)
-            module = copies[names[0]] if in_use else original
-        elif hasattr(module, "_orig_mod"):
-            module = module._orig_mod
-        else:
-            break
+        inner = adapter_in_use(module)
+        if inner is module:
+            if not hasattr(module, "_orig_mod"):
+                break
+            inner = module._orig_mod
+        module = inner
     return module
+
+
+def adapter_in_use(module: Any) -> Any:
+    """The copy that PEFT's ModulesToSaveWrapper trains now, or the original; any other module itself."""
+    copies, original = getattr(module, "modules_to_save", None), getattr(module, "original_module", None)
+    if not isinstance(copies, nn.ModuleDict) or original is None:
+        return module
+    names = getattr(module, "active_adapters", None) or module.active_adapter
+    names = [names] if isinstance(names, str) else list(names)
+    in_use = names and not module.disable_adapters and all(name in copies for name in names)
+    return copies[names[0]] if in_use else original
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:

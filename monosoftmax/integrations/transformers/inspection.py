@@ -60,18 +60,25 @@ def inspect(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     return "\n".join([verdict, *lines])
 
 
-def _transforms(model: nn.Module) -> dict[str, MonotonicTransform]:
-    """The transforms of ``model``, and that of its loss function, by where they are; parts of others left out."""
+def outermost_transforms(model: nn.Module) -> dict[str, MonotonicTransform]:
+    """The transforms of ``model`` by their names there; parts of others left out."""
     found: dict[str, MonotonicTransform] = {}
     inside: set[int] = set()
     for name, each in model.named_modules():
         if isinstance(each, MonotonicTransform) and id(each) not in inside:
             inside.update(id(part) for part in each.modules())
             found[name] = each
+    return found
+
+
+def _transforms(model: nn.Module) -> dict[str, MonotonicTransform]:
+    """The transforms of ``model``, and that of its loss function."""
+    found = outermost_transforms(model)
+    known = {id(part) for each in found.values() for part in each.modules()}
     for each in model.modules():
         loss = each.__dict__.get("_loss_function")
         f = loss.transform if isinstance(loss, (MonotonicLoss, MonotonicCrossEntropyLoss)) else None
-        if isinstance(f, MonotonicTransform) and id(f) not in inside:
+        if isinstance(f, MonotonicTransform) and id(f) not in known:
             found["loss_function.transform, which is no part of the model"] = f
     return found
 

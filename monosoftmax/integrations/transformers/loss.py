@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ...checks import IGNORE_INDEX, check_transform
-from ...functional import cross_entropy
 from ...transforms import MonotonicTransform
-from .targets import mean_over, shifted
+from .targets import loss_of_logits, shifted
 
 
 class MonotonicLoss:
@@ -47,10 +46,8 @@ class MonotonicLoss:
                 "the copy: use add_transform(model, f)",
                 stacklevel=3,
             )
-        target = shifted(labels, shift_labels, ignore_index).to(logits.device)
-        reduction, scaled = mean_over(num_items_in_batch)
-        rows = logits.flatten(0, -2)
-        return scaled(cross_entropy(rows, target.flatten(), f, ignore_index=ignore_index, reduction=reduction))
+        target = shifted(labels, shift_labels, ignore_index)
+        return loss_of_logits(logits, target, f, ignore_index, num_items_in_batch)
 
 
 def monotonic_loss(transform: MonotonicTransform) -> MonotonicLoss:

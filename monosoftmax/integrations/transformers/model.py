@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..._dispatch import in_one_fsdp_unit, managed_by_fsdp, number_of_fsdp_modules, outside_of_graphs
-from ...checks import IGNORE_INDEX, check_transform
-from ...functional import TokenStatistics, cross_entropy
+from ...checks import IGNORE_INDEX, adapter_in_use, check_transform
+from ...functional import TokenStatistics
 from ...linear import linear_cross_entropy
 from ...transforms import MonotonicTransform, from_dict
 from .head_tap import Captured, Inner, attach, inner_of, logits_of, refusal, reshard, tap, unshard
-from .targets import mean_over, shifted
+from .targets import loss_of_logits, mean_over, shifted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base
@@ -293,18 +293,15 @@ class MonotonicHead(_Base):
         logits are f(z) already.
         """
         step, target = self._step, shifted(labels, shift_labels, ignore_index)
-        reduction, scaled = mean_over(num_items_in_batch)
-        if step is None or step.captured is None:
-            f = None if step is None else check_transform(step.transform)
-            if step is not None:
-                step.called = True
-                self._watch(logits.flatten(0, -2)[:_WATCHED])
-                if step.score is not None:
-                    return step.score(logits, None, check_transform(step.transform), target.to(logits.device))
-            target = target.to(logits.device).flatten()
-            rows = logits.flatten(0, -2)
-            return scaled(cross_entropy(rows, target, f, ignore_index=ignore_index, reduction=reduction))
+        if step is None:
+            return loss_of_logits(logits, target, None, ignore_index, num_items_in_batch)
         step.called = True
+        f = check_transform(step.transform)
+        if step.captured is None:
+            self._watch(logits.flatten(0, -2)[:_WATCHED])
+            if step.score is not None:
+                return step.score(logits, None, f, target.to(logits.device))
+            return loss_of_logits(logits, target, f, ignore_index, num_items_in_batch)
         inner = step.inner or self._learn(step.head, step.captured, logits)
         if inner is None:
             return logits.new_zeros(())
@@ -312,10 +309,11 @@ class MonotonicHead(_Base):
         # The forward that TRL gives a head in float32 casts; refusal() lets no other through but that of DTensors.
         if "forward" in head.__dict__:
             hidden = hidden.to(head.weight.dtype)
-        f, target = self._whole_f(inner, check_transform(step.transform)), target.to(hidden.device)
+        f, target = self._whole_f(inner, f), target.to(hidden.device)
         unshard(head)
         if self.watch_logits:
             self._watch(logits_of(head, hidden.detach().flatten(0, -2)[:_WATCHED]), inner)
+        reduction, scaled = mean_over(num_items_in_batch)
         found: Any
         statistics: Any = not self.training
         if step.score is not None:
@@ -391,12 +389,8 @@ def head_of(model: Any) -> nn.Module:
     head = model.get_output_embeddings()
     if head is None:
         raise TypeError(f"model must be a language model with a head, got {type(model).__name__}")
-    copies = getattr(head, "modules_to_save", None)
-    if isinstance(copies, nn.ModuleDict):
-        in_use = [name for name in head.active_adapters if name in copies and not head.disable_adapters]
-        head = copies[in_use[0]] if in_use else head.original_module
-    assert isinstance(head, nn.Module)
-    return head
+    in_use: nn.Module = adapter_in_use(head)
+    return in_use
 
 
 def _numbers(config: Any) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Targets and means as the losses of transformers have them."""
+"""Targets, means and losses of logits as transformers has them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...checks import Reduction
+from ...functional import cross_entropy
+from ...transforms import MonotonicTransform
 
 
 def shifted(labels: Tensor, shift_labels: Tensor | None, ignore_index: int) -> Tensor:
@@ -26,3 +28,16 @@ def mean_over(num_items_in_batch: Tensor | int | None) -> tuple[Reduction, Calla
             / (num_items_in_batch.to(total.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch)
         ),
     )
+
+
+def loss_of_logits(
+    logits: Tensor,
+    target: Tensor,
+    transform: MonotonicTransform | None,
+    ignore_index: int,
+    num_items_in_batch: Tensor | int | None,
+) -> Tensor:
+    """The loss of logits (B, T, V) with f, of targets (B, T)."""
+    reduction, scaled = mean_over(num_items_in_batch)
+    rows, target = logits.flatten(0, -2), target.to(logits.device).flatten()
+    return scaled(cross_entropy(rows, target, transform, ignore_index=ignore_index, reduction=reduction))

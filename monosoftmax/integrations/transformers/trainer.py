@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from ...training import clip_grad_norm_, parameter_groups
 from ...transforms import MonotonicTransform, from_dict
+from .inspection import outermost_transforms
 from .model import MonotonicHead
 
 
@@ -134,14 +135,8 @@ class TransformCallback(TrainerCallback):
 
 def transforms_of(model: Any) -> list[MonotonicTransform]:
     """The transforms in ``model`` that are not part of another; of those that PEFT copies, the copies in training."""
-    found: list[MonotonicTransform] = []
-    inside: set[int] = set()
-    for each in model.modules():
-        if isinstance(each, MonotonicTransform) and id(each) not in inside:
-            inside.update(id(part) for part in each.modules())
-            found.append(each)
-    trained = [each for each in found if any(parameter.requires_grad for parameter in each.parameters())]
-    return trained or found
+    found = list(outermost_transforms(model).values())
+    return [each for each in found if any(parameter.requires_grad for parameter in each.parameters())] or found
 
 
 def _parameters(transforms: list[MonotonicTransform]) -> list[nn.Parameter]:

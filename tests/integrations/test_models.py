@@ -238,6 +238,14 @@ def test_inner_of_probes(logits, wanted) -> None:  # type: ignore[no-untyped-def
         assert found is not None and torch.allclose(torch.tensor(found), torch.tensor(wanted), rtol=1e-5)
 
 
+@pytest.mark.parametrize("inner", [Inner(), Inner(0.5), Inner(1.0, 3.0), Inner(2.0, 30.0)])
+def test_f_of_what_a_model_does(inner: Inner) -> None:
+    z, f = torch.linspace(-50, 50, 101), tiny.rough()
+    y = z * inner.scale if inner.cap == 0 else inner.cap * torch.tanh(z * inner.scale / inner.cap)
+    torch.testing.assert_close(inner.of(z), y, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(inner.before(f)(z), f(y), rtol=1e-5, atol=1e-5)
+
+
 class Quantised(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(input, (self.weight * 8).round() / 8)
